@@ -1,0 +1,1 @@
+"""Find, measure and turn down what makes a diffusion model's pictures biased. Works without ComfyUI."""

@@ -1,0 +1,196 @@
+"""The small unconditional denoiser of the avatars: a network whose every path runs through one site.
+
+A U-Net's long skips let the picture by-pass the mid block, and then steering the mid block cannot change what
+the skips carry. This network has none: encoder, 8x8 `middle_block`, decoder. Whatever the picture shows has
+passed through `middle_block`, so a full swap of its output swaps the picture.
+
+It predicts the clean picture x0 under the rectified-flow schedule x_t = (1 - sigma) x0 + sigma noise. At sigma 1
+nothing of the picture is left, so overall colour is the model's own choice and not the noise's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .files import DiffLensError, load_tensors, save_tensors
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Sizes of a `Denoiser`. The site `middle_block` is B x width x size/8 x size/8."""
+
+    size: int = 64
+    width: int = 256
+    outer_width: int = 96
+    middle_depth: int = 2
+    decoder_depth: int = 2
+    heads: int = 4
+
+
+class Modulated(nn.Module):
+    """A residual branch whose normalised input is scaled and shifted by the noise level (adaptive norm)."""
+
+    def __init__(self, channels: int, emb: int, ops: Any, **factory: Any):
+        super().__init__()
+        self.norm = ops.GroupNorm(8, channels, **factory)
+        self.modulation = ops.Linear(emb, 3 * channels, **factory)
+        # A closed gate at the start: every block begins as the identity (Peebles & Xie 2023, adaLN-Zero).
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def modulate(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
+        scale, shift, gate = self.modulation(emb)[:, :, None, None].chunk(3, dim=1)
+        return self.norm(x) * (1 + scale) + shift, gate
+
+
+class ResBlock(Modulated):
+    def __init__(self, channels: int, emb: int, ops: Any, **factory: Any):
+        super().__init__(channels, emb, ops, **factory)
+        self.conv_in = ops.Conv2d(channels, channels, 3, padding=1, **factory)
+        self.conv_out = ops.Conv2d(channels, channels, 3, padding=1, **factory)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h, gate = self.modulate(x, emb)
+        return x + gate * self.conv_out(F.silu(self.conv_in(F.silu(h))))
+
+
+class Attention(Modulated):
+    def __init__(self, channels: int, emb: int, heads: int, ops: Any, **factory: Any):
+        super().__init__(channels, emb, ops, **factory)
+        self.heads = heads
+        self.qkv = ops.Conv2d(channels, 3 * channels, 1, **factory)
+        self.proj = ops.Conv2d(channels, channels, 1, **factory)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h, gate = self.modulate(x, emb)
+        b, c, height, width = h.shape
+        q, k, v = self.qkv(h).reshape(b, 3, self.heads, c // self.heads, -1).transpose(3, 4).unbind(1)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, c, height, width)
+        return x + gate * self.proj(h)
+
+
+class FeedForward(Modulated):
+    def __init__(self, channels: int, emb: int, ops: Any, **factory: Any):
+        super().__init__(channels, emb, ops, **factory)
+        self.expand = ops.Conv2d(channels, 4 * channels, 1, **factory)
+        self.contract = ops.Conv2d(4 * channels, channels, 1, **factory)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h, gate = self.modulate(x, emb)
+        return x + gate * self.contract(F.gelu(self.expand(h)))
+
+
+class Stack(nn.ModuleList):
+    """Blocks applied in order, each with the noise embedding."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for block in self:
+            x = block(x, emb)
+        return x
+
+
+class Denoiser(nn.Module):
+    """Predict the clean picture from a noisy one.
+
+    `forward(x, sigma)`: x is B x 3 x size x size in [-1, 1] plus noise, sigma is B in [0, 1]; returns x0, like x.
+    `ops` supplies Conv2d, Linear and GroupNorm (a host may pass layers that it can offload).
+    """
+
+    def __init__(self, config: DenoiserConfig = DenoiserConfig(), ops: Any = nn, **factory: Any):
+        super().__init__()
+        self.config, emb, c, w = config, config.width, config.outer_width, config.width
+        self.embed = nn.Sequential(
+            ops.Linear(128, emb, **factory), nn.SiLU(), ops.Linear(emb, emb, **factory), nn.SiLU()
+        )
+        self.conv_in = ops.Conv2d(3 * 16, c, 3, padding=1, **factory)
+        self.encoder = ResBlock(c, emb, ops, **factory)
+        self.down = ops.Conv2d(c, w, 3, stride=2, padding=1, **factory)
+        self.position = nn.Parameter(torch.zeros(1, w, config.size // 8, config.size // 8, **factory))
+
+        def transformer(depth: int) -> Stack:
+            layers = [
+                layer
+                for _ in range(depth)
+                for layer in (
+                    Attention(w, emb, config.heads, ops, **factory),
+                    FeedForward(w, emb, ops, **factory),
+                )
+            ]
+            return Stack(layers)
+
+        self.middle_block = transformer(config.middle_depth)
+        self.after_middle = transformer(config.decoder_depth)
+        self.up = ops.Conv2d(w, 4 * c, 1, **factory)
+        self.decoder = Stack([ResBlock(c, emb, ops, **factory) for _ in range(2)])
+        self.norm_out = ops.GroupNorm(8, c, **factory)
+        self.conv_out = ops.Conv2d(c, 3 * 16, 3, padding=1, **factory)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.position.dtype
+
+    def encode(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Input of `middle_block` (B x width x size/8 x size/8) and noise embedding (B x width)."""
+        emb = self.embed(noise_features(sigma).to(x.dtype))
+        h = self.encoder(self.conv_in(F.pixel_unshuffle(x, 4)), emb)
+        return self.down(h) + self.position.to(x.dtype), emb
+
+    def decode(self, h: Tensor, emb: Tensor) -> Tensor:
+        """Clean picture from the output of `middle_block`."""
+        h = F.pixel_shuffle(self.up(self.after_middle(h, emb)), 2)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(self.decoder(h, emb)))), 4)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        h, emb = self.encode(x, sigma)
+        return self.decode(self.middle_block(h, emb), emb)
+
+
+def noise_features(sigma: Tensor) -> Tensor:
+    """Sinusoidal features (B x 128) of the noise level, as in Vaswani et al. 2017 with sigma scaled by 1000."""
+    freqs = torch.exp(torch.arange(64, device=sigma.device) * (-math.log(10_000.0) / 64))
+    angles = 1000.0 * sigma.float()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def save_denoiser(path: str | Path, model: Denoiser, info: Mapping[str, Any]) -> None:
+    """Write weights (fp16) with the sizes and `info`."""
+    tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    save_tensors(path, "denoiser", tensors, {"config": asdict(model.config), "info": dict(info)})
+
+
+def load_denoiser_weights(path: str | Path) -> tuple[DenoiserConfig, dict[str, Tensor]]:
+    """Sizes and fp32 weights of a file that `save_denoiser` wrote. Raises `DiffLensError` if it does not fit."""
+    tensors, info = load_tensors(path, "denoiser")
+    config = DenoiserConfig(**info["config"])
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in Denoiser(config).state_dict().items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if found != expected:
+        wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+        raise DiffLensError(f"{Path(path).name}: its weights do not fit a DiffLens denoiser ({', '.join(wrong[:3])}).")
+    return config, {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def load_denoiser(path: str | Path) -> Denoiser:
+    """The denoiser of a file, in fp32, ready to sample."""
+    config, weights = load_denoiser_weights(path)
+    model = Denoiser(config)
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Twelve hex digits that tell one set of weights from another (names, shapes and rounded sums)."""
+    digest = sha256()
+    for name in sorted(weights):
+        digest.update(f"{name}{tuple(weights[name].shape)}{float(weights[name].double().sum()):.3e}".encode())
+    return digest.hexdigest()[:12]

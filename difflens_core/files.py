@@ -1,0 +1,65 @@
+"""Reading and writing the pack's files: safetensors with JSON metadata, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+METADATA_KEY = "difflens"
+
+
+class DiffLensError(ValueError):
+    """Something the user gave does not fit. The message says what was found, what was expected and what to do."""
+
+
+def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """Write `tensors` and the JSON-able `info` as one safetensors file, through a temporary name.
+
+    `kind` ("sae", "recipe", ...) is stored so that `load_tensors` can refuse a file of another kind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata={METADATA_KEY: json.dumps({"kind": kind, **info})})
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and info that `save_tensors` wrote under `kind`.
+
+    Raises `DiffLensError` if the file is missing, truncated, of another kind, or holds NaN or infinite numbers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DiffLensError(f"{path}: no such file. Expected a DiffLens {kind} file (.safetensors).")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        info = json.loads(metadata.get(METADATA_KEY, "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise DiffLensError(
+            f"{path.name}: not a readable safetensors file ({error}). It may be cut off: copy or download it again."
+        ) from error
+    found = info.pop("kind", None)
+    if found != kind:
+        what = f"a DiffLens {found} file" if found else "a safetensors file without DiffLens metadata"
+        raise DiffLensError(f"{path.name}: this is {what}, expected a DiffLens {kind} file.")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise DiffLensError(f"{path.name}: tensor {name} holds NaN or infinite numbers. The file is damaged.")
+    return tensors, info

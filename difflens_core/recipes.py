@@ -1,0 +1,151 @@
+"""A recipe: the few latents that carry an attribute, and all that is needed to steer by them without the SAE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .activations import Activations
+from .attribution import Attribution
+from .files import DiffLensError, load_tensors, save_tensors
+from .probes import Probes
+from .sae import Normalisation, SparseAutoencoder
+
+MODES = ("shift", "add", "move", "scale")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """F latents of an SAE with what steering by them needs.
+
+    encoder, decoder: F x C; bias, threshold: F (a latent is active where its pre-activation exceeds the threshold,
+    fitted to agree with TopK); member: K x F, which latents belong to which class; levels: S x K x F x P, mean
+    activity per step, class and position; probe_weight: S x K x C and probe_bias: S x K read the class that a
+    picture is about to show. mode, strength, start, end: how to edit, see `Steering`. model: fingerprint of the
+    weights it was made on. info: provenance and figures.
+    """
+
+    attribute: str
+    classes: tuple[str, ...]
+    site: str
+    model: str
+    features: Tensor
+    encoder: Tensor
+    bias: Tensor
+    threshold: Tensor
+    decoder: Tensor
+    member: Tensor
+    levels: Tensor
+    probe_weight: Tensor
+    probe_bias: Tensor
+    normalisation: Normalisation
+    mode: str = "shift"
+    strength: tuple[float, ...] = ()
+    start: float = 0.0
+    end: float = 1.0
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise DiffLensError(f"recipe for {self.attribute}: mode {self.mode!r} is unknown, expected one of {MODES}.")
+        if len(self.strength) != len(self.classes):
+            raise DiffLensError(
+                f"recipe for {self.attribute}: {len(self.strength)} strengths for {len(self.classes)} classes."
+            )
+
+    @property
+    def width(self) -> int:
+        return self.decoder.shape[1]
+
+
+TENSORS = (
+    "features", "encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias"
+)  # fmt: skip
+NORMALISATION = ("progress", "mean", "scale")
+
+
+def build_recipe(
+    attribution: Attribution,
+    sae: SparseAutoencoder,
+    probes: Probes,
+    activations: Activations,
+    count: int = 60,
+    model: str = "",
+    features: Tensor | None = None,
+) -> Recipe:
+    """Recipe from the `count` best latents of every class (or from the given `features`, K x count)."""
+    top = attribution.top(count) if features is None else features
+    chosen = top.unique()
+    member = torch.stack([torch.isin(chosen, per_class) for per_class in top])
+    encoder, bias = sae.encoder[chosen], sae.encoder_bias[chosen]
+    threshold, agreement = fit_thresholds(activations, sae, chosen)
+    classes = attribution.classes
+    return Recipe(
+        attribution.attribute, classes, sae.site, model, chosen, encoder, bias, threshold, sae.decoder[chosen],
+        member, attribution.levels[:, :, chosen], probes.weight, probes.bias, sae.normalisation,
+        strength=(1.0,) * len(classes),
+        info={"gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures},
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def fit_thresholds(
+    activations: Activations, sae: SparseAutoencoder, features: Tensor, pictures: int = 32
+) -> tuple[Tensor, float]:
+    """Threshold of each latent (F) whose gate agrees best with TopK on some pictures, and the mean agreement.
+
+    For every latent the rows are sorted by pre-activation; a threshold after row i is right about the active rows
+    above it and the inactive rows below, so one cumulative sum finds the best.
+    """
+    rows, active = [], []
+    for values, progress in zip(activations.values[:, :pictures], activations.progress, strict=True):
+        x = sae.normalisation.apply(values, sae.normalisation.step_at(float(progress)))
+        pre = F.linear(x, sae.encoder, sae.encoder_bias).flatten(0, 1)
+        kth = pre.topk(sae.k, dim=1).values[:, -1:]
+        rows.append(pre[:, features])
+        active.append((pre[:, features] >= kth) & (pre[:, features] > 0))
+    pre, order = torch.cat(rows).sort(dim=0)
+    on = torch.cat(active).gather(0, order).float()
+    zero = torch.zeros(1, on.shape[1])
+    right = torch.cat([zero, (1 - on).cumsum(0)]) + torch.cat([on.flip(0).cumsum(0).flip(0), zero])
+    best = right.argmax(dim=0)
+    edges = torch.cat([pre[:1] - 1, (pre[:-1] + pre[1:]) / 2, pre[-1:] + 1])
+    threshold = edges.gather(0, best[None])[0].clamp(min=0)
+    return threshold, float(right.gather(0, best[None]).mean() / len(pre))
+
+
+def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
+    """The recipe with another mode, strength, start or end. A single strength serves every class."""
+    if isinstance(settings.get("strength"), (int, float)):
+        settings["strength"] = (float(settings["strength"]),) * len(recipe.classes)
+    return replace(recipe, **settings)
+
+
+def save_recipe(path: str | Path, recipe: Recipe) -> None:
+    """Write a recipe (matrices as fp16, a few MB at most)."""
+    tensors = {name: getattr(recipe, name) for name in TENSORS}
+    for name in ("encoder", "decoder", "levels", "probe_weight"):
+        tensors[name] = tensors[name].half()
+    tensors |= {f"normalisation.{name}": getattr(recipe.normalisation, name) for name in NORMALISATION}
+    plain = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "info")
+    save_tensors(path, "recipe", tensors, {name: getattr(recipe, name) for name in plain})
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe that `save_recipe` wrote. Raises `DiffLensError` if it does not fit."""
+    tensors, info = load_tensors(path, "recipe")
+    wanted = [*TENSORS, *(f"normalisation.{name}" for name in NORMALISATION)]
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise DiffLensError(f"{Path(path).name}: lacks {', '.join(missing)}. Expected a recipe written by DiffLens.")
+    normalisation = Normalisation(*(tensors.pop(f"normalisation.{name}") for name in NORMALISATION))
+    for name in ("encoder", "decoder", "probe_weight"):
+        tensors[name] = tensors[name].float()
+    info["classes"], info["strength"] = tuple(info["classes"]), tuple(info["strength"])
+    return Recipe(**info, **{name: tensors[name] for name in TENSORS}, normalisation=normalisation)

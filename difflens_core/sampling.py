@@ -1,0 +1,50 @@
+"""Sampling the avatars' denoiser without a host, with edits and capture at its sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from .activations import capture_site, edit_site
+from .denoiser import Denoiser
+from .steering import Steering
+
+
+def start_noise(count: int, seed: int, size: int = 64) -> Tensor:
+    """Noise of pictures 0 .. count-1 of a run (count x 3 x size x size), the same as a host draws for `seed`."""
+    return torch.randn(count, 3, size, size, generator=torch.Generator("cpu").manual_seed(seed))
+
+
+@torch.inference_mode()
+def sample(
+    model: Denoiser,
+    noise: Tensor,
+    steps: int = 20,
+    steerings: Sequence[Steering] = (),
+    first_image: int = 0,
+    capture: str | None = None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Euler sampling of the rectified-flow ODE from sigma 1 to 0 in equal steps.
+
+    noise: B x 3 x H x W; pictures are numbered from `first_image`. Returns pictures (B x 3 x H x W, in [-1, 1])
+    and, if `capture` names a site, its output at every step (list of B x C x H x W in fp16).
+    """
+    x, images = noise, torch.arange(first_image, first_image + len(noise))
+    sigmas = torch.linspace(1, 0, steps + 1)
+    with ExitStack() as stack:
+        captured = stack.enter_context(capture_site(model, capture)) if capture else []
+        for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+            progress = 1 - float(sigma)
+            with ExitStack() as edits:
+                for steering in steerings:
+                    edits.enter_context(
+                        edit_site(model, steering.recipe.site, lambda h, s=steering, p=progress: s(h, p, images))
+                    )
+                x0 = model(x, sigma.expand(len(x)))
+            x = x0 + (x - x0) * (following / sigma)
+            on_step(i + 1)
+    return x.clamp(-1, 1), captured

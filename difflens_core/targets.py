@@ -1,0 +1,88 @@
+"""Which class each picture of a run is asked to show."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .files import DiffLensError
+
+
+def parse_target(text: str, classes: tuple[str, ...]) -> np.ndarray:
+    """Class shares (K, sum 1) from what a user types.
+
+    "uniform"; the name of one class; shares in the order of `classes` ("0.7, 0.3" or "7 3");
+    or named shares ("young: 1, senior: 3", the others 0).
+    """
+    text = text.strip().lower()
+    names = [name.lower() for name in classes]
+    if text in ("", "uniform"):
+        return np.full(len(classes), 1 / len(classes))
+    if text in names:
+        return np.eye(len(classes))[names.index(text)]
+    try:
+        if ":" in text:
+            named = dict(part.split(":") for part in re.split(r"[,;\n]+", text) if part.strip())
+            shares = {name.strip(): float(share) for name, share in named.items()}
+            if not set(shares) <= set(names):
+                raise ValueError
+            numbers = [shares.get(name, 0.0) for name in names]
+        else:
+            numbers = [float(part) for part in re.split(r"[,;\s]+", text)]
+        if len(numbers) != len(classes) or min(numbers) < 0 or not np.isfinite(sum(numbers)) or sum(numbers) <= 0:
+            raise ValueError
+    except ValueError:
+        raise DiffLensError(
+            f'target "{text}" is not understood. Expected "uniform", one of the classes ({", ".join(classes)}), '
+            f'or {len(classes)} shares such as "{", ".join(["1"] * len(classes))}".'
+        ) from None
+    return np.asarray(numbers) / sum(numbers)
+
+
+def assign_targets(shares: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Class (int64) of pictures 0 .. count-1, stratified: every prefix is as close to `shares` as whole pictures allow.
+
+    Picture i goes to the class that lags most behind its share of the first i+1 pictures. Ties, and with them
+    the order within a round, are broken by `seed`. Depends on i and not on how the run is cut into batches.
+    """
+    shares = np.asarray(shares, dtype=np.float64)
+    order = np.random.default_rng(seed)
+    given = np.zeros(len(shares))
+    targets = np.empty(count, dtype=np.int64)
+    for i in range(count):
+        lag = shares * (i + 1) - given
+        ties = order.permutation(len(shares))
+        best = ties[np.argmax(np.round(lag[ties], 9))]
+        targets[i] = best
+        given[best] += 1
+    return targets
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The classes that the pictures of a run are asked to show: `shares` (K) of `classes`, dealt out by `seed`.
+
+    Picture i of the run is number first_image + i of the deal, so that a run can go on where another ended.
+    """
+
+    attribute: str
+    classes: tuple[str, ...]
+    shares: tuple[float, ...]
+    seed: int = 0
+    first_image: int = 0
+    _dealt: dict[int, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+
+    def first(self, count: int) -> np.ndarray:
+        """Class (int64) of the first `count` pictures of the run."""
+        needed = self.first_image + count
+        if needed not in self._dealt:
+            self._dealt[needed] = assign_targets(np.asarray(self.shares), needed, self.seed)
+        return self._dealt[needed][self.first_image :]
+
+    def of(self, images: Tensor) -> Tensor:
+        """Class (B, int64) of pictures `images` (B, their indices in the run, on the CPU)."""
+        return torch.from_numpy(self.first(int(images.max()) + 1))[images]
