@@ -43,9 +43,10 @@ class Modulated(nn.Module):
         super().__init__()
         self.norm = ops.GroupNorm(8, channels, **factory)
         self.modulation = ops.Linear(emb, 3 * channels, **factory)
-        # A closed gate at the start: every block begins as the identity (Peebles & Xie 2023, adaLN-Zero).
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        if ops is nn:  # a host's layers hold no weights before a file is loaded
+            # A closed gate at the start: every block begins as the identity (Peebles & Xie 2023, adaLN-Zero).
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
 
     def modulate(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
         scale, shift, gate = self.modulation(emb)[:, :, None, None].chunk(3, dim=1)

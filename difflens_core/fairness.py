@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+from torch import Tensor
 
 
 def fairness_discrepancy(probabilities: np.ndarray, target: np.ndarray) -> float:
@@ -97,6 +99,18 @@ def measure_fairness(
         fair_threshold(len(labels), len(classes)),
         None if assigned is None else float(np.mean(labels == assigned)),
     )
+
+
+def kept_attributes(before: Mapping[str, Tensor], after: Mapping[str, Tensor], steered: str) -> dict[str, float]:
+    """Share of pictures, paired by seed, that keep their class, for every attribute but the steered one.
+
+    before, after: class probabilities (n x K) of every attribute of the same n pictures without and with an edit.
+    """
+    return {
+        name: kept_share(before[name].argmax(1).numpy(), after[name].argmax(1).numpy())
+        for name in before
+        if name != steered
+    }
 
 
 def kept_share(before: np.ndarray, after: np.ndarray) -> float:

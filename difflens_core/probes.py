@@ -45,6 +45,11 @@ def check_labels(labels: Tensor, classes: tuple[str, ...], pictures: int, attrib
             f"{attribute}: got {len(labels)} labels for {pictures} captured pictures. "
             "Connect the images that the same capture node put out."
         )
+    if int(labels.max()) >= len(classes):
+        raise DiffLensError(
+            f"{attribute}: a label says class number {int(labels.max()) + 1}, but there are {len(classes)} classes. "
+            "These seem to be the labels of another attribute."
+        )
     counts = torch.bincount(labels, minlength=len(classes)).tolist()
     rare = [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < 4]
     if rare:
@@ -89,7 +94,7 @@ def fit_logistic(x: Tensor, labels: Tensor, classes: int, weight_decay: float) -
     x = (x - mean) / scale
     share = 1 / torch.bincount(labels, minlength=classes).clamp(min=1).float()
     with torch.inference_mode(False), torch.enable_grad():
-        x, share = x.clone(), share.clone()
+        x, share, labels = x.clone(), share.clone(), labels.clone()
         weight = torch.zeros(classes, x.shape[1], requires_grad=True)
         bias = torch.zeros(classes, requires_grad=True)
         optimiser = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")

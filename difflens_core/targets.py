@@ -46,18 +46,24 @@ def parse_target(text: str, classes: tuple[str, ...]) -> np.ndarray:
 def assign_targets(shares: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Class (int64) of pictures 0 .. count-1, stratified: every prefix is as close to `shares` as whole pictures allow.
 
-    Picture i goes to the class that lags most behind its share of the first i+1 pictures. Ties, and with them
-    the order within a round, are broken by `seed`. Depends on i and not on how the run is cut into batches.
+    Among the classes that lag enough behind their share of the first i+1 pictures, picture i goes to the one that
+    would fall too far behind soonest. No count of K classes then ever strays from its share by more than
+    1 - 1 / (2K - 2) pictures, the best that any deal can promise (Tijdeman 1980). Ties, and with them the order
+    within a round, are broken by `seed`. Depends on i and not on how the run is cut into batches.
     """
     shares = np.asarray(shares, dtype=np.float64)
+    classes = np.flatnonzero(shares)
+    shares = shares[classes]
+    margin = 1 / max(1, 2 * len(shares) - 2)
     order = np.random.default_rng(seed)
     given = np.zeros(len(shares))
     targets = np.empty(count, dtype=np.int64)
     for i in range(count):
         lag = shares * (i + 1) - given
+        time_left = np.where(lag > margin - 1e-9, (1 - margin - lag) / shares, np.inf)
         ties = order.permutation(len(shares))
-        best = ties[np.argmax(np.round(lag[ties], 9))]
-        targets[i] = best
+        best = ties[np.argmin(np.round(time_left[ties], 9))]
+        targets[i] = classes[best]
         given[best] += 1
     return targets
 

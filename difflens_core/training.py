@@ -47,10 +47,10 @@ class Quality:
 
 def training_rows(activations: Activations, sae: SparseAutoencoder, picks: Tensor) -> Tensor:
     """Normalised rows (len(picks) x C) of the flat (step, picture, position) indices `picks`."""
-    s, b, c, height, width = activations.values.shape
+    _, b, _, height, width = activations.values.shape
     positions = height * width
-    step = picks // (b * positions)
-    rows = activations.values.view(s * b, c, positions)[picks // positions, :, picks % positions].float()
+    step, picture = picks // (b * positions), picks // positions % b
+    rows = activations.values.flatten(3)[step, picture, :, picks % positions].float()
     return (rows - sae.normalisation.mean[step]) / sae.normalisation.scale[step, None]
 
 
@@ -127,7 +127,7 @@ def train_sae(
                 weights["decoder"].copy_(F.normalize(weights["decoder"], dim=1))
             idle.add_(1).masked_fill_(fired, 0)
             state["step"] = step + 1
-            on_step(step + 1, float(loss))
+            on_step(step + 1, loss.item())
             if (step + 1) % 200 == 0:
                 save()
     except BaseException:

@@ -1,0 +1,123 @@
+"""Does the method do what it says on the avatars? Fairness before and after steering, with controls.
+
+    python benchmarks/debias.py                    512 pictures per attribute
+    python benchmarks/debias.py --pictures 2048 --no-controls
+    python benchmarks/debias.py --json FILE        the same numbers for machines
+
+The seed is one on which no strength was tuned. All runs of an attribute start from the same noise, so that pictures
+are paired: `kept` is the share whose other attributes, background and clothes read as before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from difflens_core.classifier import load_classifier  # noqa: E402
+from difflens_core.denoiser import load_denoiser  # noqa: E402
+from difflens_core.fairness import kept_attributes, measure_fairness, pixel_change  # noqa: E402
+from difflens_core.recipes import load_recipe, with_settings  # noqa: E402
+from difflens_core.sampling import sample, start_noise  # noqa: E402
+from difflens_core.steering import Steering  # noqa: E402
+from difflens_core.targets import Targets, parse_target  # noqa: E402
+
+AVATARS = ROOT / "models" / "avatars"
+ATTRIBUTES = ("presentation", "age", "skin_tone")
+SEED = 90_001
+STEPS = 20
+BATCH = 64
+
+
+def run(model, count: int, recipe=None, target: str = "uniform", seed: int = SEED) -> tuple[torch.Tensor, Targets]:
+    """Pictures (n x H x W x 3 in [0, 1]) and the classes they were asked to show."""
+    targets = None
+    steerings = []
+    if recipe is not None:
+        shares = tuple(parse_target(target, recipe.classes))
+        targets = Targets(recipe.attribute, recipe.classes, shares, seed)
+        steerings = [Steering(recipe, targets.of)]
+    parts = [
+        sample(model, noise, STEPS, steerings, first_image=index * BATCH)[0]
+        for index, noise in enumerate(start_noise(count, seed).split(BATCH))
+    ]
+    return torch.cat(parts).movedim(1, -1) / 2 + 0.5, targets
+
+
+def outcome(classifier, before: torch.Tensor, after: torch.Tensor, attribute: str, targets: Targets | None) -> dict:
+    """Fairness of `after`, success, what was kept and how much the pictures changed."""
+    read_before, read_after = classifier.classify(before), classifier.classify(after)
+    classes = classifier.attributes[attribute]
+    report = measure_fairness(
+        read_after[attribute].numpy(),
+        parse_target("uniform", classes),
+        attribute,
+        classes,
+        targets.first(len(after)) if targets else None,
+    )
+    return asdict(report) | {
+        "kept": kept_attributes(read_before, read_after, attribute),
+        "pixel_change": pixel_change(before.numpy(), after.numpy()),
+    }
+
+
+def recipes_of(attribute: str, controls: bool) -> dict:
+    """The recipe of an attribute and its controls, by name."""
+    folder = AVATARS / "difflens_recipes"
+    recipe = load_recipe(folder / f"avatars_{attribute}.safetensors")
+    found = {"SAE recipe": recipe}
+    if controls:
+        found["random features"] = load_recipe(folder / "controls" / f"{attribute}_random.safetensors")
+        found["mean difference"] = load_recipe(folder / "controls" / f"{attribute}_mean_difference.safetensors")
+        found["strength 0"] = with_settings(recipe, strength=0.0)
+    return found
+
+
+def row(name: str, result: dict) -> str:
+    kept = result["kept"]
+    others = " ".join(f"{100 * kept[key]:5.1f}" for key in kept if key in ATTRIBUTES)
+    nuisance = f"{100 * kept['background']:5.1f} {100 * kept['clothes']:5.1f}"
+    success = "  -  " if result["success"] is None else f"{result['success']:.3f}"
+    low, high = result["fd_ci"]
+    fd = f"{result['fd']:.3f} [{low:.3f}, {high:.3f}] {result['fd_hard']:.3f}"
+    return f"{name:18s} {fd:28s}  {success}  {others:11s}  {nuisance}  {result['pixel_change']:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--no-controls", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
+    classifier = load_classifier(AVATARS / "difflens_classifiers" / "avatars.safetensors")
+    began = time.time()
+    before, _ = run(model, options.pictures)
+    results: dict[str, dict] = {}
+    print(f"n = {options.pictures}, {STEPS} steps, seed {SEED}; kept and others in %")
+    for attribute in ATTRIBUTES:
+        others = [name for name in ATTRIBUTES if name != attribute]
+        kept = f"{' '.join(others)} background clothes"
+        print(f"\n{attribute:18s} FD [95 % interval] hard        success  {kept}  change")
+        results[attribute] = {"before": outcome(classifier, before, before, attribute, None)}
+        print(row("before", results[attribute]["before"]), flush=True)
+        for name, recipe in recipes_of(attribute, not options.no_controls).items():
+            after, targets = run(model, options.pictures, recipe)
+            results[attribute][name] = outcome(classifier, before, after, attribute, targets)
+            results[attribute][name]["identical"] = bool(torch.equal(before, after))
+            print(row(name, results[attribute][name]), flush=True)
+    print(f"\n{time.time() - began:.0f} seconds")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Edits to compare a recipe with: what would happen without choosing features, or without an SAE."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .activations import Activations
+from .files import DiffLensError
+from .recipes import Recipe
+from .sae import SparseAutoencoder
+
+
+def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor) -> Recipe:
+    """The recipe with the class means of the raw activations in place of its latents' levels: no SAE at all.
+
+    labels: B, the class of every captured picture. Mode, strengths and probes stay, so that only what is added
+    differs. Its "latents" are the site's channels: encoder and decoder are the identity.
+    """
+    channels = torch.eye(recipe.width)
+    levels = []
+    for values, progress in zip(activations.values, activations.progress, strict=True):
+        rows = recipe.normalisation.apply(values, recipe.normalisation.step_at(float(progress)))
+        levels.append(torch.stack([rows[labels == c].mean(dim=0).T for c in range(len(recipe.classes))]))
+    return replace(
+        recipe,
+        features=torch.arange(recipe.width),
+        encoder=channels,
+        bias=torch.zeros(recipe.width),
+        threshold=torch.full((recipe.width,), -1e9),
+        decoder=channels,
+        member=torch.ones(len(recipe.classes), recipe.width, dtype=torch.bool),
+        levels=torch.stack(levels).half(),
+        info={"control": "mean difference of the raw activations"},
+    )
+
+
+def random_features(recipe: Recipe, sae: SparseAutoencoder, seed: int) -> Recipe:
+    """The recipe with its decoder rows replaced by as many of other latents, drawn at random.
+
+    The amounts stay, scaled at every step so that the edit has the norm of the recipe's own edit.
+    """
+    others = torch.ones(sae.latents, dtype=torch.bool)
+    others[recipe.features] = False
+    candidates = others.nonzero().flatten()
+    count = len(recipe.features)
+    if len(candidates) < count:
+        raise DiffLensError(f"random control: {count} other latents are needed, the SAE has {len(candidates)}.")
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
+    features = candidates[order[:count]]
+    decoder = sae.decoder[features]
+    ratio = edit_norm(recipe.levels, recipe.decoder) / edit_norm(recipe.levels, decoder).clamp(min=1e-12)
+    return replace(
+        recipe,
+        features=features,
+        encoder=sae.encoder[features],
+        bias=sae.encoder_bias[features],
+        decoder=decoder,
+        levels=(recipe.levels.float() * ratio[:, None, None, None]).half(),
+        info={"control": "random latents of the same count and edit norm", "seed": seed},
+    )
+
+
+def edit_norm(levels: Tensor, decoder: Tensor) -> Tensor:
+    """Root mean square, over classes, of the decoded difference from the mean class at each step (S).
+
+    levels: S x K x F x P; decoder: F x C.
+    """
+    centred = levels.float() - levels.float().mean(dim=1, keepdim=True)
+    return torch.stack([torch.einsum("kfp,fc->kpc", step, decoder).square().mean().sqrt() for step in centred])

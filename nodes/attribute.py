@@ -1,0 +1,152 @@
+"""Nodes that find the features of an attribute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..difflens_core.activations import Activations as CapturedActivations
+from ..difflens_core.attribution import METHODS, Attribution, attribute_features
+from ..difflens_core.files import DiffLensError
+from ..difflens_core.plots import bar_chart, line_chart
+from ..difflens_core.probes import Probes, train_probes
+from ..difflens_core.recipes import build_recipe
+from ..difflens_core.sae import SparseAutoencoder
+from . import host
+from .sockets import CATEGORY, SAE, Activations, Labels, LabelsSocket, ProbesSocket, RecipeSocket
+
+CHARTED = 10  # features of every class in the bar chart
+
+
+class TrainProbes(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffLensTrainProbes",
+            display_name="Train Probes",
+            category=CATEGORY,
+            description="Trains, for every sampling step, a linear probe that tells from the model's inside which "
+            "class the picture will show.",
+            inputs=[
+                Activations.Input("activations", tooltip="From Capture Activations."),
+                SAE.Input("sae", tooltip="An SAE of the same model and site."),
+                LabelsSocket.Input("labels", tooltip="From Classify Images, on the images that the capture put out."),
+            ],
+            outputs=[
+                ProbesSocket.Output(display_name="probes", tooltip="One probe a step, for Attribute Features."),
+                io.Image.Output(
+                    display_name="accuracy",
+                    tooltip="Balanced accuracy of every step's probe on held-out pictures: how early the class is "
+                    "decided. Also drawn on the node.",
+                ),
+                io.String.Output(display_name="summary", tooltip="The accuracy in words."),
+            ],
+        )
+
+    @classmethod
+    @host.clear_errors
+    def execute(cls, activations: CapturedActivations, sae: SparseAutoencoder, labels: Labels) -> io.NodeOutput:
+        check_sae(sae, activations)
+        report = host.progress_bar(len(activations.progress))
+        probes = train_probes(activations, sae, labels.indices, labels.attribute, labels.classes, on_step=report)
+        points = list(zip(activations.progress.tolist(), probes.accuracy.tolist(), strict=True))
+        image = host.to_image(
+            line_chart(
+                f"{labels.attribute}: what the probes know", {"accuracy": points}, "progress of sampling",
+                "balanced accuracy on held-out pictures",
+            )
+        )  # fmt: skip
+        best = max(points, key=lambda point: point[1])
+        text = (
+            f"{labels.attribute}: balanced accuracy {points[0][1]:.1%} at the first step, {points[-1][1]:.1%} at the "
+            f"last, best {best[1]:.1%} at {best[0]:.0%} of the sampling (chance {1 / len(labels.classes):.1%})"
+        )
+        return host.drawn(cls, image, probes, image, text, text=text)
+
+
+class AttributeFeatures(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffLensAttribute",
+            display_name="Attribute Features",
+            category=CATEGORY,
+            description="Ranks the SAE's latents by how much they carry each class of an attribute, and makes a "
+            "recipe of the best.",
+            search_aliases=["integrated gradients", "bias features"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the activations come from; its mark goes into the "
+                               "recipe."),
+                Activations.Input("activations", tooltip="From Capture Activations."),
+                SAE.Input("sae", tooltip="An SAE of the same model and site."),
+                ProbesSocket.Input("probes", tooltip="From Train Probes."),
+                LabelsSocket.Input("labels", tooltip="The labels that the probes were trained on."),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default=METHODS[0],
+                    tooltip="contrastive: how much more a class uses a latent than the others do, and how much that "
+                    "moves the probe. integrated gradients: what a latent adds to the probe's certainty.",
+                ),
+                io.Int.Input(
+                    "features_per_class", default=60, min=1, max=4096, tooltip="Best latents of each class to keep."
+                ),
+            ],
+            outputs=[
+                RecipeSocket.Output(display_name="recipe", tooltip="The best latents with all that Steer needs."),
+                io.Image.Output(
+                    display_name="chart", tooltip=f"The {CHARTED} best of each class, also drawn on the node."
+                ),
+                io.String.Output(display_name="table", tooltip="The ranking as text, one latent of each class a line."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    @host.clear_errors
+    def execute(
+        cls, model: Any, activations: CapturedActivations, sae: SparseAutoencoder, probes: Probes, labels: Labels,
+        method: str, features_per_class: int,
+    ) -> io.NodeOutput:  # fmt: skip
+        check_sae(sae, activations)
+        if (labels.attribute, labels.classes) != (probes.attribute, probes.classes):
+            raise DiffLensError(
+                f"the labels are of {labels.attribute}, the probes were trained on {probes.attribute}. "
+                "Connect the labels that Train Probes got."
+            )
+        host.site_width(model, activations.site)
+        report = host.progress_bar(len(activations.progress))
+        found = attribute_features(activations, sae, probes, labels.indices, method, on_step=report)
+        recipe = build_recipe(found, sae, probes, activations, features_per_class, host.model_fingerprint(model))
+        image = host.to_image(ranking_chart(found))
+        text = ranking_table(found, features_per_class)
+        return host.drawn(cls, image, recipe, image, text, text=text)
+
+
+def check_sae(sae: SparseAutoencoder, activations: CapturedActivations) -> None:
+    """Raise `DiffLensError` if the SAE was trained on another site or width than the activations'."""
+    if (sae.site, sae.width) != (activations.site, activations.width):
+        raise DiffLensError(
+            f"the SAE was trained on {sae.site} ({sae.width} wide), the activations are of {activations.site} "
+            f"({activations.width} wide). Use an SAE of the same model and site."
+        )
+
+
+def ranking_chart(found: Attribution):
+    """Bar chart of the best latents of every class (H x W x 3, uint8)."""
+    top = found.top(min(CHARTED, found.scores.shape[1]))
+    groups = {
+        name: {f"#{latent}": float(found.scores[c, latent]) for latent in top[c].tolist()}
+        for c, name in enumerate(found.classes)
+    }
+    return bar_chart(f"{found.attribute}: features of each class ({found.method})", groups, None, None)
+
+
+def ranking_table(found: Attribution, count: int) -> str:
+    """The `count` best latents of every class, a rank a line."""
+    columns = [f"{name:>20}" for name in found.classes]
+    lines = [f"{found.attribute}, by {found.method}", "rank" + "".join(columns)]
+    for rank, latents in enumerate(found.top(count).T.tolist()):
+        cells = [f"#{latent} {float(found.scores[c, latent]):.4g}" for c, latent in enumerate(latents)]
+        lines.append(f"{rank + 1:4}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)

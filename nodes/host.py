@@ -1,0 +1,413 @@
+"""Everything the nodes need of ComfyUI itself; no other file of the pack touches its internals."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.supported_models_base
+import comfy.utils
+import folder_paths
+import latent_preview
+import numpy as np
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from comfy_api.latest import io, ui
+from PIL import Image
+from torch import Tensor, nn
+
+from ..difflens_core.activations import Activations, find_site
+from ..difflens_core.denoiser import Denoiser, DenoiserConfig, fingerprint, load_denoiser_weights
+from ..difflens_core.files import DiffLensError
+
+log = logging.getLogger("difflens")
+SAMPLERS = comfy.samplers.KSampler.SAMPLERS
+SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
+
+# --- files ---
+
+MODELS, SAES, CLASSIFIERS, RECIPES = "difflens_models", "difflens_saes", "difflens_classifiers", "difflens_recipes"
+SHIPPED = Path(__file__).resolve().parent.parent / "models" / "avatars"
+
+
+def register_folders() -> None:
+    """Make the pack's kinds of file known: the user's folder, then extra_model_paths.yaml's, then the shipped one."""
+    for kind in (MODELS, SAES, CLASSIFIERS, RECIPES):
+        extra, _ = folder_paths.folder_names_and_paths.get(kind, ([], set()))
+        user = str(Path(folder_paths.models_dir) / kind)
+        folder_paths.folder_names_and_paths[kind] = ([user, *extra, str(SHIPPED / kind)], {".safetensors"})
+
+
+def list_files(kind: str) -> list[str]:
+    return folder_paths.get_filename_list(kind)
+
+
+def find_file(kind: str, name: str) -> str:
+    """Path of a listed file. Raises `DiffLensError` if it is gone."""
+    try:
+        return folder_paths.get_full_path_or_raise(kind, name)
+    except FileNotFoundError:
+        folder = folder_paths.get_folder_paths(kind)[0]
+        raise DiffLensError(f"{name} was not found. Put it into {folder} or choose another file.") from None
+
+
+def new_file(kind: str, name: str) -> tuple[Path, str]:
+    """Path in the user's folder for a file to be saved as `name`, and the name under which lists will show it.
+
+    `name` may lead into sub-folders, never out of the folder. A file of that name is replaced.
+    """
+    parts = re.split(r"[\\/]", name.strip().removesuffix(".safetensors"))
+    if not all(re.fullmatch(r"\w[\w .()+-]{0,99}(?<![ .])", part) for part in parts):
+        raise DiffLensError(
+            f"{name!r} cannot be a file name. Use letters, digits, spaces and _ - + . ( ), beginning with a letter "
+            "or digit; / puts the file into a sub-folder."
+        )
+    listed = Path(*parts[:-1], f"{parts[-1]}.safetensors")
+    return Path(folder_paths.get_folder_paths(kind)[0]) / listed, str(listed)
+
+
+def temporary_file(name: str) -> Path:
+    """Path in ComfyUI's temp folder, which it empties when it starts."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+register_folders()
+
+# --- errors, progress, pictures ---
+
+
+@contextmanager
+def named(node: str) -> Iterator[None]:
+    """Let the `DiffLensError`s raised inside begin with the node's name."""
+    try:
+        yield
+    except DiffLensError as error:
+        text = str(error).removeprefix(f"{node}: ")
+        raise DiffLensError(f"{node}: {text}") from error
+
+
+def clear_errors(execute: Callable) -> Callable:
+    """Decorator of a node's `execute`: errors begin with the node's display name."""
+
+    @functools.wraps(execute)
+    def wrapper(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
+        with named(cls.define_schema().display_name):
+            return execute(cls, *args, **kwargs)
+
+    return wrapper
+
+
+Preview = tuple[str, Image.Image, int]
+
+
+def progress_bar(total: int) -> Callable[[int, Preview | None], None]:
+    """A function to call with the work done so far and maybe a preview; it raises when the user has pressed Cancel."""
+    bar = comfy.utils.ProgressBar(total)
+
+    def report(done: int, preview: Preview | None = None) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total, preview)
+
+    return report
+
+
+def preview(picture: np.ndarray) -> Preview:
+    """A picture (H x W x 3, uint8) for `progress_bar`."""
+    return "JPEG", Image.fromarray(picture), max(picture.shape[:2])
+
+
+def to_image(picture: np.ndarray) -> Tensor:
+    """A picture (H x W x 3, uint8) as an IMAGE (1 x H x W x 3 in [0, 1])."""
+    return torch.from_numpy(picture).float().div(255)[None]
+
+
+def drawn(cls: type[io.ComfyNode], image: Tensor, *outputs: Any, text: str | None = None) -> io.NodeOutput:
+    """Outputs of a node that also draws `image` on itself; `text` joins it in the prompt's history."""
+    shown = ui.PreviewImage(image, cls=cls).as_dict()
+    if text is not None:
+        shown["text"] = (text,)
+    return io.NodeOutput(*outputs, ui=shown)
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """Lift ComfyUI's inference mode. Tensors that the autograd graph keeps must be cloned inside."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+# --- the unconditional model ---
+
+TIMESTEPS = 1000  # what ComfyUI's flow models multiply sigma by
+
+
+class HostedDenoiser(Denoiser):
+    """The denoiser as a ComfyUI diffusion model: it tells the velocity (x - x0) / sigma, as flow models do.
+
+    Runs DIFFUSION_MODEL wrappers and `middle_block_after_patch` patches as ComfyUI's own UNet does.
+    """
+
+    def __init__(self, device: Any = None, dtype: Any = None, operations: Any = nn, **sizes: int):
+        super().__init__(DenoiserConfig(**sizes), operations, device=device, dtype=dtype)
+
+    def forward(self, x, timesteps, context=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
+        """Velocity (like x) for x (B x 3 x size x size) at `timesteps` (B, 1000 sigma)."""
+        size = self.config.size
+        if x.shape[1:] != (3, size, size):
+            found = " x ".join(map(str, x.shape[1:]))
+            raise DiffLensError(
+                f"Load Unconditional Model: this model draws {size} x {size} pictures (latents 3 x {size} x {size}), "
+                f"got a latent of {found}. Set Empty Latent Image to {size} x {size}."
+            )
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
+        executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timesteps, context, control, transformer_options, **kwargs)
+
+    def _forward(self, x, timesteps, context, control, transformer_options, **kwargs):
+        sigma = timesteps / TIMESTEPS
+        h, emb = self.encode(x, sigma)
+        transformer_options["block"] = ("middle", 0)
+        h = self.middle_block(h, emb)
+        for patch in transformer_options.get("patches", {}).get("middle_block_after_patch", ()):
+            h = patch({
+                "h": h, "x": x, "emb": emb, "context": context, "y": None, "timesteps": timesteps,
+                "transformer_options": transformer_options,
+            })["h"]  # fmt: skip
+        return (x - self.decode(h, emb)) / sigma[:, None, None, None]
+
+
+class UnconditionalConfig(comfy.supported_models_base.BASE):
+    """Rectified flow on pixels: x_t = (1 - sigma) x0 + sigma noise, without a shift."""
+
+    unet_extra_config = {}
+    sampling_settings = {"shift": 1.0, "multiplier": TIMESTEPS}
+    latent_format = comfy.latent_formats.ChromaRadiance  # 3 channels, as large as the picture
+    supported_inference_dtypes = [torch.float32]
+    memory_usage_factor = 0.03
+
+
+def load_unconditional(path: str, disable_dynamic: bool = False) -> ModelPatcher:
+    """A denoiser file as a MODEL that stock samplers take. Raises `DiffLensError` if the file does not fit."""
+    sizes, weights = load_denoiser_weights(path)
+    config = UnconditionalConfig(asdict(sizes))
+    config.set_inference_dtype(torch.float32, None)
+    load_device = comfy.model_management.get_torch_device()
+    offload_device = comfy.model_management.unet_offload_device()
+    flow = comfy.model_base.ModelType.FLOW
+    model = comfy.model_base.BaseModel(config, flow, device=offload_device, unet_model=HostedDenoiser)
+    kind = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(model, load_device=load_device, offload_device=offload_device)
+    model.load_model_weights(weights, assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_unconditional, (path,))
+    return patcher
+
+
+def unconditional_conditioning() -> list:
+    """A CONDITIONING that says nothing. A tensor, because nodes that zero or join conditionings want one."""
+    return [[torch.zeros(1, 1, 1), {}]]
+
+
+def pixel_space_vae() -> comfy.sd.VAE:
+    """The VAE that only maps [-1, 1] to [0, 1] and back."""
+    return comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+
+
+def model_fingerprint(model: ModelPatcher) -> str:
+    """Tells the weights of a MODEL from others': all of a denoiser's, the first eight by name of larger models."""
+    module = model.model.diffusion_model
+    weights = module.state_dict()
+    chosen = sorted(weights) if isinstance(module, Denoiser) else sorted(weights)[:8]
+    return fingerprint({name: weights[name] for name in chosen})
+
+
+# --- reading and editing a site while ComfyUI samples ---
+
+Edit = Callable[[Tensor, float, Tensor], Tensor]
+
+
+def progress_of(model: ModelPatcher) -> Callable[[float], float]:
+    """A function from sigma to the share of timesteps behind it: 0 is pure noise, 1 the picture.
+
+    1 - sigma for flow models. A node that changes the model's sampling belongs before the one that calls this.
+    """
+    model_sampling = model.get_model_object("model_sampling")
+    first = float(model_sampling.timestep(torch.as_tensor(model_sampling.sigma_max)))
+
+    def progress(sigma: float) -> float:
+        share = 1 - float(model_sampling.timestep(torch.tensor(sigma))) / first
+        return min(1.0, max(0.0, round(share, 6)))
+
+    return progress
+
+
+def edit_rows(h: Tensor, options: dict, edit: Edit) -> Tensor:
+    """Let `edit(rows, sigma, images)` change the rows of h that follow the positive conditioning.
+
+    h holds a chunk of the latent batch for every entry of `cond_or_uncond` (0 is positive). Returns h itself if
+    every chunk comes back as it was. Reads one sigma, which on a GPU waits for the device once an evaluation.
+    """
+    if not isinstance(h, Tensor) or h.ndim != 4:
+        found = f"{h.ndim} dimensions" if isinstance(h, Tensor) else type(h).__name__
+        raise DiffLensError(f"the site's output is {found}, expected batch x channels x height x width.")
+    sigma = float(options["sigmas"][0])
+    chunks = h.chunk(len(options["cond_or_uncond"]))
+    edited = [
+        edit(chunk, sigma, torch.arange(len(chunk))) if kind == 0 else chunk
+        for chunk, kind in zip(chunks, options["cond_or_uncond"], strict=True)
+    ]
+    if all(new is old for new, old in zip(edited, chunks, strict=True)):
+        return h
+    return torch.cat(edited)
+
+
+class MiddleBlockPatch:
+    """Edit as a `middle_block_after_patch`: hooks on the mid block of ComfyUI's UNet never fire."""
+
+    def __init__(self, edit: Edit):
+        self.edit = edit
+
+    def __call__(self, args: dict) -> dict:
+        return {"h": edit_rows(args["h"], args["transformer_options"], self.edit)}
+
+
+class HookWrapper:
+    """Edit as a forward hook that lives for one evaluation of the diffusion model."""
+
+    def __init__(self, site: str, edit: Edit):
+        self.site, self.edit = site, edit
+
+    def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        # Architectures put transformer_options at different places; only it holds sigmas.
+        options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "sigmas" in a)
+        module = executor.class_obj.get_submodule(self.site)
+        handle = module.register_forward_hook(lambda _module, _inputs, h: edit_rows(h, options, self.edit))
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            handle.remove()
+
+
+MIDDLE_BLOCK = "middle_block"
+
+
+def site_width(model: ModelPatcher, site: str) -> int | None:
+    """Channels that `site` puts out, None if only running the model can tell.
+
+    Raises `DiffLensError` if the model has no such module, or one whose output cannot be reached.
+    """
+    network = model.model.diffusion_model
+    module = find_site(network, site)
+    if site == MIDDLE_BLOCK:
+        if isinstance(network, Denoiser):
+            return network.config.width
+        if isinstance(module, nn.Sequential):
+            module = module[-1]
+    elif isinstance(module, TimestepEmbedSequential) or type(module) is nn.ModuleList:
+        raise DiffLensError(
+            f"{site} only groups modules and is never run itself. Use the last module in it: {site}.{len(module) - 1}."
+        )
+    return getattr(module, "out_channels", None)
+
+
+def edit_site(model: ModelPatcher, site: str, edit: Edit) -> ModelPatcher:
+    """A clone of the model in which `edit(rows, sigma, images)` changes what `site` puts out."""
+    site_width(model, site)
+    clone = model.clone()
+    if site == MIDDLE_BLOCK:
+        clone.set_model_middle_block_after_patch(MiddleBlockPatch(edit))
+    else:
+        clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "difflens", HookWrapper(site, edit))
+    return clone
+
+
+def apply_site(model: ModelPatcher, site: str, fn: Edit) -> ModelPatcher:
+    """A clone of the model in which `fn(h, progress, images)` changes what `site` puts out.
+
+    h: B x C x H x W, rows of the positive conditioning only; progress: 0 to 1; images: B, places in the latent
+    batch. If fn gives h back, the result is bit-identical. Raises `DiffLensError` if the model lacks the site.
+    """
+    progress = progress_of(model)
+    return edit_site(model, site, lambda h, sigma, images: fn(h, progress(sigma), images))
+
+
+def capture(
+    model: ModelPatcher,
+    positive: list,
+    latent: dict,
+    pictures: int,
+    steps: int,
+    sampler_name: str,
+    scheduler: str,
+    seed: int,
+    site: str,
+) -> tuple[Activations, Tensor]:
+    """Sample `pictures` pictures (cfg 1) in batches as large as `latent`, keeping what `site` puts out at each step.
+
+    Returns the activations (fp16) and the finished latents. Picture k starts from the noise that a stock KSampler
+    draws for place k of a batch of `pictures`, so the batch size changes nothing (samplers that add noise on the
+    way excepted).
+    """
+    if not positive:
+        raise DiffLensError("the positive conditioning is empty. Connect one, such as Load Unconditional Model's.")
+    batch = len(latent["samples"])
+    if batch == 0:
+        raise DiffLensError("the latent image holds no picture. Set the batch size of Empty Latent Image to 1 or more.")
+    keys = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+    start = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *(latent.get(key) for key in keys))
+    start = comfy.utils.repeat_to_batch_size(start, pictures)
+    noise = comfy.sample.prepare_noise(start, seed)
+    schedule = comfy.samplers.KSampler(model, steps, "cpu", sampler_name, scheduler, model_options=model.model_options)
+    sigmas = schedule.sigmas[:-1]
+    values: list[Tensor] = []
+    kept: dict[int, set[int]] = {}
+
+    def keep(h: Tensor, sigma: float, images: Tensor) -> Tensor:
+        step = int((sigmas - sigma).abs().argmin())
+        if abs(float(sigmas[step]) - sigma) <= 1e-4 * sigma:
+            if not values:
+                values.append(torch.empty(len(sigmas), pictures, *h.shape[1:], dtype=torch.float16))
+            values[0][step, first : first + len(h)] = h.to("cpu", torch.float16)
+            kept.setdefault(first, set()).add(step)
+        return h
+
+    watched = edit_site(model, site, keep)
+    report = progress_bar(pictures * steps)
+    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def on_step(step: int, x0: Tensor, x: Tensor, total: int) -> None:
+        done = first * steps + len(x0) * (step + 1)
+        report(done, previewer and previewer.decode_latent_to_preview_image("JPEG", x0))
+
+    samples = []
+    for first in range(0, pictures, batch):
+        rows = slice(first, first + batch)
+        samples.append(
+            comfy.sample.sample(
+                watched, noise[rows], steps, 1.0, sampler_name, scheduler, positive, positive, start[rows],
+                callback=on_step, disable_pbar=True, seed=(seed + first) % 2**64,
+            )
+        )  # fmt: skip
+        if len(kept.get(first, ())) < len(sigmas):
+            raise DiffLensError(
+                f"{site} was read at {len(kept.get(first, ()))} of {len(sigmas)} steps: either sampler {sampler_name} "
+                "leaves the schedule or the model does not run this module. Use sampler euler and site middle_block."
+            )
+    progress = torch.tensor([*map(progress_of(model), sigmas.tolist())])
+    return Activations(values[0], progress, site), torch.cat(samples)

@@ -1,0 +1,150 @@
+"""Nodes that read files and write recipes."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..difflens_core.classifier import load_classifier
+from ..difflens_core.recipes import Recipe, load_recipe, save_recipe
+from ..difflens_core.sae import load_sae
+from . import host
+from .sockets import CATEGORY, SAE, Classifier, RecipeSocket
+
+
+class LoadModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffLensLoadModel",
+            display_name="Load Unconditional Model",
+            category=CATEGORY,
+            description="Loads a small diffusion model that draws without a prompt, such as the avatars, "
+            "with all that a KSampler needs.",
+            search_aliases=["avatars", "unconditional", "pixel space"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=host.list_files(host.MODELS),
+                    tooltip="A file in models/difflens_models, or the avatars that come with the pack.",
+                )
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model. Sample it at cfg 1: it has no prompt to be guided by."),
+                io.Conditioning.Output(
+                    display_name="unconditional",
+                    tooltip="A conditioning that says nothing, for both positive and negative.",
+                ),
+                io.Vae.Output(tooltip="Pixel space: turns the model's latents, which are pixels, into images."),
+            ],
+        )
+
+    @classmethod
+    @host.clear_errors
+    def execute(cls, model_name: str) -> io.NodeOutput:
+        model = host.load_unconditional(host.find_file(host.MODELS, model_name))
+        return io.NodeOutput(model, host.unconditional_conditioning(), host.pixel_space_vae())
+
+
+class LoadSAE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffLensLoadSAE",
+            display_name="Load SAE",
+            category=CATEGORY,
+            description="Loads a sparse autoencoder that was trained on a model's activations.",
+            search_aliases=["sparse autoencoder"],
+            inputs=[
+                io.Combo.Input(
+                    "sae_name",
+                    options=host.list_files(host.SAES),
+                    tooltip="A file in models/difflens_saes, or the one that comes with the pack.",
+                )
+            ],
+            outputs=[SAE.Output(display_name="sae", tooltip="The SAE, for Train Probes and Attribute Features.")],
+        )
+
+    @classmethod
+    @host.clear_errors
+    def execute(cls, sae_name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_sae(host.find_file(host.SAES, sae_name)))
+
+
+class LoadClassifier(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffLensLoadClassifier",
+            display_name="Load Attribute Classifier",
+            category=CATEGORY,
+            description="Loads a classifier that reads attributes off pictures. It tells what a picture looks like, "
+            "not what a person is.",
+            inputs=[
+                io.Combo.Input(
+                    "classifier_name",
+                    options=host.list_files(host.CLASSIFIERS),
+                    tooltip="A file in models/difflens_classifiers, or the one that comes with the pack.",
+                )
+            ],
+            outputs=[
+                Classifier.Output(
+                    display_name="classifier", tooltip="The classifier, for Classify Images and Fairness Report."
+                )
+            ],
+        )
+
+    @classmethod
+    @host.clear_errors
+    def execute(cls, classifier_name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_classifier(host.find_file(host.CLASSIFIERS, classifier_name)))
+
+
+class LoadRecipe(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffLensLoadRecipe",
+            display_name="Load Recipe",
+            category=CATEGORY,
+            description="Loads a recipe: the features that carry one attribute of one model, and how to steer by them.",
+            inputs=[
+                io.Combo.Input(
+                    "recipe_name",
+                    options=host.list_files(host.RECIPES),
+                    tooltip="A file in models/difflens_recipes, or one of those that come with the pack.",
+                )
+            ],
+            outputs=[RecipeSocket.Output(display_name="recipe", tooltip="The recipe, for Steer.")],
+        )
+
+    @classmethod
+    @host.clear_errors
+    def execute(cls, recipe_name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_recipe(host.find_file(host.RECIPES, recipe_name)))
+
+
+class SaveRecipe(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffLensSaveRecipe",
+            display_name="Save Recipe",
+            category=CATEGORY,
+            description="Saves a recipe into models/difflens_recipes, where Load Recipe finds it. "
+            "A recipe of the same name is replaced.",
+            inputs=[
+                RecipeSocket.Input("recipe", tooltip="A recipe from Attribute Features."),
+                io.String.Input(
+                    "name", default="my_recipe", tooltip="File name without ending; a / puts it into a sub-folder."
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="The name under which Load Recipe lists the file.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    @host.clear_errors
+    def execute(cls, recipe: Recipe, name: str) -> io.NodeOutput:
+        path, listed = host.new_file(host.RECIPES, name)
+        save_recipe(path, recipe)
+        return io.NodeOutput(listed)

@@ -1,0 +1,28 @@
+"""The types that travel between the nodes, and the socket of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from comfy_api.latest import io
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The class that a classifier sees in each picture. indices: n, int64, into `classes`."""
+
+    attribute: str
+    classes: tuple[str, ...]
+    indices: Tensor
+
+
+CATEGORY = "DiffLens"
+
+Activations = io.Custom("DIFFLENS_ACTIVATIONS")  # difflens_core.activations.Activations
+SAE = io.Custom("DIFFLENS_SAE")  # difflens_core.sae.SparseAutoencoder
+Classifier = io.Custom("DIFFLENS_CLASSIFIER")  # difflens_core.classifier.AttributeClassifier
+LabelsSocket = io.Custom("DIFFLENS_LABELS")  # Labels
+ProbesSocket = io.Custom("DIFFLENS_PROBES")  # difflens_core.probes.Probes
+RecipeSocket = io.Custom("DIFFLENS_RECIPE")  # difflens_core.recipes.Recipe
+TargetsSocket = io.Custom("DIFFLENS_TARGETS")  # difflens_core.targets.Targets

@@ -1,0 +1,135 @@
+"""The node that steers a model by a recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..difflens_core.files import DiffLensError
+from ..difflens_core.recipes import MODES, Recipe, with_settings
+from ..difflens_core.steering import Steering
+from ..difflens_core.targets import Targets, parse_target
+from . import host
+from .sockets import CATEGORY, RecipeSocket, TargetsSocket
+
+AS_RECIPE = "from recipe"
+
+
+class Steer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffLensSteer",
+            display_name="Steer",
+            category=CATEGORY,
+            description="Gives every picture of a run a class to show, in the shares you ask for, and steers the "
+            "model there while it samples. Goes between the model and any sampler; several can be chained.",
+            search_aliases=["debias", "fairness"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the recipe was made on."),
+                RecipeSocket.Input("recipe", tooltip="From Load Recipe or Attribute Features."),
+                io.String.Input(
+                    "target",
+                    default="uniform",
+                    tooltip='The mix to draw: "uniform", the name of one class, shares in the order of the classes '
+                    '("0.7, 0.3"), or named shares ("young: 1, senior: 3").',
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Multiplies the recipe's own strength. 0 leaves the pictures exactly as they are.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=[AS_RECIPE, *MODES],
+                    default=AS_RECIPE,
+                    tooltip="How the features are changed. shift: from the class a picture heads for to the asked one; "
+                    "add: towards the asked class, always; move: to the asked class's level, never beyond; scale: "
+                    "multiply the asked class's features.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Begin at this share of the sampling (narrows what the recipe says).",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="End at this share of the sampling (narrows what the recipe says).",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    tooltip="Which picture gets which class. Use another one in each of several chained Steers.",
+                ),
+                io.Int.Input(
+                    "first_image",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    advanced=True,
+                    tooltip="Number of the batch's first picture, to go on where another batch ended.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The steered model. The model that came in stays as it was."),
+                TargetsSocket.Output(
+                    display_name="targets",
+                    tooltip="The class that each picture is asked to show, for Fairness Report.",
+                ),
+            ],
+        )
+
+    @classmethod
+    @host.clear_errors
+    def execute(
+        cls, model: Any, recipe: Recipe, target: str, strength: float, mode: str, start_percent: float,
+        end_percent: float, seed: int, first_image: int,
+    ) -> io.NodeOutput:  # fmt: skip
+        check_model(model, recipe)
+        if start_percent > end_percent:
+            raise DiffLensError(f"start_percent ({start_percent:g}) lies after end_percent ({end_percent:g}).")
+        recipe = with_settings(
+            recipe,
+            strength=tuple(strength * s for s in recipe.strength),
+            mode=recipe.mode if mode == AS_RECIPE else mode,
+            start=max(recipe.start, start_percent),
+            end=min(recipe.end, end_percent),
+        )
+        shares = tuple(parse_target(target, recipe.classes).tolist())
+        targets = Targets(recipe.attribute, recipe.classes, shares, seed, first_image)
+        steering, name = Steering(recipe, targets.of), cls.define_schema().display_name
+
+        def edit(h: Tensor, progress: float, images: Tensor) -> Tensor:
+            with host.named(name):
+                return steering(h, progress, images)
+
+        return io.NodeOutput(host.apply_site(model, recipe.site, edit), targets)
+
+
+def check_model(model: Any, recipe: Recipe) -> None:
+    """Raise `DiffLensError` if the recipe cannot fit the model; warn in the log if it was made on other weights."""
+    width = host.site_width(model, recipe.site)
+    if width not in (None, recipe.width):
+        raise DiffLensError(
+            f"the recipe for {recipe.attribute} was made on {recipe.site} with {recipe.width} channels, this model's "
+            f"has {width}. Use a recipe made on this model."
+        )
+    if recipe.model and recipe.model != host.model_fingerprint(model):
+        host.log.warning(
+            "Steer: the recipe for %s was made on other weights than this model's; it may steer badly.",
+            recipe.attribute,
+        )

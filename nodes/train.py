@@ -1,0 +1,115 @@
+"""The node that trains a sparse autoencoder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from hashlib import sha256
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from ..difflens_core.activations import Activations as CapturedActivations
+from ..difflens_core.files import DiffLensError
+from ..difflens_core.plots import line_chart
+from ..difflens_core.sae import save_sae
+from ..difflens_core.training import TrainingOptions, measure_sae, train_sae
+from . import host
+from .sockets import CATEGORY, SAE, Activations
+
+CHART_EVERY = 50  # steps
+
+
+class TrainSAE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffLensTrainSAE",
+            display_name="Train SAE",
+            category=CATEGORY,
+            description="Trains a sparse autoencoder that explains every activation by a few active latents. "
+            "Cancel keeps the work: the same queue goes on from there.",
+            search_aliases=["sparse autoencoder"],
+            inputs=[
+                Activations.Input(
+                    "activations",
+                    tooltip="From Capture Activations; more pictures make a better SAE. The last eighth of the "
+                    "pictures is kept out of training, to measure the result.",
+                ),
+                io.Int.Input(
+                    "latents", default=1024, min=2, max=65536, tooltip="Size of the dictionary: how many latents."
+                ),
+                io.Int.Input("k", default=32, min=1, max=1024, tooltip="Active latents at a position."),
+                io.Int.Input("steps", default=1500, min=1, max=1000000, tooltip="Training steps."),
+                io.Int.Input("batch_size", default=2048, min=1, max=65536, tooltip="Positions in a training step."),
+                io.Float.Input(
+                    "learning_rate", default=0.001, min=1e-6, max=1.0, step=1e-5, tooltip="Peak learning rate of Adam."
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**31 - 1, tooltip="Seed of the first weights and of the batches."
+                ),
+                io.String.Input(
+                    "save_as",
+                    default="",
+                    tooltip="Name of a file in models/difflens_saes; a file of that name is replaced. "
+                    "Empty: not saved.",
+                ),
+            ],
+            outputs=[
+                SAE.Output(display_name="sae", tooltip="The trained SAE."),
+                io.Image.Output(display_name="loss", tooltip="The loss curve, also drawn on the node."),
+                io.String.Output(
+                    display_name="quality",
+                    tooltip="On the pictures kept out of training: FVU (share of the variance not explained, 0 is "
+                    "best), L0 (active latents at a position), dead (share of latents that never fired).",
+                ),
+            ],
+        )
+
+    @classmethod
+    @host.clear_errors
+    def execute(
+        cls, activations: CapturedActivations, latents: int, k: int, steps: int, batch_size: int, learning_rate: float,
+        seed: int, save_as: str,
+    ) -> io.NodeOutput:  # fmt: skip
+        if activations.pictures < 2:
+            raise DiffLensError("got one picture, expected at least 2, one to train on and one to measure by.")
+        path = host.new_file(host.SAES, save_as)[0] if save_as.strip() else None
+        held = max(1, activations.pictures // 8)
+        parts = activations.values.tensor_split([activations.pictures - held], dim=1)
+        train, held_out = (replace(activations, values=part) for part in parts)
+        options = TrainingOptions(latents, k, steps, batch_size, learning_rate, seed=seed)
+        checkpoint = host.temporary_file(f"difflens_sae_{digest(options, activations)}.pt")
+        report, curve = host.progress_bar(steps), []
+
+        def on_step(step: int, loss: float) -> None:
+            if step % CHART_EVERY == 0 or step in (1, steps):
+                curve.append((step, loss))
+            charted = step % CHART_EVERY == 0
+            report(step, host.preview(loss_chart(curve)) if charted else None)
+
+        with host.training():
+            sae = train_sae(train, options, on_step, checkpoint)
+        quality = measure_sae(sae, held_out)
+        sae = replace(sae, info={**sae.info, "held_out": asdict(quality)})
+        if path:
+            save_sae(path, sae)
+        checkpoint.unlink(missing_ok=True)
+        text = (
+            f"FVU {quality.fvu:.3f}, L0 {quality.l0:.1f}, dead latents {quality.dead:.1%} "
+            f"(on {held} of {activations.pictures} pictures, kept out of training)"
+        )
+        image = host.to_image(loss_chart(curve))
+        return host.drawn(cls, image, sae, image, text, text=text)
+
+
+def loss_chart(curve: list[tuple[float, float]]) -> np.ndarray:
+    return line_chart("Training the SAE", {"loss": curve}, "step", "loss (share of variance not explained)")
+
+
+def digest(options: TrainingOptions, activations: CapturedActivations) -> str:
+    """Twelve hex digits that tell one training run from another."""
+    found = sha256(f"{options}{activations.site}{activations.values.shape}".encode())
+    for step in activations.values:
+        found.update(step.contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()[:12]

@@ -1,0 +1,239 @@
+"""See a diffusion model's bias found, turned down and measured, in a real ComfyUI.
+
+    python scripts/demo.py                 writes pictures, charts and report.json into demo_output/
+    python scripts/demo.py --open          and leaves ComfyUI running, with the workflows ready to click
+    python scripts/demo.py --pictures 512  measures on more pictures (default 128)
+
+Standard library only. The first run makes an environment and obtains ComfyUI (some minutes, a few GB in .cache).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+import sys
+import time
+import webbrowser
+from pathlib import Path
+
+from environment import REPOSITORY, HostError, cache_folder, ensure_comfyui, ensure_environment
+from host import Server
+
+WORKFLOWS = REPOSITORY / "workflows"
+OUTPUT = REPOSITORY / "demo_output"
+ATTRIBUTES = ("presentation", "age", "skin_tone")
+SMALLEST_RUN = 128
+CONTROLS = {  # name: (recipe file, strength)
+    "random features": ("controls/{}_random.safetensors", 1.0),
+    "mean difference": ("controls/{}_mean_difference.safetensors", 1.0),
+    "strength 0": ("avatars_{}.safetensors", 0.0),
+}
+DRAWN = {  # node: what its picture is called in the output folder
+    "DiffLensTrainSAE": "training",
+    "DiffLensTrainProbes": "probes",
+    "DiffLensAttribute": "features",
+    "DiffLensCompare": "before_after",
+    "DiffLensReport": "chart",
+}
+
+
+class Display:
+    """Progress of the runs: one line, rewritten in place on a terminal; else a line when a run is done."""
+
+    def __init__(self, runs: int) -> None:
+        self.runs, self.number, self.tty = runs, 0, sys.stdout.isatty()
+
+    def start(self, title: str, prompt: dict) -> None:
+        self.number, self.title, self.prompt, self.began = self.number + 1, title, prompt, time.monotonic()
+        self.line("")
+
+    def update(self, nodes: dict) -> None:
+        """Called with ComfyUI's progress by node id."""
+        for node_id, node in nodes.items():
+            if node["state"] == "running" and self.tty:
+                item = self.prompt[node_id]
+                name = item.get("_meta", {}).get("title") or item["class_type"].removeprefix("DiffLens")
+                count = f" {node['value']:.0f}/{node['max']:.0f}" if node["max"] > 1 else ""
+                self.line(f"{name}{count}")
+
+    def finish(self) -> None:
+        self.line("done", end="\n")
+
+    def line(self, text: str, end: str = "") -> None:
+        if self.tty or end:
+            start, clear = ("\r", "\x1b[K") if self.tty else ("", "")
+            seconds = time.monotonic() - self.began
+            line = f"  {self.number:2}/{self.runs} {self.title:32} {seconds:4.0f} s  {text}"
+            print(start + line[: shutil.get_terminal_size().columns - 1] + clear, end=end, flush=True)
+
+
+def load_workflow(name: str) -> dict:
+    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def find(prompt: dict, class_type: str, **inputs: object) -> str:
+    """Id of the one node of that type with those inputs."""
+    (found,) = [
+        node_id
+        for node_id, node in prompt.items()
+        if node["class_type"] == class_type and inputs.items() <= node["inputs"].items()
+    ]
+    return found
+
+
+def for_recipe(workflow: dict, attribute: str, recipe: str, strength: float, pictures: int) -> dict:
+    """Workflow 01 for another recipe, strength and number of pictures; the unsteered part stays the same."""
+    prompt = copy.deepcopy(workflow)
+    changes = {
+        "EmptyLatentImage": {"batch_size": pictures},
+        "DiffLensLoadRecipe": {"recipe_name": recipe},
+        "DiffLensSteer": {"strength": strength},
+        "DiffLensReport": {"attribute": attribute},
+        "DiffLensCompare": {"columns": 16},
+    }
+    for class_type, inputs in changes.items():
+        prompt[find(prompt, class_type)]["inputs"] |= inputs
+    return prompt
+
+
+def run(server: Server, display: Display, title: str, prompt: dict) -> dict:
+    """Queue a graph, show its progress and return what its nodes put out, by node id."""
+    display.start(title, prompt)
+    entry = server.run(prompt, timeout=3600, on_progress=display.update)
+    display.finish()
+    return entry["outputs"]
+
+
+def read_report(prompt: dict, outputs: dict) -> dict:
+    """The numbers of the Fairness Report node."""
+    source = [find(prompt, "DiffLensReport"), 1]
+    return json.loads(outputs[find(prompt, "PreviewAny", source=source)]["text"][0])
+
+
+def save_pictures(server: Server, prompt: dict, outputs: dict, name: str) -> None:
+    """Write what the nodes of a run drew into the output folder."""
+    for class_type, what in DRAWN.items():
+        for node_id, node in prompt.items():
+            if node["class_type"] == class_type:
+                picture = server.get_image(outputs[node_id]["images"][0])
+                (OUTPUT / f"{name}_{what}.png").write_bytes(picture)
+
+
+def summary(report: dict) -> dict:
+    """A report as report.json holds it."""
+    after = report["after"]
+    return {
+        "n": report["n"],
+        "fd_before": report["before"]["fd"],
+        "fd_after": after["fd"],
+        "fd_after_ci": after["fd_ci"],
+        "success": after["success"],
+        "kept": report["kept"],
+    }
+
+
+def table(title: str, results: dict[str, dict]) -> str:
+    """Results as lines of text."""
+    watched = (*ATTRIBUTES, "background", "clothes")
+    lines = ["", f"{title:30} FD before  FD after [95 % interval]  success  kept: " + "  ".join(watched)]
+    for name, result in results.items():
+        low, high = result["fd_after_ci"]
+        after = f"{result['fd_after']:.3f} [{low:.3f}, {high:.3f}]"
+        kept = [
+            f"{result['kept'][other]:.0%}".rjust(len(other)) if other in result["kept"] else "-".rjust(len(other))
+            for other in watched
+        ]
+        row = f"{name:30} {result['fd_before']:9.3f}  {after:24}  {result['success']:7.1%}"
+        lines.append(f"{row}        {'  '.join(kept)}")
+    return "\n".join(lines)
+
+
+def demo(server: Server, pictures: int) -> None:
+    """Run everything, print the table and write the output folder."""
+    began = time.monotonic()
+    display = Display(1 + len(ATTRIBUTES) * (1 + len(CONTROLS)))
+    whole_way = load_workflow("02_find_the_bias_features")
+    outputs = run(server, display, "find the bias features", whole_way)
+    save_pictures(server, whole_way, outputs, "found")
+    found = summary(read_report(whole_way, outputs))
+
+    workflow = load_workflow("01_debias_the_avatars")
+    attributes, controls = {}, {}
+    for attribute in ATTRIBUTES:
+        prompt = for_recipe(workflow, attribute, f"avatars_{attribute}.safetensors", 1.0, pictures)
+        outputs = run(server, display, attribute, prompt)
+        save_pictures(server, prompt, outputs, attribute)
+        attributes[attribute] = summary(read_report(prompt, outputs))
+    for attribute in ATTRIBUTES:
+        for control, (recipe, strength) in CONTROLS.items():
+            prompt = for_recipe(workflow, attribute, recipe.format(attribute), strength, pictures)
+            name = f"{attribute} {control}"
+            controls[name] = summary(read_report(prompt, run(server, display, name, prompt)))
+    seconds = round(time.monotonic() - began, 1)
+
+    report = {"attributes": attributes, "controls": controls, "seconds": seconds}
+    (OUTPUT / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(table(f"Shipped recipes, n = {pictures}", attributes))
+    print(table("Controls, the same pictures", controls))
+    print(table(f"Found just now, n = {found['n']}", {"presentation": found}))
+    print("\nFD: distance from a fair mix, 0 is fair. success: shows the class it was asked for.")
+    print(f"kept: share of pictures whose other attributes stayed the same.\n{seconds:.0f} s. See {OUTPUT}")
+
+
+def leave_open(server: Server) -> None:
+    """Show ComfyUI in the browser until Ctrl+C; the workflows stand in its sidebar and among its templates."""
+    print(f"\nComfyUI runs at {server.url} until you press Ctrl+C here.")
+    print("The workflows are in the sidebar under Workflows, and under Templates.", flush=True)
+    webbrowser.open(server.url)
+    try:
+        while True:
+            time.sleep(1)
+    except KeyboardInterrupt:
+        print("\nComfyUI is stopped.")
+
+
+def copy_workflows(base: Path) -> None:
+    """Put the workflows where ComfyUI's sidebar lists the user's own."""
+    folder = base / "user" / "default" / "workflows"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in WORKFLOWS.glob("*.json"):
+        shutil.copy(path, folder)
+
+
+def picture_count(text: str) -> int:
+    """A number of pictures from the command line."""
+    if not text.isdigit() or int(text) < SMALLEST_RUN:
+        raise argparse.ArgumentTypeError(f"expected a number of at least {SMALLEST_RUN}, got {text!r}")
+    return int(text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=picture_count, default=SMALLEST_RUN, help="pictures per attribute")
+    parser.add_argument("--open", action="store_true", help="leave ComfyUI running and open it in the browser")
+    options = parser.parse_args()
+    try:
+        print("Preparing (the first time takes some minutes)", flush=True)
+        ensure_environment()
+        ensure_comfyui()
+        OUTPUT.mkdir(exist_ok=True)
+        base = cache_folder() / "comfyui-user" if options.open else None
+        print("Starting ComfyUI", flush=True)
+        with Server(base=base) as server:
+            demo(server, options.pictures)
+            if options.open:
+                copy_workflows(server.base)
+                leave_open(server)
+    except HostError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,411 @@
+"""Write the workflows: each is described once here and becomes two files.
+
+    python scripts/make_workflows.py               write workflows/*.json and workflows/api/*.json
+    python scripts/make_workflows.py --thumbnails  run them as well and write workflows/*.jpg (needs Pillow)
+
+`<name>.json` opens in ComfyUI; `api/<name_with_underscores>.json` is what `/prompt` takes. A real server is asked
+for the order of every node's inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from environment import REPOSITORY
+from host import Server
+
+FOLDER = REPOSITORY / "workflows"
+AFTER_SEED = "fixed"  # value of the widget "control after generate", which ComfyUI puts below a seed
+
+# Pixels on ComfyUI's canvas.
+WIDTH, TITLE, SLOT, WIDGET, PADDING = 320, 30, 22, 26, 20
+GAP, GROUP_GAP, GROUP_TITLE = 60, 60, 60
+# Type: (width, height beyond its slots and widgets). The large ones draw a picture or text on themselves.
+SIZES = {
+    "MarkdownNote": (400, 540),
+    "DiffLensCompare": (760, 560),
+    "DiffLensTrainSAE": (460, 300),
+    "DiffLensTrainProbes": (460, 300),
+    "DiffLensAttribute": (460, 300),
+    "DiffLensReport": (520, 340),
+    "PreviewAny": (520, 260),
+    "SaveImage": (460, 260),
+}
+MULTILINE = 80  # extra height of a text box
+COLOURS = ("#3f789e", "#8A8", "#a1309b", "#b58b2a", "#88A", "#b06634")
+
+
+@dataclass(frozen=True)
+class Link:
+    """An output of a node."""
+
+    node: Node
+    slot: int
+
+
+@dataclass
+class Node:
+    """A node of a graph: its inputs are values, or links from other nodes. `node[1]` is its second output."""
+
+    id: int
+    type: str
+    title: str | None
+    inputs: dict
+
+    def __getitem__(self, slot: int) -> Link:
+        return Link(self, slot)
+
+
+@dataclass
+class Graph:
+    """A workflow: named groups from left to right, each of columns, each of nodes from top to bottom."""
+
+    name: str
+    groups: list[tuple[str, list[list[Node]]]] = field(default_factory=list)
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [node for _, columns in self.groups for column in columns for node in column]
+
+    def group(self, title: str) -> None:
+        self.groups.append((title, [[]]))
+
+    def column(self) -> None:
+        self.groups[-1][1].append([])
+
+    def add(self, type: str, title: str | None = None, **inputs: object) -> Node:
+        node = Node(len(self.nodes) + 1, type, title, inputs)
+        self.groups[-1][1][-1].append(node)
+        return node
+
+    def note(self, text: str) -> None:
+        self.add("MarkdownNote", "Read me", text=text)
+
+
+# --- the three graphs ---
+
+
+def sampler(graph: Graph, title: str, model: Link, unconditional: Link, latent: Node, seed: int) -> Node:
+    """A stock KSampler as all graphs use it."""
+    return graph.add(
+        "KSampler", title, model=model, seed=seed, steps=20, cfg=1.0, sampler_name="euler", scheduler="simple",
+        positive=unconditional, negative=unconditional, latent_image=latent[0], denoise=1.0,
+    )  # fmt: skip
+
+
+def steer(graph: Graph, title: str, model: Link, recipe: Link, target: str = "uniform", strength: float = 1.0) -> Node:
+    return graph.add(
+        "DiffLensSteer", title, model=model, recipe=recipe, target=target, strength=strength, mode="from recipe",
+        start_percent=0.0, end_percent=1.0, seed=0, first_image=0,
+    )  # fmt: skip
+
+
+def measure(
+    graph: Graph, attribute: str, target: str, classifier: Link, pictures: list[Node], titles: list[str], columns: int,
+    targets: Link,
+) -> None:  # fmt: skip
+    """The last group: all pictures side by side, and the report on the first and the last batch."""
+    graph.group("Look and measure")
+    rows = {f"rows.row{i}": batch[0] for i, batch in enumerate(pictures)}
+    grid = graph.add("DiffLensCompare", None, **rows, titles="\n".join(titles), columns=columns)
+    graph.add("SaveImage", "Save the comparison", images=grid[0], filename_prefix="difflens/comparison")
+    graph.column()
+    report = graph.add(
+        "DiffLensReport", None, classifier=classifier, attribute=attribute, target=target,
+        before=pictures[0][0], after=pictures[-1][0], targets=targets,
+    )  # fmt: skip
+    graph.add("SaveImage", "Save the chart", images=report[2], filename_prefix="difflens/chart")
+    graph.column()
+    graph.add("PreviewAny", "The report in words", source=report[0])
+    graph.add("PreviewAny", "The report for machines (JSON)", source=report[1])
+
+
+def debias_the_avatars() -> Graph:
+    graph = Graph("01 debias the avatars")
+    graph.group("Start here")
+    graph.note(
+        "# Turn a bias down\n\n"
+        "The avatars are a small model that draws portraits. It learned from pictures of which four in five show "
+        "a masculine presentation, and draws the same.\n\n"
+        "Press **Run**. The same 16 portraits are drawn twice from the same noise: once as the model likes, once "
+        "with **Steer** in front of the sampler. Steer asks for a fair mix; portraits that already fit are left "
+        "alone.\n\n"
+        "**Compare Images** shows both, **Fairness Report** measures them. FD is the distance from a fair mix: "
+        "0 is perfect.\n\n"
+        "**Try next**\n"
+        "- another recipe and the same attribute in the report: age, skin_tone\n"
+        "- `target` in Steer and report: `feminine`, or shares such as `1, 3`\n"
+        "- another seed, the same in both samplers\n\n"
+        "An attribute is what a classifier sees in a picture, not what a person is."
+    )
+    graph.group("Model, recipe and classifier")
+    model = graph.add("DiffLensLoadModel", None, model_name="avatars.safetensors")
+    recipe = graph.add("DiffLensLoadRecipe", None, recipe_name="avatars_presentation.safetensors")
+    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors")
+    latent = graph.add("EmptyLatentImage", "How many pictures", width=64, height=64, batch_size=16)
+    graph.group("Draw the same pictures without and with steering")
+    steered = steer(graph, None, model[0], recipe[0])
+    graph.column()
+    before = sampler(graph, "Before: as the model likes", model[0], model[1], latent, 7)
+    after = sampler(graph, "After: steered", steered[0], model[1], latent, 7)
+    graph.column()
+    before = graph.add("VAEDecode", "Pictures before", samples=before[0], vae=model[2])
+    after = graph.add("VAEDecode", "Pictures after", samples=after[0], vae=model[2])
+    measure(graph, "presentation", "uniform", classifier[0], [before, after], ["Before", "After"], 8, steered[1])
+    return graph
+
+
+def find_the_bias_features() -> Graph:
+    graph = Graph("02 find the bias features")
+    graph.group("Start here")
+    graph.note(
+        "# From a model alone to a recipe\n\n"
+        "This is the whole way, a few minutes on two processor cores:\n\n"
+        "1. **Capture** draws 256 portraits and records what goes through the middle of the model.\n"
+        "2. **Train SAE** takes the records apart into 1024 features, few of them active at a time.\n"
+        "3. **Classify** reads each portrait; **Train Probes** learns to read the same from the record, step by "
+        "step.\n"
+        "4. **Attribute Features** ranks the features by how much they decide the attribute, and makes a "
+        "**recipe** of the best.\n"
+        "5. **Steer** uses the recipe on portraits from another seed, and the report measures the effect.\n\n"
+        "The recipe is saved and then appears in Load Recipe.\n\n"
+        "**Try next**\n"
+        "- `attribute` in Classify Images and in the report: age, skin_tone\n"
+        "- a name in `save_as` of Train SAE keeps the SAE\n"
+        "- more pictures and more steps: a better SAE"
+    )
+    graph.group("1 Draw and record")
+    model = graph.add("DiffLensLoadModel", None, model_name="avatars.safetensors")
+    batch = graph.add("EmptyLatentImage", "Pictures in a batch", width=64, height=64, batch_size=32)
+    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors")
+    graph.column()
+    captured = graph.add(
+        "DiffLensCapture", None, model=model[0], positive=model[1], latent_image=batch[0], vae=model[2],
+        pictures=256, steps=20, sampler_name="euler", scheduler="simple", seed=0, site="middle_block",
+    )  # fmt: skip
+    labels = graph.add("DiffLensClassify", None, images=captured[1], classifier=classifier[0], attribute="presentation")
+    graph.group("2 Learn the features")
+    sae = graph.add(
+        "DiffLensTrainSAE", None, activations=captured[0], latents=1024, k=32, steps=1500, batch_size=2048,
+        learning_rate=0.001, seed=0, save_as="",
+    )  # fmt: skip
+    graph.add("PreviewAny", "Quality of the SAE", source=sae[2])
+    graph.group("3 Find those that decide the attribute")
+    probes = graph.add("DiffLensTrainProbes", None, activations=captured[0], sae=sae[0], labels=labels[0])
+    graph.add("PreviewAny", "Accuracy of the probes", source=probes[2])
+    graph.column()
+    found = graph.add(
+        "DiffLensAttribute", None, model=model[0], activations=captured[0], sae=sae[0], probes=probes[0],
+        labels=labels[0], method="contrastive", features_per_class=60,
+    )  # fmt: skip
+    graph.add("PreviewAny", "Ranking", source=found[2])
+    graph.group("4 Steer other pictures by them")
+    graph.add("DiffLensSaveRecipe", None, recipe=found[0], name="my_presentation")
+    steered = steer(graph, None, model[0], found[0])
+    graph.column()
+    before = sampler(graph, "Before: as the model likes", model[0], model[1], batch, 7)
+    after = sampler(graph, "After: steered", steered[0], model[1], batch, 7)
+    graph.column()
+    before = graph.add("VAEDecode", "Pictures before", samples=before[0], vae=model[2])
+    after = graph.add("VAEDecode", "Pictures after", samples=after[0], vae=model[2])
+    measure(graph, "presentation", "uniform", classifier[0], [before, after], ["Before", "After"], 16, steered[1])
+    return graph
+
+
+def dose_response() -> Graph:
+    graph = Graph("03 dose response")
+    strengths = (0.0, 0.5, 1.0, 1.5, 2.0)
+    graph.group("Start here")
+    graph.note(
+        "# How much is enough?\n\n"
+        "The same eight portraits, drawn five times from the same noise. Each row asks for the age **senior** with "
+        "another strength of the same recipe, from 0 (no change at all) to 2.\n\n"
+        "Look down a column: one portrait ages while its background, clothes and the rest should stay.\n\n"
+        "The report compares the strongest row with strength 0. `success` is the share that shows what was asked "
+        "for; `kept` is the share that kept its other attributes.\n\n"
+        "**Try next**\n"
+        "- `target` in every Steer: `young`\n"
+        "- another recipe, with one of its classes as target\n"
+        "- `start_percent` 0.3 in Steer: later steps alone change less"
+    )
+    graph.group("Model, recipe and classifier")
+    model = graph.add("DiffLensLoadModel", None, model_name="avatars.safetensors")
+    recipe = graph.add("DiffLensLoadRecipe", None, recipe_name="avatars_age.safetensors")
+    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors")
+    latent = graph.add("EmptyLatentImage", "How many pictures", width=64, height=64, batch_size=8)
+    graph.group("One row for each strength")
+    names = [f"Strength {strength:g}" for strength in strengths]
+    steered = [
+        steer(graph, f"Steer, {name.lower()}", model[0], recipe[0], "senior", strength)
+        for name, strength in zip(names, strengths, strict=True)
+    ]
+    graph.column()
+    sampled = [sampler(graph, name, node[0], model[1], latent, 7) for name, node in zip(names, steered, strict=True)]
+    graph.column()
+    pictures = [graph.add("VAEDecode", None, samples=node[0], vae=model[2]) for node in sampled]
+    measure(graph, "age", "senior", classifier[0], pictures, names, 8, steered[-1][1])
+    return graph
+
+
+GRAPHS = (debias_the_avatars, find_the_bias_features, dose_response)
+
+
+# --- the two formats ---
+
+
+def to_api(graph: Graph) -> dict:
+    """The graph as `/prompt` takes it; notes are left out."""
+    return {
+        str(node.id): {
+            "class_type": node.type,
+            "inputs": {
+                name: [str(value.node.id), value.slot] if isinstance(value, Link) else value
+                for name, value in node.inputs.items()
+            },
+            **({"_meta": {"title": node.title}} if node.title else {}),
+        }
+        for node in graph.nodes
+        if node.type != "MarkdownNote"
+    }
+
+
+def declared_inputs(info: dict, node: Node) -> list[tuple[str, str, dict]]:
+    """(name, type, options) of the inputs in the order on the node; a growing input becomes its slots."""
+    found = []
+    for kind in ("required", "optional"):
+        for name in info["input_order"].get(kind, []):
+            declared = info["input"][kind][name]
+            type_, options = declared[0], declared[1] if len(declared) > 1 else {}
+            if type_ == "COMFY_AUTOGROW_V3":
+                (inner,) = options["template"]["input"]["required"].values()
+                used = [key for key in node.inputs if key.startswith(f"{name}.")]
+                found += [(key, inner[0], {}) for key in used]
+                found.append((f"{name}.{options['template']['prefix']}{len(used)}", inner[0], {}))
+            else:
+                found.append((name, "COMBO" if isinstance(type_, list) else type_, options))
+    unknown = set(node.inputs) - {name for name, _, _ in found}
+    if unknown:
+        raise SystemExit(f"{node.type} has no input {', '.join(sorted(unknown))}.")
+    return found
+
+
+def is_widget(type_: str, options: dict) -> bool:
+    return type_ in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO") and not options.get("forceInput")
+
+
+def to_ui(graph: Graph, object_info: dict) -> dict:
+    """The graph as ComfyUI opens it."""
+    nodes, links = [], []
+    for order, node in enumerate(graph.nodes):
+        item = {
+            "id": node.id, "type": node.type, "pos": [0, 0], "size": [0, 0], "flags": {}, "order": order, "mode": 0,
+            "inputs": [], "outputs": [], "properties": {"Node name for S&R": node.type}, "widgets_values": [],
+        }  # fmt: skip
+        if node.title:
+            item["title"] = node.title
+        width, extra = SIZES.get(node.type, (WIDTH, 0))
+        if node.type == "MarkdownNote":
+            item |= {"properties": {}, "color": "#432", "bgcolor": "#653", "widgets_values": [node.inputs["text"]]}
+        else:
+            info = object_info[node.type]
+            if info["python_module"].partition(".")[0] != "custom_nodes":
+                item["properties"]["cnr_id"] = "comfy-core"
+            for name, type_, options in declared_inputs(info, node):
+                value = node.inputs.get(name)
+                if is_widget(type_, options):
+                    item["widgets_values"].append(value)
+                    if options.get("control_after_generate", name in ("seed", "noise_seed")):
+                        item["widgets_values"].append(AFTER_SEED)
+                    extra += MULTILINE if options.get("multiline") else 0
+                    continue
+                link = None
+                if value is not None:
+                    link = len(links) + 1
+                    links.append([link, value.node.id, value.slot, node.id, len(item["inputs"]), type_])
+                item["inputs"].append({"name": name, "type": type_, "link": link})
+            for name, type_ in zip(info["output_name"], info["output"], strict=True):
+                item["outputs"].append({"name": name, "type": type_, "links": []})
+        slots = max(len(item["inputs"]), len(item["outputs"]))
+        item["size"] = [
+            width,
+            slots * SLOT + len(item["widgets_values"]) * WIDGET * (node.type != "MarkdownNote") + extra + PADDING,
+        ]
+        nodes.append(item)
+    by_id = {item["id"]: item for item in nodes}
+    for link, origin, slot, *_ in links:
+        by_id[origin]["outputs"][slot]["links"].append(link)
+    return {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, graph.name)), "revision": 0,
+        "last_node_id": len(nodes), "last_link_id": len(links), "nodes": nodes, "links": links,
+        "groups": place(graph, by_id), "config": {}, "extra": {}, "version": 0.4,
+    }  # fmt: skip
+
+
+def place(graph: Graph, items: dict[int, dict]) -> list[dict]:
+    """Set every node's position, in rows and columns within its group, and return the groups drawn around them."""
+    groups, x = [], 0
+    for number, (title, columns) in enumerate(graph.groups):
+        left = x
+        x += PADDING
+        rows = itertools.zip_longest(
+            *[[items[node.id]["size"][1] for node in column] for column in columns], fillvalue=0
+        )
+        heights = [max(row) + TITLE + PADDING for row in rows]
+        for column in columns:
+            for row, node in enumerate(column):
+                items[node.id]["pos"] = [x, GROUP_TITLE + TITLE + sum(heights[:row])]
+            x += max(items[node.id]["size"][0] for node in column) + GAP
+        x += PADDING - GAP
+        groups.append(
+            {
+                "id": number + 1,
+                "title": title,
+                "bounding": [left, 0, x - left, GROUP_TITLE + sum(heights)],
+                "color": COLOURS[number % len(COLOURS)],
+                "font_size": 24,
+                "flags": {},
+            }  # fmt: skip
+        )
+        x += GROUP_GAP
+    return groups
+
+
+def write(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def write_thumbnail(server: Server, graph: Graph) -> None:
+    """Run the graph and save its comparison, 512 pixels wide."""
+    from PIL import Image
+
+    saved = [ref for ref in server.images(server.run(to_api(graph))) if ref["type"] == "output"]
+    picture = Image.open(io.BytesIO(server.get_image(saved[0]))).convert("RGB")
+    picture.thumbnail((512, 512), Image.Resampling.LANCZOS)
+    picture.save(FOLDER / f"{graph.name}.jpg", quality=88)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--thumbnails", action="store_true", help="run the workflows and save their results as pictures"
+    )
+    options = parser.parse_args()
+    with Server() as server:
+        object_info = server.object_info()
+        for graph in (make() for make in GRAPHS):
+            write(FOLDER / f"{graph.name}.json", to_ui(graph, object_info))
+            write(FOLDER / "api" / f"{graph.name.replace(' ', '_')}.json", to_api(graph))
+            if options.thumbnails:
+                write_thumbnail(server, graph)
+            print(graph.name)
+
+
+if __name__ == "__main__":
+    main()

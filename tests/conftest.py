@@ -1,0 +1,83 @@
+"""Small random SAEs, captures, probes, recipes and denoisers for the unit tests, and where they find the code."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+# Only for this process: the host tests drive a server in another one, which finds the pack by itself.
+sys.path[:0] = [str(ROOT), str(ROOT / "models")]
+
+from difflens_core.activations import Activations  # noqa: E402
+from difflens_core.denoiser import Denoiser, DenoiserConfig  # noqa: E402
+from difflens_core.probes import Probes  # noqa: E402
+from difflens_core.recipes import Recipe  # noqa: E402
+from difflens_core.sae import Normalisation, SparseAutoencoder  # noqa: E402
+
+CLASSES = ("young", "adult", "senior")
+
+
+def random(seed: int):
+    """A function that draws normal tensors of a shape."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator)
+
+
+def progress(steps: int) -> torch.Tensor:
+    return torch.arange(steps) / steps
+
+
+def normalisation(steps: int = 3, width: int = 6, seed: int = 1) -> Normalisation:
+    draw = random(seed)
+    return Normalisation(progress(steps), draw(steps, width), 0.5 + draw(steps).abs())
+
+
+def activations(pictures: int = 12, steps: int = 3, width: int = 6, size: int = 2, seed: int = 2) -> Activations:
+    draw = random(seed)
+    values = draw(steps, pictures, width, size, size) * 1.5 + draw(steps, 1, width, 1, 1)
+    return Activations(values, progress(steps), "middle")
+
+
+def sae(latents: int = 20, k: int = 4, width: int = 6, steps: int = 3, seed: int = 3) -> SparseAutoencoder:
+    draw = random(seed)
+    encoder, decoder = draw(latents, width), F.normalize(draw(latents, width), dim=1)
+    biases = draw(latents) * 0.3, draw(width) * 0.3
+    return SparseAutoencoder(encoder, biases[0], decoder, biases[1], normalisation(steps, width), k, "middle")
+
+
+def probes(scale: float = 1.0, steps: int = 3, width: int = 6, seed: int = 4) -> Probes:
+    draw = random(seed)
+    weight, bias = draw(steps, len(CLASSES), width) * scale, draw(steps, len(CLASSES))
+    return Probes(weight, bias, progress(steps), torch.ones(steps), "age", CLASSES)
+
+
+def recipe(features: int = 5, steps: int = 3, width: int = 6, positions: int = 4, seed: int = 5, **settings) -> Recipe:
+    draw, k = random(seed), len(CLASSES)
+    return Recipe(
+        "age", CLASSES, "middle", "abc", torch.arange(features), draw(features, width), draw(features) * 0.3,
+        draw(features).abs() * 0.3, F.normalize(draw(features, width), dim=1), draw(k, features) > 0,
+        draw(steps, k, features, positions).abs().half(), draw(steps, k, width), draw(steps, k),
+        normalisation(steps, width), **{"strength": (1.0, 0.5, 2.0), **settings},
+    )  # fmt: skip
+
+
+def denoiser(seed: int = 6, **sizes) -> Denoiser:
+    """A tiny denoiser whose blocks all do something (a fresh one begins as the identity)."""
+    draw = random(seed)
+    model = Denoiser(DenoiserConfig(**{"size": 16, "width": 32, "outer_width": 16, "heads": 2, **sizes}))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(draw(*weight.shape) / max(1, weight[0].numel()) ** 0.5)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def toys() -> SimpleNamespace:
+    makers = (random, normalisation, activations, sae, probes, recipe, denoiser)
+    return SimpleNamespace(classes=CLASSES, **{maker.__name__: maker for maker in makers})

@@ -1,0 +1,25 @@
+"""A real ComfyUI with the pack in it, started once for all host tests."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from host import Server  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Started with an empty base folder; the models are those that the pack ships."""
+    with Server(base=tmp_path_factory.mktemp("comfyui")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def object_info(server: Server) -> dict:
+    return server.object_info()

@@ -1,0 +1,464 @@
+"""The pack in a real ComfyUI: nodes, help pages, the shipped workflows and their numbers, bad input and Cancel."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+import urllib.parse
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from host import PACK_NAME, HostError, Server
+from make_workflows import FOLDER, GRAPHS, Graph, Node, sampler, steer, to_api, to_ui
+from PIL import Image
+from safetensors.torch import load_file
+
+from difflens_core.denoiser import load_denoiser, save_denoiser
+from difflens_core.recipes import load_recipe, save_recipe
+
+AVATARS = FOLDER.parent / "models" / "avatars"
+NODES = (
+    "LoadModel", "LoadSAE", "LoadClassifier", "LoadRecipe", "SaveRecipe", "Capture", "TrainSAE", "Classify",
+    "TrainProbes", "Attribute", "Steer", "Report", "Compare",
+)  # fmt: skip
+NAMES = ("01 debias the avatars", "02 find the bias features", "03 dose response")
+
+
+def ui_file(name: str) -> dict:
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def api_file(name: str) -> dict:
+    return json.loads((FOLDER / "api" / f"{name.replace(' ', '_')}.json").read_text(encoding="utf-8"))
+
+
+def find(prompt: dict, class_type: str, **inputs: object) -> str:
+    """Id of the one node of that type with those inputs."""
+    (found,) = [i for i, n in prompt.items() if n["class_type"] == class_type and inputs.items() <= n["inputs"].items()]
+    return found
+
+
+def read_image(server: Server, entry: dict, node_id: str) -> np.ndarray:
+    (reference,) = entry["outputs"][node_id]["images"]
+    return np.asarray(Image.open(io.BytesIO(server.get_image(reference))).convert("RGB"))
+
+
+def read_report(prompt: dict, entry: dict) -> dict:
+    source = [find(prompt, "DiffLensReport"), 1]
+    return json.loads(entry["outputs"][find(prompt, "PreviewAny", source=source)]["text"][0])
+
+
+# --- what ComfyUI knows about the pack ---
+
+
+def test_exactly_our_nodes_are_registered(object_info):
+    assert {name for name in object_info if name.startswith("DiffLens")} == {f"DiffLens{name}" for name in NODES}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_every_node_explains_itself(server, object_info, name):
+    info = object_info[f"DiffLens{name}"]
+    assert info["python_module"] == f"custom_nodes.{PACK_NAME}"
+    assert info["description"] and info["category"] == "DiffLens" and info["display_name"] != info["name"]
+    for kind in ("required", "optional"):
+        for input_name, declared in info["input"].get(kind, {}).items():
+            assert declared[1].get("tooltip"), f"input {input_name} has no tooltip"
+    assert len(info["output_tooltips"]) == len(info["output"]) and all(info["output_tooltips"])
+    page = server.request(f"/extensions/{PACK_NAME}/docs/DiffLens{name}.md").decode()
+    assert info["display_name"] in page and len(page) > 200
+
+
+def test_the_shipped_files_are_listed(object_info):
+    for node, name, files in (
+        ("LoadModel", "model_name", ["avatars"]),
+        ("LoadSAE", "sae_name", ["avatars"]),
+        ("LoadClassifier", "classifier_name", ["avatars"]),
+        ("LoadRecipe", "recipe_name", ["avatars_presentation", "avatars_age", "avatars_skin_tone"]),
+    ):
+        options = object_info[f"DiffLens{node}"]["input"]["required"][name][1]["options"]
+        assert {f"{file}.safetensors" for file in files} <= set(options)
+
+
+def test_workflows_are_templates(server):
+    listed = json.loads(server.request("/workflow_templates"))[PACK_NAME]
+    assert sorted(listed) == list(NAMES)
+    for name in NAMES:
+        path = f"/api/workflow_templates/{PACK_NAME}/{urllib.parse.quote(name)}"
+        assert json.loads(server.request(f"{path}.json"))["nodes"]
+        thumbnail = Image.open(io.BytesIO(server.request(f"{path}.jpg")))
+        assert thumbnail.width == 512
+
+
+# --- the workflow files ---
+
+
+@pytest.mark.parametrize("make", GRAPHS)
+def test_files_are_what_their_description_makes(object_info, make):
+    graph = make()
+    assert ui_file(graph.name) == to_ui(graph, object_info)
+    assert api_file(graph.name) == to_api(graph)
+
+
+def widgets_of(info: dict, values: list) -> dict:
+    """Widget values of a node by name, in the order in which ComfyUI makes the widgets."""
+    found, values = {}, iter(values)
+    for kind in ("required", "optional"):
+        for name in info["input_order"].get(kind, []):
+            type_, options = info["input"][kind][name][0], (info["input"][kind][name][1:] or [{}])[0]
+            choices = type_ if isinstance(type_, list) else options.get("options")
+            if choices is None and type_ not in ("INT", "FLOAT", "STRING", "BOOLEAN"):
+                continue
+            found[name] = value = next(values)
+            assert choices is None or value in choices, name
+            if type_ in ("INT", "FLOAT"):
+                assert options["min"] <= value <= options["max"], name
+            if options.get("control_after_generate", name in ("seed", "noise_seed")):
+                assert next(values) in ("fixed", "increment", "decrement", "randomize"), name
+    assert next(values, None) is None
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_formats_hold_the_same_graph(object_info, name):
+    ui, api = ui_file(name), api_file(name)
+    nodes = {str(node["id"]): node for node in ui["nodes"] if node["type"] != "MarkdownNote"}
+    links = {link[0]: link for link in ui["links"]}
+    assert nodes.keys() == api.keys() and len(ui["nodes"]) == len(nodes) + 1
+    for node_id, node in nodes.items():
+        inputs = widgets_of(object_info[node["type"]], node["widgets_values"])
+        for slot, socket in enumerate(node["inputs"]):
+            if socket["link"] is not None:
+                _, origin, origin_slot, target, target_slot, type_ = links[socket["link"]]
+                assert (target, target_slot, type_) == (node["id"], slot, socket["type"])
+                out = nodes[str(origin)]["outputs"][origin_slot]
+                assert socket["link"] in out["links"] and out["type"] == type_ or type_ == "*"
+                inputs[socket["name"]] = [str(origin), origin_slot]
+        assert (node["type"], inputs) == (api[node_id]["class_type"], api[node_id]["inputs"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_do_not_overlap_and_links_lead_to_the_right(name):
+    ui = ui_file(name)
+    boxes = {n["id"]: (n["pos"][0], n["pos"][1] - 30, *np.add(n["pos"], n["size"])) for n in ui["nodes"]}
+    pairs = [(a, b) for a in boxes for b in boxes if a < b]
+    for a, b in pairs:
+        (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = boxes[a], boxes[b]
+        assert ax1 <= bx0 or bx1 <= ax0 or ay1 <= by0 or by1 <= ay0, (a, b)
+    for _, origin, _, target, *_ in ui["links"]:
+        assert boxes[origin][0] <= boxes[target][0]
+    for x0, y0, x1, y1 in boxes.values():
+        inside = [g for g in ui["groups"] if g["bounding"][0] <= x0 and x1 <= g["bounding"][0] + g["bounding"][2]]
+        assert len(inside) == 1 and y1 <= inside[0]["bounding"][3] and y0 >= 0
+
+
+# --- the workflows run ---
+
+
+@pytest.fixture(scope="session")
+def ran(server):
+    """Function that runs a shipped workflow, once in a session: (prompt, history entry)."""
+    done = {}
+
+    def run(name: str) -> tuple[dict, dict]:
+        if name not in done:
+            prompt = api_file(name)
+            done[name] = prompt, server.run(prompt, timeout=1200)
+        return done[name]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "columns", "lines"), [(NAMES[0], 16, 8, 4), (NAMES[1], 32, 16, 4), (NAMES[2], 8, 8, 5)]
+)
+def test_a_workflow_makes_its_pictures(server, ran, name, count, columns, lines):
+    prompt, entry = ran(name)
+    grid = read_image(server, entry, find(prompt, "SaveImage", images=[find(prompt, "DiffLensCompare"), 0]))
+    assert grid.shape[1] == columns * 134 + 6 and grid.shape[0] > lines * 134
+    chart = read_image(server, entry, find(prompt, "SaveImage", images=[find(prompt, "DiffLensReport"), 2]))
+    assert chart.shape == (440, 720, 3)
+    for node_id, output in entry["outputs"].items():
+        for _ in output.get("images", []):
+            assert read_image(server, entry, node_id).std() > 10, f"node {node_id} made an empty picture"
+    report = read_report(prompt, entry)
+    assert report["n"] == count and sum(report["before"]["shares"]) == pytest.approx(1)
+
+
+def test_debiasing_brings_the_mix_to_the_target(ran):
+    report = read_report(*ran(NAMES[0]))
+    assert report["before"]["fd"] > 0.2 and report["after"]["fd"] < 0.5 * report["before"]["fd"]
+    assert report["after"]["success"] >= 0.85
+    assert report["kept"]["background"] >= 0.8 and report["kept"]["clothes"] >= 0.8
+
+
+def test_features_found_from_scratch_steer(server, ran):
+    prompt, entry = ran(NAMES[1])
+    report = read_report(prompt, entry)
+    assert report["after"]["fd"] < 0.7 * report["before"]["fd"] and report["after"]["success"] >= 0.75
+    (quality,) = entry["outputs"][find(prompt, "PreviewAny", source=[find(prompt, "DiffLensTrainSAE"), 2])]["text"]
+    assert 0 < float(quality.split("FVU ")[1].split(",")[0]) < 0.5
+    recipes = server.object_info()["DiffLensLoadRecipe"]["input"]["required"]["recipe_name"][1]["options"]
+    assert "my_presentation.safetensors" in recipes
+
+
+def test_the_dose_counts(ran):
+    report = read_report(*ran(NAMES[2]))
+    assert report["after"]["success"] >= 0.85 > 0.5 > report["before"]["shares"][2]
+
+
+# --- small graphs of our own ---
+
+
+class Small(Graph):
+    """A graph with the avatars loaded."""
+
+    def __init__(self, pictures: int = 2, size: int = 64, model: str = "avatars", recipe: str = "avatars_age"):
+        super().__init__("small")
+        self.group("all")
+        self.model = self.add("DiffLensLoadModel", model_name=f"{model}.safetensors")
+        self.latent = self.add("EmptyLatentImage", width=size, height=size, batch_size=pictures)
+        self.recipe_name = f"{recipe}.safetensors"
+
+    def classifier(self) -> Node:
+        return self.add("DiffLensLoadClassifier", classifier_name="avatars.safetensors")
+
+    def sample(self, steered: bool = False, seed: int = 3, **settings: object) -> Node:
+        """A KSampler of four steps, behind a Steer if asked."""
+        model = self.model[0]
+        if steered:
+            recipe = self.add("DiffLensLoadRecipe", recipe_name=self.recipe_name)
+            node = steer(self, None, model, recipe[0])
+            node.inputs |= settings
+            model = node[0]
+        drawn = sampler(self, None, model, self.model[1], self.latent, seed)
+        drawn.inputs["steps"] = 4
+        return drawn
+
+    def pictures(self, drawn: Node) -> Node:
+        return self.add("VAEDecode", samples=drawn[0], vae=self.model[2])
+
+    def save(self, drawn: Node) -> Node:
+        return self.add("SaveLatent", samples=drawn[0], filename_prefix="latents/test")
+
+    def capture(self, **settings: object) -> Node:
+        inputs = {
+            "pictures": 4,
+            "steps": 3,
+            "sampler_name": "euler",
+            "scheduler": "simple",
+            "seed": 0,
+            "site": "middle_block",
+        }
+        return self.add(
+            "DiffLensCapture", model=self.model[0], positive=self.model[1], latent_image=self.latent[0],
+            vae=self.model[2], **{**inputs, **settings},
+        )  # fmt: skip
+
+    def train(self, captured: Node, steps: int, save_as: str = "") -> Node:
+        return self.add(
+            "DiffLensTrainSAE", activations=captured[0], latents=64, k=8, steps=steps, batch_size=64,
+            learning_rate=0.001, seed=0, save_as=save_as,
+        )  # fmt: skip
+
+    def report(self, before: Node, after: Node | None = None, attribute: str = "age", target: str = "uniform") -> Node:
+        more = {"after": after[0]} if after else {}
+        return self.add(
+            "DiffLensReport",
+            classifier=self.classifier()[0],
+            attribute=attribute,
+            target=target,
+            before=before[0],
+            **more,
+        )
+
+
+def latents(server: Server, entry: dict, node: Node) -> torch.Tensor:
+    (reference,) = entry["outputs"][str(node.id)]["latents"]
+    return load_file(server.output_dir / reference["subfolder"] / reference["filename"])["latent_tensor"]
+
+
+def test_strength_0_is_bit_identical_to_no_node(server):
+    graph = Small(pictures=3)
+    plain, zero, one = (graph.save(graph.sample(*how)) for how in ((), (True,), (True,)))
+    steers = [node for node in graph.nodes if node.type == "DiffLensSteer"]
+    steers[0].inputs["strength"] = 0.0
+    entry = server.run(to_api(graph))
+    plain, zero, one = (latents(server, entry, node) for node in (plain, zero, one))
+    assert plain.shape == (3, 3, 64, 64) and plain.std() > 0.1
+    assert torch.equal(plain, zero) and not torch.equal(plain, one)
+
+
+@pytest.fixture(scope="session")
+def bad_files(server):
+    """Files that do not fit, in the user's folders."""
+    models, recipes = (server.base / "models" / f"difflens_{kind}" for kind in ("models", "recipes"))
+    models.mkdir(parents=True, exist_ok=True)
+    recipes.mkdir(parents=True, exist_ok=True)
+    shipped = AVATARS / "difflens_recipes" / "avatars_age.safetensors"
+    (recipes / "cut_off.safetensors").write_bytes(shipped.read_bytes()[:10_000])
+    (recipes / "an_sae.safetensors").write_bytes((AVATARS / "difflens_saes" / "avatars.safetensors").read_bytes())
+    recipe = load_recipe(shipped)
+    save_recipe(recipes / "no_site.safetensors", replace(recipe, site="attic"))
+    save_recipe(recipes / "inner_site.safetensors", replace(recipe, site="middle_block.0.qkv"))
+    save_recipe(recipes / "flat_site.safetensors", replace(recipe, site="embed.0"))
+    save_recipe(recipes / "small_map.safetensors", replace(recipe, levels=recipe.levels[..., :16]))
+    narrow = {name: getattr(recipe, name)[..., :100] for name in ("encoder", "decoder", "probe_weight")}
+    normalisation = replace(recipe.normalisation, mean=recipe.normalisation.mean[:, :100])
+    save_recipe(recipes / "narrow.safetensors", replace(recipe, normalisation=normalisation, **narrow))
+    model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
+    model.position.data[0, 0] = torch.nan
+    save_denoiser(models / "nan.safetensors", model, {})
+
+
+def bad_recipe(name: str):
+    def make() -> Graph:
+        graph = Small(recipe=name)
+        graph.save(graph.sample(steered=True))
+        return graph
+
+    return make
+
+
+def bad_settings(**settings: object):
+    def make() -> Graph:
+        graph = Small()
+        graph.save(graph.sample(steered=True, **settings))
+        return graph
+
+    return make
+
+
+def bad_size() -> Graph:
+    graph = Small(size=128)
+    graph.save(graph.sample())
+    return graph
+
+
+def bad_weights() -> Graph:
+    graph = Small(model="nan")
+    graph.save(graph.sample())
+    return graph
+
+
+def bad_report(**settings: str):
+    def make() -> Graph:
+        graph = Small()
+        graph.report(graph.pictures(graph.sample()), **settings)
+        return graph
+
+    return make
+
+
+def unequal_report() -> Graph:
+    graph = Small()
+    before = graph.pictures(graph.sample())
+    after = graph.add("ImageFromBatch", image=before[0], batch_index=0, length=1)
+    graph.report(before, after)
+    return graph
+
+
+def bad_capture(**settings: object):
+    def make() -> Graph:
+        graph = Small()
+        captured = graph.capture(**settings)
+        graph.add("PreviewImage", images=captured[1])
+        return graph
+
+    return make
+
+
+def one_picture() -> Graph:
+    graph = Small()
+    graph.add("PreviewAny", source=graph.train(graph.capture(pictures=1), 10)[2])
+    return graph
+
+
+def bad_save(name: str):
+    def make() -> Graph:
+        graph = Small()
+        recipe = graph.add("DiffLensLoadRecipe", recipe_name=graph.recipe_name)
+        graph.add("DiffLensSaveRecipe", recipe=recipe[0], name=name)
+        return graph
+
+    return make
+
+
+BAD = {
+    "a file cut off": (bad_recipe("cut_off"), ("Load Recipe: cut_off.safetensors", "copy or download it again")),
+    "a file of another kind": (bad_recipe("an_sae"), ("Load Recipe: an_sae.safetensors", "expected a DiffLens recipe")),
+    "no such site": (bad_recipe("no_site"), ("Steer: ", "no module attic")),
+    "another width": (bad_recipe("narrow"), ("Steer: ", "100", "256")),
+    "another width inside": (bad_recipe("inner_site"), ("Steer: ", "768", "256")),
+    "no map at the site": (bad_recipe("flat_site"), ("Steer: ", "2 dimensions", "batch x channels")),
+    "another map": (bad_recipe("small_map"), ("Steer: ", "64 positions", "made on 16")),
+    "an unknown class": (bad_settings(target="old"), ("Steer: ", '"old" is not understood', "young, adult, senior")),
+    "an empty span": (bad_settings(start_percent=0.8, end_percent=0.2), ("Steer: ", "0.8", "0.2")),
+    "another picture size": (bad_size, ("64 x 64", "128")),
+    "NaN in the weights": (bad_weights, ("Load Unconditional Model: nan.safetensors", "NaN")),
+    "an unknown attribute": (bad_report(attribute="height"), ("Fairness Report: ", "'height'", "presentation, age")),
+    "an unknown target": (bad_report(target="1, 2"), ("Fairness Report: ", '"1, 2" is not understood')),
+    "unequal batches": (unequal_report, ("Fairness Report: ", "2 pictures", "1 pictures")),
+    "a capture without site": (bad_capture(site="cellar"), ("Capture Activations: ", "no module cellar")),
+    "too little to train on": (one_picture, ("Train SAE: ", "got one picture, expected at least 2")),
+    "a way out of the folder": (bad_save("../../escaped"), ("Save Recipe: ", "cannot be a file name")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gives_one_clear_sentence(server, bad_files, case):
+    make, phrases = BAD[case]
+    with pytest.raises(HostError) as caught:
+        server.run(to_api(make()))
+    message = str(caught.value)
+    assert "DiffLensError: " in message and all(phrase in message for phrase in phrases), message
+    assert "\n" not in message and "Traceback" not in message
+
+
+def test_the_model_is_unharmed_after_a_failed_run(server, bad_files):
+    """Runs after the failures above, and after one more in the middle of sampling."""
+    good = Small()
+    saved = good.save(good.sample(seed=11))
+    first = latents(server, server.run(to_api(good)), saved)
+    with pytest.raises(HostError):
+        server.run(to_api(bad_recipe("small_map")()))
+    server.request("/free", json.dumps({"free_memory": True}).encode())  # forget cached results, keep the model
+    assert torch.equal(first, latents(server, server.run(to_api(good)), saved))
+
+
+def cancel_in(server: Server, graph: Graph, node: Node) -> None:
+    """Queue the graph and cancel it once `node` reports progress."""
+    running = threading.Event()
+
+    def watch(nodes: dict) -> None:
+        state = nodes.get(str(node.id))
+        if state and state["state"] == "running" and 2 <= state["value"] < state["max"]:
+            running.set()
+
+    prompt_id = server.queue(to_api(graph))
+    canceller = threading.Thread(target=lambda: running.wait(120) and server.interrupt(prompt_id))
+    canceller.start()
+    with pytest.raises(HostError, match=f"interrupted in {node.type}"):
+        server.wait(prompt_id, timeout=180, on_progress=watch)
+    canceller.join()
+
+
+def test_cancel_in_the_middle_of_training_and_of_capture(server):
+    graph = Small()
+    sae = graph.train(graph.capture(), 1_000_000, save_as="never")
+    graph.add("PreviewAny", source=sae[2])
+    cancel_in(server, graph, sae)
+    assert not list(server.base.rglob("never*"))
+
+    graph = Small()
+    captured = graph.capture(pictures=2000, steps=20, seed=5)
+    graph.add("PreviewImage", images=captured[1])
+    cancel_in(server, graph, captured)
+
+    graph, began = Small(), time.monotonic()
+    saved = graph.save(graph.sample(seed=21))
+    assert latents(server, server.run(to_api(graph)), saved).std() > 0.1
+    assert time.monotonic() - began < 60

@@ -1,0 +1,137 @@
+"""Integrated Gradients against autograd on a dense SAE, and the sums and contrasts against loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+
+from difflens_core.attribution import (
+    METHODS,
+    attribute_features,
+    class_levels,
+    class_sum,
+    contrast,
+    integrated_gradients,
+    path_integral,
+)
+from difflens_core.files import DiffLensError
+from difflens_core.sae import Latents
+
+LABELS = torch.tensor([0, 1, 2, 2, 1, 0, 0, 1, 2, 0, 1, 2])
+
+
+def autograd_ig(latents: Latents, sae, probes, step: int, target: torch.Tensor, temperature: float) -> torch.Tensor:
+    """IG of every latent, B x P x N, by 300 Gauss points, dense matrices and autograd in float64."""
+    z = torch.zeros(*latents.indices.shape[:-1], sae.latents).scatter_add(-1, latents.indices, latents.values).double()
+    decoder, bias = sae.decoder.double(), sae.decoder_bias.double()
+    weight, offset = probes.weight[step].double(), probes.bias[step].double()
+    total = torch.zeros_like(z)
+    for node, share in zip(*np.polynomial.legendre.leggauss(300), strict=True):
+        point = ((node + 1) / 2 * z).requires_grad_()
+        logits = (point @ decoder + bias).mean(dim=1) @ weight.T + offset
+        (logits / temperature).softmax(dim=1).gather(1, target[:, None]).sum().backward()
+        total += point.grad * share / 2
+    return total * z
+
+
+@pytest.mark.parametrize(("scale", "temperature"), [(1.0, 1.0), (8.0, 1.0), (8.0, 3.0), (1.0, 0.2)])
+def test_exact_ig_equals_the_float64_autograd_integral(toys, scale, temperature):
+    sae, probes, target = toys.sae(), toys.probes(scale), LABELS[:6]
+    latents = sae.encode(toys.activations(pictures=6).values[1], 1)
+    found, error = integrated_gradients(latents, sae, probes, 1, target, temperature)
+    expected = autograd_ig(latents, sae, probes, 1, target, temperature)
+    assert float((found.double() - expected.gather(-1, latents.indices)).abs().max()) < 1e-6
+    assert float(error.max()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("scale", "temperature"), [(0.01, 1.0), (1.0, 0.01), (1.0, 1000.0), (30.0, 0.1), (300.0, 1.0), (300.0, 100.0)]
+)
+def test_ig_is_complete_at_extreme_logits_and_temperatures(toys, scale, temperature):
+    sae, probes = toys.sae(), toys.probes(scale)
+    latents = sae.encode(toys.activations().values[0], 0)
+    ig, error = integrated_gradients(latents, sae, probes, 0, LABELS, temperature)
+    decoded = torch.einsum("bpk,bpkc->bc", latents.values.double(), sae.decoder.double()[latents.indices]) / 4
+    start = sae.decoder_bias.double() @ probes.weight[0].double().T + probes.bias[0].double()
+    p = [(logits / temperature).softmax(-1) for logits in (start, start + decoded @ probes.weight[0].double().T)]
+    gain = p[1].gather(1, LABELS[:, None])[:, 0] - p[0][LABELS]
+    assert float((ig.double().sum(dim=(1, 2)) - gain).abs().max()) < 1e-5
+    assert float(error.max()) < 1e-5
+
+
+def test_ig_is_incomplete_if_a_latent_is_lost(toys):
+    sae, probes = toys.sae(), toys.probes()
+    latents = sae.encode(toys.activations().values[0], 0)
+    ig, error = integrated_gradients(latents, sae, probes, 0, LABELS)
+    assert float((ig[:, :, 1:].sum(dim=(1, 2)) - ig.sum(dim=(1, 2))).abs().max()) > 1e-3 > float(error.max())
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 400.0])
+def test_path_integral_equals_adaptive_quadrature(toys, size):
+    change = toys.random(0)(1, 3).double() * size
+    start, target = toys.random(1)(1, 3).double() - 0.4 * change, torch.tensor([1])
+
+    def integrand(a: float, k: int) -> float:
+        p = (start + a * change)[0].softmax(-1)
+        return float(p[1] * (float(k == 1) - p[k]))
+
+    expected = [quad(integrand, 0, 1, args=(k,), epsabs=1e-11, points=[0.4], limit=200)[0] for k in range(3)]
+    np.testing.assert_allclose(path_integral(start, change, target)[0].numpy(), expected, atol=1e-9)
+
+
+def test_class_sum_and_class_levels_equal_loops(toys):
+    latents = toys.sae().encode(toys.activations().values[0], 0)
+    sums, levels = torch.zeros(3, 20), torch.zeros(3, 20, 4)
+    for b, p, j in np.ndindex(12, 4, 4):
+        n, value = latents.indices[b, p, j], latents.values[b, p, j]
+        sums[LABELS[b], n] += value
+        levels[LABELS[b], n, p] += value / 4  # four pictures a class
+    torch.testing.assert_close(class_sum(latents.values, latents, LABELS, 3, 20), sums)
+    torch.testing.assert_close(class_levels(latents, LABELS, 3, 20), levels)
+
+
+def test_contrast_is_each_class_minus_the_mean_of_the_others(toys):
+    rows = toys.random(0)(3, 5)
+    expected = [rows[i] - (rows[(i + 1) % 3] + rows[(i + 2) % 3]) / 2 for i in range(3)]
+    torch.testing.assert_close(contrast(rows), torch.stack(expected))
+
+
+def test_ig_scores_are_the_mean_over_the_pictures_of_the_class_summed_over_steps(toys):
+    activations, sae, probes = toys.activations(), toys.sae(), toys.probes()
+    expected = torch.zeros(3, 20, dtype=torch.float64)
+    for s in range(3):
+        latents = sae.encode(activations.values[s], s)
+        ig = autograd_ig(latents, sae, probes, s, LABELS, 2.0).sum(dim=1)
+        for c in range(3):
+            expected[c] += ig[LABELS == c].mean(dim=0)
+    steps = []
+    found = attribute_features(activations, sae, probes, LABELS, METHODS[1], 2.0, steps.append)
+    torch.testing.assert_close(found.scores.double(), expected, atol=1e-6, rtol=0)
+    assert found.completeness < 1e-6 and steps == [1, 2, 3] and found.levels.shape == (3, 3, 20, 4)
+
+
+def test_contrastive_scores_multiply_probe_and_activity_contrasts(toys):
+    activations, sae, probes = toys.activations(), toys.sae(), toys.probes()
+    expected = torch.zeros(3, 20)
+    for s in range(3):
+        level = class_levels(sae.encode(activations.values[s], s), LABELS, 3, 20).mean(dim=2)
+        for c, n in np.ndindex(3, 20):
+            others = [i for i in range(3) if i != c]
+            read = [float(probes.weight[s, i] @ sae.decoder[n]) for i in range(3)]
+            weight = read[c] - sum(read[i] for i in others) / 2
+            expected[c, n] += weight * float(level[c, n] - level[others, n].mean())
+    found = attribute_features(activations, sae, probes, LABELS)
+    torch.testing.assert_close(found.scores, expected)
+    assert (found.top(5)[1] == expected[1].argsort(descending=True)[:5]).all()
+
+
+def test_what_cannot_be_attributed_is_refused(toys):
+    activations, sae, probes = toys.activations(), toys.sae(), toys.probes()
+    with pytest.raises(DiffLensError, match="'saliency' is unknown"):
+        attribute_features(activations, sae, probes, LABELS, "saliency")
+    with pytest.raises(DiffLensError, match="11 labels for 12"):
+        attribute_features(activations, sae, probes, LABELS[1:])
+    with pytest.raises(DiffLensError, match="top 21 of 20"):
+        attribute_features(activations, sae, probes, LABELS).top(21)

@@ -1,0 +1,93 @@
+"""The SAE's maths against loops and dense products."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from difflens_core.files import DiffLensError
+from difflens_core.sae import Latents, fit_normalisation, sparse_decode, top_k
+
+
+def dense(latents: Latents, size: int) -> torch.Tensor:
+    return torch.zeros(*latents.indices.shape[:-1], size).scatter_add(-1, latents.indices, latents.values)
+
+
+def test_encode_keeps_the_k_largest_positive_pre_activations(toys):
+    sae, h = toys.sae(), toys.activations(pictures=3).values[1]
+    latents, norm = sae.encode(h, 1), sae.normalisation
+    assert latents.values.shape == latents.indices.shape == (3, 4, 4)
+    for b in range(3):
+        for position in range(4):
+            x = (h[b, :, position // 2, position % 2].double() - norm.mean[1].double()) / norm.scale[1].double()
+            pre = [float(row.double() @ x + bias.double()) for row, bias in zip(sae.encoder, sae.encoder_bias)]  # noqa: B905
+            best = sorted(range(20), key=lambda n: -pre[n])[:4]
+            assert latents.indices[b, position].tolist() == best
+            assert latents.values[b, position].tolist() == pytest.approx([max(0, pre[n]) for n in best], abs=1e-5)
+
+
+def test_negative_pre_activations_count_as_inactive():
+    latents = top_k(torch.tensor([[-3.0, 2.0, -1.0]]), 2)
+    assert latents.values.tolist() == [[2.0, 0.0]]
+
+
+def test_sparse_decode_equals_the_dense_product_and_so_do_its_gradients(toys):
+    sae, h = toys.sae(), toys.activations(pictures=3).values[0]
+    found, latents = [], sae.encode(h, 0)
+    for decode in (
+        lambda z, d: sparse_decode(z, d),
+        lambda z, d: torch.einsum("bpn,nc->bpc", dense(z, 20), d),
+    ):
+        values, decoder = latents.values.clone().requires_grad_(), sae.decoder.clone().requires_grad_()
+        rows = decode(Latents(values, latents.indices), decoder)
+        (rows * torch.arange(rows.numel()).view_as(rows)).sum().backward()
+        found.append((rows, values.grad, decoder.grad))
+    for sparse, expected in zip(*found, strict=True):
+        torch.testing.assert_close(sparse, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_reconstruct_undoes_the_normalisation(toys):
+    sae, h = toys.sae(), toys.activations(pictures=3).values[2]
+    z = dense(sae.encode(h, 2), 20)
+    rows = (z @ sae.decoder + sae.decoder_bias) * sae.normalisation.scale[2] + sae.normalisation.mean[2]
+    expected = torch.stack([rows[:, p] for p in range(4)], dim=2).view(h.shape)
+    torch.testing.assert_close(sae.reconstruct(h, 2), expected)
+
+
+@pytest.mark.parametrize(("at", "row"), [(0.0, 0), (0.16, 0), (0.17, 1), (0.6, 2), (1.0, 2)])
+def test_a_sampling_step_uses_the_nearest_row(toys, at, row):
+    assert toys.normalisation().step_at(at) == row
+
+
+def test_fit_normalisation_is_the_mean_and_the_rms_distance_of_every_step(toys):
+    values = toys.activations(pictures=5).values
+    fitted = fit_normalisation(values, torch.tensor([0.0, 0.5, 0.9]))
+    for s in range(3):
+        rows = values[s].double().movedim(1, -1).reshape(-1, 6)
+        torch.testing.assert_close(fitted.mean[s].double(), rows.mean(dim=0), atol=1e-6, rtol=0)
+        assert float(fitted.scale[s]) == pytest.approx(float((rows - rows.mean(dim=0)).square().mean().sqrt()), abs=1e-5)
+
+
+def test_a_step_without_variation_gets_a_twentieth_of_the_largest_scale(toys):
+    values = torch.cat([torch.ones(1, 5, 6, 2, 2), toys.random(0)(1, 5, 6, 2, 2)])
+    fitted = fit_normalisation(values, torch.tensor([0.0, 0.5]))
+    assert float(fitted.scale[0]) == pytest.approx(float(fitted.scale[1]) / 20)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 123.4])
+def test_constant_activations_are_refused(value):
+    with pytest.raises(DiffLensError, match="nothing to train on"):
+        fit_normalisation(torch.full((2, 5, 3, 4, 4), value).half(), torch.tensor([0.0, 0.5]))
+
+
+def test_activations_of_another_width_are_refused(toys):
+    with pytest.raises(DiffLensError, match="width 7, expected 6"):
+        toys.sae().encode(torch.zeros(1, 7, 2, 2), 0)
+
+
+@pytest.mark.parametrize("change", [{"k": 0}, {"k": 21}, {"decoder": torch.ones(20, 5)}, {"encoder_bias": torch.ones(3)}])
+def test_an_sae_that_does_not_fit_together_is_refused(toys, change):
+    with pytest.raises(DiffLensError, match="SAE: .* expected"):
+        replace(toys.sae(), **change)
