@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .activations import Activations
 from .files import DiffLensError
 from .probes import Probes, check_labels
-from .sae import Latents, SparseAutoencoder, sparse_decode
+from .sae import Latents, SparseAutoencoder
 
 QUADRATURE_POINTS = 32
 # Logits that change by less than this (over the temperature) are integrated to float64 rounding by that many points.
@@ -71,23 +71,23 @@ def integrated_gradients(
     """Exact IG (Sundararajan et al. 2017) of the probe's softmax_target with respect to the active latents.
 
     The path runs from no latents at all to `latents` (values B x P x k). Because decoder and probe are linear, the
-    logits are linear along it, and IG_n = z_n <D_n, W^T v / P> with v from `path_integral`: no autograd.
+    logits are linear along it, and IG_n = z_n <D_n, W^T v / P> with v from `path_integral`: no autograd. In float64.
     Returns IG of the active latents (B x P x k) and the completeness error of every picture (B).
     """
-    positions = latents.values.shape[1]
-    decoded = sparse_decode(latents, sae.decoder)
-    start = F.linear(sae.decoder_bias, probes.weight[step], probes.bias[step]).expand(len(target), -1)
-    change = F.linear(decoded.mean(dim=1), probes.weight[step])
-    v = path_integral(start, change, target, temperature).float()
-    gradient = F.linear(v @ probes.weight[step], sae.decoder) / positions  # B x N
-    index = latents.indices.flatten(1)
-    ig = latents.values * gradient.gather(1, index).view_as(latents.values)
+    pictures, positions, _ = latents.values.shape
+    index, values = latents.indices.flatten(1), latents.values.flatten(1).double() / positions
+    weight = probes.weight[step].double()
+    read = sae.decoder.double() @ weight.T  # N x K, what a unit of each latent adds to the logits
+    start = (weight @ sae.decoder_bias.double() + probes.bias[step].double()).expand(pictures, -1)
+    change = values.new_zeros(pictures, sae.latents).scatter_add_(1, index, values) @ read
+    v = path_integral(start, change, target, temperature)
+    ig = (values * (v @ read.T).gather(1, index)).view(latents.values.shape)
 
     def probability(logits: Tensor) -> Tensor:
-        return (logits.double() / temperature).softmax(dim=-1).gather(1, target[:, None])[:, 0]
+        return (logits / temperature).softmax(dim=-1).gather(1, target[:, None])[:, 0]
 
     gain = probability(start + change) - probability(start)
-    return ig, (ig.double().sum(dim=(1, 2)) - gain).abs()
+    return ig.float(), (ig.sum(dim=(1, 2)) - gain).abs()
 
 
 def class_sum(rows: Tensor, latents: Latents, labels: Tensor, classes: int, size: int) -> Tensor:
@@ -97,15 +97,39 @@ def class_sum(rows: Tensor, latents: Latents, labels: Tensor, classes: int, size
     return total.index_add_(0, flat, rows.flatten()).view(classes, size)
 
 
-def class_levels(latents: Latents, labels: Tensor, classes: int, size: int) -> Tensor:
-    """Mean activity of every latent at every position in the pictures of each class: K x N x P."""
+def class_levels(latents: Latents, labels: Tensor, classes: int, size: int, weights: Tensor) -> Tensor:
+    """Weighted mean activity of every latent at every position in the pictures of each class: K x N x P.
+
+    weights: B, one a picture.
+    """
     positions = latents.values.shape[1]
     at = torch.arange(positions, device=labels.device)[None, :, None]
     flat = ((labels[:, None, None] * size + latents.indices) * positions + at).flatten()
     total = torch.zeros(classes * size * positions, device=labels.device)
-    total.index_add_(0, flat, latents.values.flatten())
-    counts = torch.bincount(labels, minlength=classes).clamp(min=1)
-    return total.view(classes, size, positions) / counts[:, None, None]
+    total.index_add_(0, flat, (latents.values * weights[:, None, None]).flatten())
+    sums = torch.zeros(classes, device=labels.device).index_add_(0, labels, weights).clamp(min=1e-12)
+    return total.view(classes, size, positions) / sums[:, None, None]
+
+
+def balancing_weights(labels: Tensor, others: Iterable[Tensor], rounds: int = 20, limit: float = 4.0) -> Tensor:
+    """Weights (B) under which every class of `labels` shows the same mix of each other attribute.
+
+    labels and each of `others`: B, int64. Without them a rare class lends its pictures' chance features to its
+    levels: if most of the seniors captured happen to be light-skinned, steering to senior would lighten the skin.
+    Raking (Deming & Stephan 1940): the weights are scaled to one attribute's overall shares after the other.
+    No picture weighs more than `limit` times the mean.
+    """
+    classes = int(labels.max()) + 1
+    weights = torch.ones(len(labels))
+    for _ in range(rounds):
+        for other in others:
+            cells = labels * (int(other.max()) + 1) + other
+            found = torch.zeros(classes * (int(other.max()) + 1)).index_add_(0, cells, weights).view(classes, -1)
+            overall = torch.bincount(other, minlength=found.shape[1]) / len(other)
+            wanted = found.sum(dim=1, keepdim=True) * overall
+            weights = weights * (wanted / found.clamp(min=1e-12)).flatten()[cells]
+            weights = weights.clamp(max=limit * float(weights.mean()))
+    return weights
 
 
 METHODS = ("contrastive", "integrated gradients")
@@ -118,6 +142,7 @@ def attribute_features(
     probes: Probes,
     labels: Tensor,
     method: str = "contrastive",
+    weights: Tensor | None = None,
     temperature: float = 1.0,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Attribution:
@@ -127,6 +152,7 @@ def attribute_features(
     method "contrastive": (probe weight of the class minus the others' mean, through the decoder) times (mean
     activity in the class minus in the others): it also ranks latents of a class that the probe already predicts
     without any latent, where IG from zero says nothing.
+    weights: B, how much each picture counts in its class's mean activity (`balancing_weights`); all alike if None.
     """
     if method not in METHODS:
         raise DiffLensError(f"attribution method {method!r} is unknown. Use one of: {', '.join(METHODS)}.")
@@ -134,13 +160,14 @@ def attribute_features(
     classes, size = len(probes.classes), sae.latents
     scores = torch.zeros(classes, size)
     counts = torch.bincount(labels, minlength=classes).float()
+    weights = torch.ones(len(labels)) if weights is None else weights
     levels, worst = [], 0.0
     for s, (values, progress) in enumerate(zip(activations.values, activations.progress, strict=True)):
         latents = sae.encode(values, sae.normalisation.step_at(float(progress)))
         step = probes.step_at(float(progress))
         ig, error = integrated_gradients(latents, sae, probes, step, labels, temperature)
         worst = max(worst, float(error.max()))
-        level = class_levels(latents, labels, classes, size)
+        level = class_levels(latents, labels, classes, size, weights)
         if method == "contrastive":
             scores += contrast(probes.weight[step] @ sae.decoder.T) * contrast(level.mean(dim=2))
         else:

@@ -56,7 +56,7 @@ def save_classifier(path: str | Path, model: AttributeClassifier, info: Mapping[
 
 def load_classifier(path: str | Path) -> AttributeClassifier:
     """Read a classifier that `save_classifier` wrote, in evaluation mode. Raises `DiffLensError` if it does not fit."""
-    tensors, info = load_tensors(path, "classifier")
+    tensors, info = load_tensors(path, "classifier", needs=["attributes", "size"])
     model = AttributeClassifier({name: tuple(classes) for name, classes in info["attributes"].items()}, info["size"])
     try:
         model.load_state_dict(tensors)

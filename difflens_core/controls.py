@@ -6,24 +6,29 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .activations import Activations
 from .files import DiffLensError
 from .recipes import Recipe
-from .sae import SparseAutoencoder
+from .sae import SparseAutoencoder, nearest_step
 
 
-def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor) -> Recipe:
+def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, weights: Tensor) -> Recipe:
     """The recipe with the class means of the raw activations in place of its latents' levels: no SAE at all.
 
-    labels: B, the class of every captured picture. Mode, strengths and probes stay, so that only what is added
-    differs. Its "latents" are the site's channels: encoder and decoder are the identity.
+    labels: B, the class of every captured picture; weights: B, how much it counts in its class's mean. Mode,
+    strengths and probes stay, so that only what is added differs. Its "latents" are the site's channels: encoder
+    and decoder are the identity.
     """
     channels = torch.eye(recipe.width)
+    shares = F.one_hot(labels, len(recipe.classes)).T * weights
+    shares = shares / shares.sum(dim=1, keepdim=True)
     levels = []
-    for values, progress in zip(activations.values, activations.progress, strict=True):
-        rows = recipe.normalisation.apply(values, recipe.normalisation.step_at(float(progress)))
-        levels.append(torch.stack([rows[labels == c].mean(dim=0).T for c in range(len(recipe.classes))]))
+    for row, progress in enumerate(recipe.normalisation.progress):
+        nearest = activations.values[nearest_step(activations.progress, float(progress))]
+        rows = recipe.normalisation.apply(nearest, row)
+        levels.append(torch.einsum("kb,bpc->kcp", shares, rows))
     return replace(
         recipe,
         features=torch.arange(recipe.width),

@@ -170,7 +170,7 @@ def save_denoiser(path: str | Path, model: Denoiser, info: Mapping[str, Any]) ->
 
 def load_denoiser_weights(path: str | Path) -> tuple[DenoiserConfig, dict[str, Tensor]]:
     """Sizes and fp32 weights of a file that `save_denoiser` wrote. Raises `DiffLensError` if it does not fit."""
-    tensors, info = load_tensors(path, "denoiser")
+    tensors, info = load_tensors(path, "denoiser", needs=["config"])
     config = DenoiserConfig(**info["config"])
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in Denoiser(config).state_dict().items()}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 METADATA_KEY = "difflens"
@@ -31,16 +31,18 @@ def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], inf
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={METADATA_KEY: json.dumps({"kind": kind, **info})})
+        # Not save_file, whose files only their owner may read.
+        temporary.write_bytes(save(contiguous, {METADATA_KEY: json.dumps({"kind": kind, **info})}))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(path: str | Path, kind: str, needs: Iterable[str] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and info that `save_tensors` wrote under `kind`.
 
-    Raises `DiffLensError` if the file is missing, truncated, of another kind, or holds NaN or infinite numbers.
+    Raises `DiffLensError` if the file is missing, truncated, of another kind, holds NaN or infinite numbers, or
+    lacks one of `needs` (names of tensors or of info).
     """
     path = Path(path)
     if not path.is_file():
@@ -54,11 +56,14 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         raise DiffLensError(
             f"{path.name}: not a readable safetensors file ({error}). It may be cut off: copy or download it again."
         ) from error
-    found = info.pop("kind", None)
+    found = info.pop("kind", None) if isinstance(info, dict) else None
     if found != kind:
         what = f"a DiffLens {found} file" if found else "a safetensors file without DiffLens metadata"
         raise DiffLensError(f"{path.name}: this is {what}, expected a DiffLens {kind} file.")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise DiffLensError(f"{path.name}: tensor {name} holds NaN or infinite numbers. The file is damaged.")
+    missing = [name for name in needs if name not in tensors and name not in info]
+    if missing:
+        raise DiffLensError(f"{path.name}: lacks {', '.join(missing)}. Expected a {kind} file written by DiffLens.")
     return tensors, info

@@ -14,6 +14,8 @@ from .activations import Activations
 from .files import DiffLensError, load_tensors, save_tensors
 from .sae import SparseAutoencoder, nearest_step
 
+TENSORS = ("weight", "bias", "progress", "accuracy")
+
 
 @dataclass(frozen=True)
 class Probes:
@@ -118,10 +120,10 @@ def balanced_accuracy(predicted: Tensor, labels: Tensor) -> Tensor:
 
 
 def save_probes(path: str | Path, probes: Probes) -> None:
-    tensors = {name: getattr(probes, name) for name in ("weight", "bias", "progress", "accuracy")}
+    tensors = {name: getattr(probes, name) for name in TENSORS}
     save_tensors(path, "probes", tensors, {"attribute": probes.attribute, "classes": list(probes.classes)})
 
 
 def load_probes(path: str | Path) -> Probes:
-    tensors, info = load_tensors(path, "probes")
-    return Probes(**tensors, attribute=info["attribute"], classes=tuple(info["classes"]))
+    tensors, info = load_tensors(path, "probes", needs=[*TENSORS, "attribute", "classes"])
+    return Probes(*(tensors[name] for name in TENSORS), info["attribute"], tuple(info["classes"]))

@@ -18,6 +18,8 @@ from .probes import Probes
 from .sae import Normalisation, SparseAutoencoder
 
 MODES = ("shift", "add", "move", "scale")
+# Probes are surer of their class than right. Divided by this, a picture near the border is still pushed a little.
+SOFTENING = 1.5
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ TENSORS = (
     "features", "encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias"
 )  # fmt: skip
 NORMALISATION = ("progress", "mean", "scale")
+PLAIN = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "info")
 
 
 def build_recipe(
@@ -77,18 +80,24 @@ def build_recipe(
     activations: Activations,
     count: int = 60,
     model: str = "",
-    features: Tensor | None = None,
 ) -> Recipe:
-    """Recipe from the `count` best latents of every class (or from the given `features`, K x count)."""
-    top = attribution.top(count) if features is None else features
+    """Recipe from the `count` best latents of every class.
+
+    It has one row a step of `attribution`; SAE and probes may come from captures of other steps: the nearest serve.
+    """
+    top = attribution.top(count)
     chosen = top.unique()
     member = torch.stack([torch.isin(chosen, per_class) for per_class in top])
     encoder, bias = sae.encoder[chosen], sae.encoder_bias[chosen]
     threshold, agreement = fit_thresholds(activations, sae, chosen)
     classes = attribution.classes
+    rows = [sae.normalisation.step_at(float(at)) for at in attribution.progress]
+    probe_rows = [probes.step_at(float(at)) for at in attribution.progress]
+    probe_weight, probe_bias = probes.weight[probe_rows] / SOFTENING, probes.bias[probe_rows] / SOFTENING
+    normalisation = Normalisation(attribution.progress, sae.normalisation.mean[rows], sae.normalisation.scale[rows])
     return Recipe(
         attribution.attribute, classes, sae.site, model, chosen, encoder, bias, threshold, sae.decoder[chosen],
-        member, attribution.levels[:, :, chosen], probes.weight, probes.bias, sae.normalisation,
+        member, attribution.levels[:, :, chosen], probe_weight, probe_bias, normalisation,
         strength=(1.0,) * len(classes),
         info={"gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures},
     )  # fmt: skip
@@ -133,19 +142,16 @@ def save_recipe(path: str | Path, recipe: Recipe) -> None:
     for name in ("encoder", "decoder", "levels", "probe_weight"):
         tensors[name] = tensors[name].half()
     tensors |= {f"normalisation.{name}": getattr(recipe.normalisation, name) for name in NORMALISATION}
-    plain = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "info")
-    save_tensors(path, "recipe", tensors, {name: getattr(recipe, name) for name in plain})
+    save_tensors(path, "recipe", tensors, {name: getattr(recipe, name) for name in PLAIN})
 
 
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe that `save_recipe` wrote. Raises `DiffLensError` if it does not fit."""
-    tensors, info = load_tensors(path, "recipe")
-    wanted = [*TENSORS, *(f"normalisation.{name}" for name in NORMALISATION)]
-    missing = [name for name in wanted if name not in tensors]
-    if missing:
-        raise DiffLensError(f"{Path(path).name}: lacks {', '.join(missing)}. Expected a recipe written by DiffLens.")
+    needs = [*TENSORS, *(f"normalisation.{name}" for name in NORMALISATION), *PLAIN]
+    tensors, info = load_tensors(path, "recipe", needs)
     normalisation = Normalisation(*(tensors.pop(f"normalisation.{name}") for name in NORMALISATION))
     for name in ("encoder", "decoder", "probe_weight"):
         tensors[name] = tensors[name].float()
-    info["classes"], info["strength"] = tuple(info["classes"]), tuple(info["strength"])
-    return Recipe(**info, **{name: tensors[name] for name in TENSORS}, normalisation=normalisation)
+    plain = {name: info[name] for name in PLAIN}
+    plain["classes"], plain["strength"] = tuple(plain["classes"]), tuple(plain["strength"])
+    return Recipe(**plain, **{name: tensors[name] for name in TENSORS}, normalisation=normalisation)

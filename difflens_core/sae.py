@@ -156,11 +156,8 @@ def save_sae(path: str | Path, sae: SparseAutoencoder, dtype: torch.dtype = torc
 
 def load_sae(path: str | Path) -> SparseAutoencoder:
     """Read an SAE that `save_sae` wrote; weights come back in fp32. Raises `DiffLensError` if it does not fit."""
-    tensors, info = load_tensors(path, "sae")
     wanted = [*TENSORS, *(f"normalisation.{name}" for name in ("progress", "mean", "scale"))]
-    missing = [name for name in wanted if name not in tensors]
-    if missing:
-        raise DiffLensError(f"{Path(path).name}: lacks {', '.join(missing)}. Expected an SAE written by DiffLens.")
+    tensors, info = load_tensors(path, "sae", needs=[*wanted, "k", "site"])
     parts = [tensors[name].float() for name in wanted]
     return SparseAutoencoder(
         *parts[:4], Normalisation(*parts[4:]), k=int(info["k"]), site=info["site"], info=info.get("info", {})

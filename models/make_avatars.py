@@ -24,7 +24,7 @@ import debias as bench  # noqa: E402
 import portraits  # noqa: E402
 
 from difflens_core.activations import Activations  # noqa: E402
-from difflens_core.attribution import attribute_features  # noqa: E402
+from difflens_core.attribution import attribute_features, balancing_weights  # noqa: E402
 from difflens_core.classifier import AttributeClassifier, load_classifier, save_classifier  # noqa: E402
 from difflens_core.controls import mean_difference, random_features  # noqa: E402
 from difflens_core.denoiser import Denoiser, fingerprint, load_denoiser, save_denoiser  # noqa: E402
@@ -50,9 +50,9 @@ CLASSIFIER = {"images": 12_000, "test_images": 2_000, "epochs": 8, "batch": 100,
 SAE = {"pictures": 1_024, "latents": 1_024, "k": 32, "steps": 3_000, "seed": 2_000}
 
 RECIPE = {
-    "per_class": 60,
-    "start": 0.0,
-    "strengths": (1.0, 1.5, 2.0, 3.0),
+    "per_class": 120,
+    "start": 0.2,
+    "strengths": (1.5, 2.0),
     "success": 0.98,
     "tuning_pictures": 192,
     "tuning_seed": 3_000,
@@ -204,21 +204,20 @@ def make_recipes() -> None:
         labels = read[attribute].argmax(dim=1)
         probes = train_probes(activations, sae, labels, attribute, classes)
         save_probes(WORK / f"{attribute}_probes.safetensors", probes)
-        attribution = attribute_features(activations, sae, probes, labels)
+        weights = balancing_weights(labels, [p.argmax(dim=1) for name, p in read.items() if name != attribute])
+        attribution = attribute_features(activations, sae, probes, labels, weights=weights)
         recipe = build_recipe(
             attribution, sae, probes, activations, RECIPE["per_class"], fingerprint(model.state_dict())
         )
         recipe = with_settings(recipe, start=RECIPE["start"])
-        name = f"{attribute}.safetensors"
-
-        def tune(recipe, attribute=attribute):
-            return tuned(recipe, model, classifier, before, attribute)
-
-        recipe = tune(recipe)
-        save_recipe(RECIPES / f"avatars_{name}", recipe)
-        save_recipe(RECIPES / "controls" / f"{attribute}_random.safetensors", random_features(recipe, sae, seed=1))
-        raw = tune(mean_difference(recipe, activations, labels))
-        save_recipe(RECIPES / "controls" / f"{attribute}_mean_difference.safetensors", raw)
+        recipe = tuned(recipe, model, classifier, before, attribute)
+        controls = {
+            "random": random_features(recipe, sae, seed=1),
+            "mean_difference": mean_difference(recipe, activations, labels, weights),
+        }
+        save_recipe(RECIPES / f"avatars_{attribute}.safetensors", recipe)
+        for name, control in controls.items():
+            save_recipe(RECIPES / "controls" / f"{attribute}_{name}.safetensors", control)
 
 
 def tuned(recipe, model: Denoiser, classifier, before: torch.Tensor, attribute: str):
@@ -231,7 +230,7 @@ def tuned(recipe, model: Denoiser, classifier, before: torch.Tensor, attribute: 
         shown = classifier.classify(after)[attribute].argmax(dim=1).numpy()
         asked = targets.first(len(before))
         success.append([float((shown[asked == c] == c).mean()) for c in range(len(recipe.classes))])
-        print(f"{attribute} ({recipe.info.get('control', 'recipe')}) strength {strength}: {success[-1]}", flush=True)
+        print(f"{attribute} strength {strength}: {success[-1]}", flush=True)
     table = torch.tensor(success, dtype=torch.float64)
     enough = table >= table.amax(dim=0).clamp(max=RECIPE["success"])
     first = enough.int().argmax(dim=0).tolist()
@@ -260,7 +259,8 @@ def make_card() -> None:
         recipe = load_recipe(RECIPES / f"avatars_{attribute}.safetensors")
         strengths = ", ".join(f"{name} {s:g}" for name, s in zip(recipe.classes, recipe.strength, strict=True))
         agreement = recipe.info["gate_agreement"]
-        recipes.append(f"| {attribute} | {len(recipe.features)} | {recipe.mode} | {strengths} | {agreement:.3f} |")
+        how = f"{recipe.mode} | {recipe.start:.0%} | {strengths}"
+        recipes.append(f"| {attribute} | {len(recipe.features)} | {how} | {agreement:.3f} |")
     accuracy = load_tensors(CLASSIFIER_FILE, "classifier")[1]["info"]["accuracy"]
     quality = sae.info["held_out"]
     text = CARD_TEXT.format(
@@ -310,8 +310,8 @@ The {r[per_class]} best latents of every class by the contrastive score. Strengt
 {r[strengths]} that shows the class asked for in at least {r[success]:.0%} of its pictures, on
 {r[tuning_pictures]} pictures of seed {r[tuning_seed]}. The benchmark uses other seeds.
 
-| attribute | latents | mode | strength per class | gate agrees with TopK |
-|---|---|---|---|---|
+| attribute | latents | mode | from | strength per class | gate agrees with TopK |
+|---|---|---|---|---|---|
 {recipes}
 
 `controls/` holds what the recipes are compared with: random latents of the same count and edit norm, and the mean

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..difflens_core.activations import Activations as CapturedActivations
-from ..difflens_core.attribution import METHODS, Attribution, attribute_features
+from ..difflens_core.attribution import METHODS, Attribution, attribute_features, balancing_weights
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.plots import bar_chart, line_chart
 from ..difflens_core.probes import Probes, train_probes
@@ -116,7 +116,8 @@ class AttributeFeatures(io.ComfyNode):
             )
         host.site_width(model, activations.site)
         report = host.progress_bar(len(activations.progress))
-        found = attribute_features(activations, sae, probes, labels.indices, method, on_step=report)
+        weights = balancing_weights(labels.indices, labels.others)
+        found = attribute_features(activations, sae, probes, labels.indices, method, weights, on_step=report)
         recipe = build_recipe(found, sae, probes, activations, features_per_class, host.model_fingerprint(model))
         image = host.to_image(ranking_chart(found))
         text = ranking_table(found, features_per_class)

@@ -376,7 +376,7 @@ def capture(
     schedule = comfy.samplers.KSampler(model, steps, "cpu", sampler_name, scheduler, model_options=model.model_options)
     sigmas = schedule.sigmas[:-1]
     values: list[Tensor] = []
-    kept: dict[int, set[int]] = {}
+    kept: set[int] = set()  # steps of the batch that runs
 
     def keep(h: Tensor, sigma: float, images: Tensor) -> Tensor:
         step = int((sigmas - sigma).abs().argmin())
@@ -384,7 +384,7 @@ def capture(
             if not values:
                 values.append(torch.empty(len(sigmas), pictures, *h.shape[1:], dtype=torch.float16))
             values[0][step, first : first + len(h)] = h.to("cpu", torch.float16)
-            kept.setdefault(first, set()).add(step)
+            kept.add(step)
         return h
 
     watched = edit_site(model, site, keep)
@@ -398,15 +398,16 @@ def capture(
     samples = []
     for first in range(0, pictures, batch):
         rows = slice(first, first + batch)
+        kept.clear()
         samples.append(
             comfy.sample.sample(
                 watched, noise[rows], steps, 1.0, sampler_name, scheduler, positive, positive, start[rows],
                 callback=on_step, disable_pbar=True, seed=(seed + first) % 2**64,
             )
         )  # fmt: skip
-        if len(kept.get(first, ())) < len(sigmas):
+        if len(kept) < len(sigmas):
             raise DiffLensError(
-                f"{site} was read at {len(kept.get(first, ()))} of {len(sigmas)} steps: either sampler {sampler_name} "
+                f"{site} was read at {len(kept)} of {len(sigmas)} steps: either sampler {sampler_name} "
                 "leaves the schedule or the model does not run this module. Use sampler euler and site middle_block."
             )
     progress = torch.tensor([*map(progress_of(model), sigmas.tolist())])

@@ -44,8 +44,8 @@ class ClassifyImages(io.ComfyNode):
     def execute(cls, images: Tensor, classifier: AttributeClassifier, attribute: str) -> io.NodeOutput:
         classes = classes_of(classifier, attribute)
         report = host.progress_bar(len(images))
-        probabilities = classify(classifier, images, report)[attribute]
-        return io.NodeOutput(Labels(attribute, classes, probabilities.argmax(dim=1)))
+        seen = {name: p.argmax(dim=1) for name, p in classify(classifier, images, report).items()}
+        return io.NodeOutput(Labels(attribute, classes, seen.pop(attribute), tuple(seen.values())))
 
 
 class FairnessReport(io.ComfyNode):

@@ -10,11 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Labels:
-    """The class that a classifier sees in each picture. indices: n, int64, into `classes`."""
+    """The class that a classifier sees in each picture.
+
+    indices: n, int64, into `classes`; others: the same for the classifier's other attributes.
+    """
 
     attribute: str
     classes: tuple[str, ...]
     indices: Tensor
+    others: tuple[Tensor, ...] = ()
 
 
 CATEGORY = "DiffLens"

@@ -37,6 +37,13 @@ DRAWN = {  # node: what its picture is called in the output folder
     "DiffLensCompare": "before_after",
     "DiffLensReport": "chart",
 }
+KEPT_COLUMNS = {
+    "presentation": "pres.",
+    "age": " age",
+    "skin_tone": "skin",
+    "background": "backgr.",
+    "clothes": "clothes",
+}
 
 
 class Display:
@@ -135,18 +142,15 @@ def summary(report: dict) -> dict:
 
 
 def table(title: str, results: dict[str, dict]) -> str:
-    """Results as lines of text."""
-    watched = (*ATTRIBUTES, "background", "clothes")
-    lines = ["", f"{title:30} FD before  FD after [95 % interval]  success  kept: " + "  ".join(watched)]
+    """Results as lines of text; the kept shares are those of KEPT_COLUMNS."""
+    head = "  ".join(KEPT_COLUMNS.values())
+    lines = ["", f"{title:29} before  after [95 % interval]  success  kept: {head}"]
     for name, result in results.items():
         low, high = result["fd_after_ci"]
         after = f"{result['fd_after']:.3f} [{low:.3f}, {high:.3f}]"
-        kept = [
-            f"{result['kept'][other]:.0%}".rjust(len(other)) if other in result["kept"] else "-".rjust(len(other))
-            for other in watched
-        ]
-        row = f"{name:30} {result['fd_before']:9.3f}  {after:24}  {result['success']:7.1%}"
-        lines.append(f"{row}        {'  '.join(kept)}")
+        shares = {other: f"{share:.0%}" for other, share in result["kept"].items()}
+        kept = "  ".join(shares.get(other, "-").rjust(len(label)) for other, label in KEPT_COLUMNS.items())
+        lines.append(f"{name:29} {result['fd_before']:6.3f}  {after:22} {result['success']:7.0%}        {kept}")
     return "\n".join(lines)
 
 
@@ -176,10 +180,11 @@ def demo(server: Server, pictures: int) -> None:
     report = {"attributes": attributes, "controls": controls, "seconds": seconds}
     (OUTPUT / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(table(f"Shipped recipes, n = {pictures}", attributes))
-    print(table("Controls, the same pictures", controls))
+    print(table(f"Controls, n = {pictures}", controls))
     print(table(f"Found just now, n = {found['n']}", {"presentation": found}))
-    print("\nFD: distance from a fair mix, 0 is fair. success: shows the class it was asked for.")
-    print(f"kept: share of pictures whose other attributes stayed the same.\n{seconds:.0f} s. See {OUTPUT}")
+    print("\nbefore, after: distance from a fair mix (Fairness Discrepancy, 0 is fair).")
+    print("success: share of pictures that show what they were asked to; kept: share whose other attributes stayed.")
+    print(f"{seconds:.0f} s. Pictures, charts and report.json are in {OUTPUT}")
 
 
 def leave_open(server: Server) -> None:

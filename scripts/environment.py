@@ -194,9 +194,7 @@ def _stage(title: str, command: Sequence[str]) -> None:
     """Run a command behind one line of output; if it fails, print its last lines and raise a HostError."""
     print(f"  {title} ... ", end="", flush=True)
     start = time.monotonic()
-    result = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if result.returncode == 0:
         print(f"{time.monotonic() - start:.0f} s", flush=True)
         return

@@ -149,9 +149,7 @@ class Server:
         if "(IMPORT FAILED)" in log:
             raise HostError(f"ComfyUI could not import {self.pack}.\n{log[max(log.find('Traceback'), 0) :]}")
         if not any(node.startswith(NODE_PREFIX) for node in self.object_info()):
-            raise HostError(
-                f"ComfyUI runs, but {self.pack} brought no {NODE_PREFIX} nodes.\n{self.log_tail(60)}"
-            )
+            raise HostError(f"ComfyUI runs, but {self.pack} brought no {NODE_PREFIX} nodes.\n{self.log_tail(60)}")
 
     def log_text(self) -> str:
         """Everything ComfyUI has printed so far, without its colours."""
@@ -296,9 +294,7 @@ def _describe_rejection(body: bytes, prompt: dict) -> str:
         node = fault.get("class_type") or prompt.get(node_id, {}).get("class_type")
         lines += [f"  {node} (node {node_id}): {e['message']}: {e['details']}" for e in fault["errors"]]
     if not lines and error:
-        lines.append(
-            f"  {error['message']} ({error['details']})" if error["details"] else f"  {error['message']}"
-        )
+        lines.append(f"  {error['message']} ({error['details']})" if error["details"] else f"  {error['message']}")
     return "\n".join(["ComfyUI refused the prompt:", *lines])
 
 

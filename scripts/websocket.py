@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import socket
 import struct
@@ -36,10 +37,8 @@ class WebSocket:
 
     def close(self) -> None:
         """Say goodbye if the server still listens, and close."""
-        try:
+        with contextlib.suppress(OSError):  # a connection that is gone already is what closing is for
             self._send(CLOSE, b"")
-        except OSError:
-            pass  # the connection is gone already, which is what closing is for
         self._socket.close()
 
     def messages(self, seconds: float) -> Iterator[str]:

@@ -10,6 +10,7 @@ from scipy.integrate import quad
 from difflens_core.attribution import (
     METHODS,
     attribute_features,
+    balancing_weights,
     class_levels,
     class_sum,
     contrast,
@@ -83,13 +84,26 @@ def test_path_integral_equals_adaptive_quadrature(toys, size):
 
 def test_class_sum_and_class_levels_equal_loops(toys):
     latents = toys.sae().encode(toys.activations().values[0], 0)
-    sums, levels = torch.zeros(3, 20), torch.zeros(3, 20, 4)
+    sums, levels, weights = torch.zeros(3, 20), torch.zeros(3, 20, 4), 1 + torch.arange(12) / 4
     for b, p, j in np.ndindex(12, 4, 4):
         n, value = latents.indices[b, p, j], latents.values[b, p, j]
         sums[LABELS[b], n] += value
-        levels[LABELS[b], n, p] += value / 4  # four pictures a class
+        levels[LABELS[b], n, p] += value * weights[b] / weights[LABELS[b] == LABELS].sum()
     torch.testing.assert_close(class_sum(latents.values, latents, LABELS, 3, 20), sums)
-    torch.testing.assert_close(class_levels(latents, LABELS, 3, 20), levels)
+    torch.testing.assert_close(class_levels(latents, LABELS, 3, 20, weights), levels)
+
+
+def test_balancing_weights_give_every_class_the_same_mix_of_the_other_attributes():
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (600,), generator=draw)
+    others = [(labels + torch.randint(3, (600,), generator=draw)) % 4, torch.randint(2, (600,), generator=draw)]
+    weights = balancing_weights(labels, others)
+    for other in others:
+        overall = torch.bincount(other) / 600
+        for c in range(3):
+            mix = torch.bincount(other[labels == c], weights[labels == c], minlength=len(overall))
+            if (mix > 0).all():
+                torch.testing.assert_close(mix / mix.sum(), overall, atol=0.02, rtol=0)
 
 
 def test_contrast_is_each_class_minus_the_mean_of_the_others(toys):
@@ -105,9 +119,9 @@ def test_ig_scores_are_the_mean_over_the_pictures_of_the_class_summed_over_steps
         latents = sae.encode(activations.values[s], s)
         ig = autograd_ig(latents, sae, probes, s, LABELS, 2.0).sum(dim=1)
         for c in range(3):
-            expected[c] += ig[LABELS == c].mean(dim=0)
+            expected[c] += ig[c == LABELS].mean(dim=0)
     steps = []
-    found = attribute_features(activations, sae, probes, LABELS, METHODS[1], 2.0, steps.append)
+    found = attribute_features(activations, sae, probes, LABELS, METHODS[1], temperature=2.0, on_step=steps.append)
     torch.testing.assert_close(found.scores.double(), expected, atol=1e-6, rtol=0)
     assert found.completeness < 1e-6 and steps == [1, 2, 3] and found.levels.shape == (3, 3, 20, 4)
 
@@ -116,7 +130,7 @@ def test_contrastive_scores_multiply_probe_and_activity_contrasts(toys):
     activations, sae, probes = toys.activations(), toys.sae(), toys.probes()
     expected = torch.zeros(3, 20)
     for s in range(3):
-        level = class_levels(sae.encode(activations.values[s], s), LABELS, 3, 20).mean(dim=2)
+        level = class_levels(sae.encode(activations.values[s], s), LABELS, 3, 20, torch.ones(12)).mean(dim=2)
         for c, n in np.ndindex(3, 20):
             others = [i for i in range(3) if i != c]
             read = [float(probes.weight[s, i] @ sae.decoder[n]) for i in range(3)]
@@ -131,7 +145,5 @@ def test_what_cannot_be_attributed_is_refused(toys):
     activations, sae, probes = toys.activations(), toys.sae(), toys.probes()
     with pytest.raises(DiffLensError, match="'saliency' is unknown"):
         attribute_features(activations, sae, probes, LABELS, "saliency")
-    with pytest.raises(DiffLensError, match="11 labels for 12"):
-        attribute_features(activations, sae, probes, LABELS[1:])
     with pytest.raises(DiffLensError, match="top 21 of 20"):
         attribute_features(activations, sae, probes, LABELS).top(21)

@@ -84,9 +84,8 @@ def test_swapping_the_site_output_swaps_every_attribute(model, classifier, captu
 def test_mean_difference_without_an_sae_moves_the_attribute(model, classifier, captured, attribute):
     """Plain class means of the raw activations, added at the site: the site obeys before any SAE exists."""
     recipe = recipe_of(attribute)
-    raw = with_settings(
-        mean_difference(recipe, captured[1], read(classifier, captured[0])[attribute]), mode="add", strength=1.0
-    )
+    labels = read(classifier, captured[0])[attribute]
+    raw = with_settings(mean_difference(recipe, captured[1], labels, torch.ones(96)), mode="add", strength=1.0)
     ends = [0, len(recipe.classes) - 1]  # adding a difference overshoots the middle classes of an ordered attribute
     for wanted in ends:
         shares = tuple(float(c == wanted) for c in range(len(recipe.classes)))

@@ -9,7 +9,14 @@ from scipy.optimize import minimize
 
 from difflens_core.activations import Activations
 from difflens_core.files import DiffLensError
-from difflens_core.probes import balanced_accuracy, check_labels, fit_logistic, train_probes
+from difflens_core.probes import (
+    balanced_accuracy,
+    check_labels,
+    fit_logistic,
+    load_probes,
+    save_probes,
+    train_probes,
+)
 
 
 def objective(flat: np.ndarray, x: torch.Tensor, labels: torch.Tensor, decay: float) -> tuple[float, np.ndarray]:
@@ -32,7 +39,9 @@ def test_fit_logistic_finds_the_optimum_that_scipy_finds(toys):
     expected = data.numpy() @ best[:12].reshape(3, 4).T + best[12:]
     found = (x @ weight.T + bias).double().numpy()
     # A constant added to every logit of a picture changes nothing.
-    np.testing.assert_allclose(*(logits - logits.mean(axis=1, keepdims=True) for logits in (found, expected)), atol=5e-3)
+    np.testing.assert_allclose(
+        *(logits - logits.mean(axis=1, keepdims=True) for logits in (found, expected)), atol=5e-3
+    )
 
 
 def test_a_rare_class_weighs_as_much_as_a_common_one(toys):
@@ -105,3 +114,11 @@ def test_labels_that_do_not_fit_the_pictures_are_refused(toys):
         check_labels(torch.tensor([0] * 9 + [1] * 3), toys.classes, 12, "age")
     with pytest.raises(DiffLensError, match="labels of another attribute"):
         check_labels(torch.arange(16) % 4, toys.classes, 16, "age")
+
+
+def test_round_trip(toys, tmp_path):
+    path = tmp_path / "p.safetensors"
+    save_probes(path, toys.probes())
+    found = load_probes(path)
+    assert all(torch.equal(getattr(found, n), getattr(toys.probes(), n)) for n in ("weight", "bias", "progress"))
+    assert (found.attribute, found.classes) == ("age", toys.classes)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from difflens_core.files import DiffLensError
-from difflens_core.sae import Latents, fit_normalisation, sparse_decode, top_k
+from difflens_core.sae import Latents, fit_normalisation, load_sae, save_sae, sparse_decode, top_k
+from difflens_core.training import measure_sae
 
 
 def dense(latents: Latents, size: int) -> torch.Tensor:
@@ -67,7 +68,9 @@ def test_fit_normalisation_is_the_mean_and_the_rms_distance_of_every_step(toys):
     for s in range(3):
         rows = values[s].double().movedim(1, -1).reshape(-1, 6)
         torch.testing.assert_close(fitted.mean[s].double(), rows.mean(dim=0), atol=1e-6, rtol=0)
-        assert float(fitted.scale[s]) == pytest.approx(float((rows - rows.mean(dim=0)).square().mean().sqrt()), abs=1e-5)
+        assert float(fitted.scale[s]) == pytest.approx(
+            float((rows - rows.mean(dim=0)).square().mean().sqrt()), abs=1e-5
+        )
 
 
 def test_a_step_without_variation_gets_a_twentieth_of_the_largest_scale(toys):
@@ -87,7 +90,38 @@ def test_activations_of_another_width_are_refused(toys):
         toys.sae().encode(torch.zeros(1, 7, 2, 2), 0)
 
 
-@pytest.mark.parametrize("change", [{"k": 0}, {"k": 21}, {"decoder": torch.ones(20, 5)}, {"encoder_bias": torch.ones(3)}])
+@pytest.mark.parametrize(
+    "change", [{"k": 0}, {"k": 21}, {"decoder": torch.ones(20, 5)}, {"encoder_bias": torch.ones(3)}]
+)
 def test_an_sae_that_does_not_fit_together_is_refused(toys, change):
     with pytest.raises(DiffLensError, match="SAE: .* expected"):
         replace(toys.sae(), **change)
+
+
+def test_quality_equals_dense_sums(toys):
+    sae, activations = toys.sae(latents=60), toys.activations()
+    error = variance = 0.0
+    codes = []
+    for s, values in enumerate(activations.values):
+        x = ((values.movedim(1, -1) - sae.normalisation.mean[s]) / sae.normalisation.scale[s]).flatten(0, 2)
+        pre = x @ sae.encoder.T + sae.encoder_bias
+        codes.append(torch.where(pre >= pre.sort(dim=1).values[:, -4:-3], pre.relu(), 0))
+        error += float(((x - codes[s] @ sae.decoder - sae.decoder_bias) ** 2).sum())
+        variance += float(((x - x.mean(dim=0)) ** 2).sum())
+    active = torch.cat(codes) > 0
+    found = measure_sae(sae, activations)
+    expected = [error / variance, active.sum() / len(active), 1 - active.any(dim=0).float().mean()]
+    assert [found.fvu, found.l0, found.dead] == pytest.approx([float(x) for x in expected], rel=1e-4)
+    assert found.dead > 0
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0), (torch.float16, 1e-3)])
+def test_round_trip(toys, tmp_path, dtype, tolerance):
+    sae, path = toys.sae(), tmp_path / "s.safetensors"
+    save_sae(path, sae, dtype)
+    found = load_sae(path)
+    for name in ("encoder", "encoder_bias", "decoder", "decoder_bias"):
+        torch.testing.assert_close(getattr(found, name), getattr(sae, name), atol=tolerance, rtol=tolerance)
+    for name in ("progress", "mean", "scale"):
+        assert torch.equal(getattr(found.normalisation, name), getattr(sae.normalisation, name))
+    assert (found.k, found.site, found.info) == (sae.k, sae.site, {})

@@ -84,7 +84,7 @@ def test_strength_zero_returns_the_very_same_object(toys, mode):
 def test_a_class_of_strength_zero_is_left_alone_beside_others(toys, mode):
     h = toys.activations(pictures=8).values[1]
     changed = (steer(toys.recipe(mode=mode, strength=(1.0, 0.0, 1.0)), h) - h).flatten(1).abs().amax(dim=1)
-    assert ((changed == 0) == (TARGETS == 1)).all()
+    assert (changed[TARGETS == 1] == 0).all() and (changed[TARGETS != 1] > 0).any()
 
 
 @pytest.mark.parametrize(("progress", "same"), [(0.0, True), (0.29, True), (0.3, False), (0.6, False), (0.61, True)])

@@ -83,7 +83,8 @@ def test_a_target_can_be_typed_in_every_documented_form(text, shares):
 
 
 @pytest.mark.parametrize(
-    "text", ["old", "1 2", "1 2 3 4", "-1 1 1", "0 0 0", "nan 1 1", "inf 1 1", "young: 1, old: 2", "young: x", "a:b:c", ","]
+    "text",
+    ["old", "1 2", "1 2 3 4", "-1 1 1", "0 0 0", "nan 1 1", "inf 1 1", "young: 1, old: 2", "young: x", "a:b:c", ","],
 )
 def test_a_target_that_makes_no_mix_is_refused_with_the_classes(text):
     with pytest.raises(DiffLensError, match="Young, adult, senior"):

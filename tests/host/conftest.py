@@ -16,7 +16,7 @@ from host import Server  # noqa: E402
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Started with an empty base folder; the models are those that the pack ships."""
-    with Server(base=tmp_path_factory.mktemp("comfyui")) as running:
+    with Server(base=tmp_path_factory.mktemp("comfyui"), boot_timeout=900) as running:
         yield running
 
 
