@@ -11,6 +11,7 @@ from difflens_core.files import DiffLensError
 
 
 def model() -> nn.Sequential:
+    torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 2)).requires_grad_(False)
 
 
