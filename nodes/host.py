@@ -240,6 +240,7 @@ def model_fingerprint(model: ModelPatcher) -> str:
 # --- reading and editing a site while ComfyUI samples ---
 
 Edit = Callable[[Tensor, float, Tensor], Tensor]
+EditRows = Callable[[Tensor, dict], Tensor]
 
 
 def progress_of(model: ModelPatcher) -> Callable[[float], float]:
@@ -280,24 +281,24 @@ def edit_rows(h: Tensor, options: dict, edit: Edit) -> Tensor:
 class MiddleBlockPatch:
     """Edit as a `middle_block_after_patch`: hooks on the mid block of ComfyUI's UNet never fire."""
 
-    def __init__(self, edit: Edit):
+    def __init__(self, edit: EditRows):
         self.edit = edit
 
     def __call__(self, args: dict) -> dict:
-        return {"h": edit_rows(args["h"], args["transformer_options"], self.edit)}
+        return {"h": self.edit(args["h"], args["transformer_options"])}
 
 
 class HookWrapper:
     """Edit as a forward hook that lives for one evaluation of the diffusion model."""
 
-    def __init__(self, site: str, edit: Edit):
+    def __init__(self, site: str, edit: EditRows):
         self.site, self.edit = site, edit
 
     def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         # Architectures put transformer_options at different places; only it holds sigmas.
         options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "sigmas" in a)
         module = executor.class_obj.get_submodule(self.site)
-        handle = module.register_forward_hook(lambda _module, _inputs, h: edit_rows(h, options, self.edit))
+        handle = module.register_forward_hook(lambda _module, _inputs, h: self.edit(h, options))
         try:
             return executor(*args, **kwargs)
         finally:
@@ -326,25 +327,33 @@ def site_width(model: ModelPatcher, site: str) -> int | None:
     return getattr(module, "out_channels", None)
 
 
-def edit_site(model: ModelPatcher, site: str, edit: Edit) -> ModelPatcher:
-    """A clone of the model in which `edit(rows, sigma, images)` changes what `site` puts out."""
+def edit_site(model: ModelPatcher, site: str, edit: Edit, node: str) -> ModelPatcher:
+    """A clone of the model in which `edit(rows, sigma, images)` changes what `site` puts out.
+
+    Errors that come up while sampling begin with the name `node`.
+    """
     site_width(model, site)
     clone = model.clone()
+
+    def apply(h: Tensor, options: dict) -> Tensor:
+        with named(node):
+            return edit_rows(h, options, edit)
+
     if site == MIDDLE_BLOCK:
-        clone.set_model_middle_block_after_patch(MiddleBlockPatch(edit))
+        clone.set_model_middle_block_after_patch(MiddleBlockPatch(apply))
     else:
-        clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "difflens", HookWrapper(site, edit))
+        clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "difflens", HookWrapper(site, apply))
     return clone
 
 
-def apply_site(model: ModelPatcher, site: str, fn: Edit) -> ModelPatcher:
+def apply_site(model: ModelPatcher, site: str, fn: Edit, node: str) -> ModelPatcher:
     """A clone of the model in which `fn(h, progress, images)` changes what `site` puts out.
 
     h: B x C x H x W, rows of the positive conditioning only; progress: 0 to 1; images: B, places in the latent
     batch. If fn gives h back, the result is bit-identical. Raises `DiffLensError` if the model lacks the site.
     """
     progress = progress_of(model)
-    return edit_site(model, site, lambda h, sigma, images: fn(h, progress(sigma), images))
+    return edit_site(model, site, lambda h, sigma, images: fn(h, progress(sigma), images), node)
 
 
 def capture(
@@ -387,7 +396,7 @@ def capture(
             kept.add(step)
         return h
 
-    watched = edit_site(model, site, keep)
+    watched = edit_site(model, site, keep, "Capture Activations")
     report = progress_bar(pictures * steps)
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
 

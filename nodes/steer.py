@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_api.latest import io
-from torch import Tensor
 
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.recipes import MODES, Recipe, with_settings
@@ -111,13 +110,8 @@ class Steer(io.ComfyNode):
         )
         shares = tuple(parse_target(target, recipe.classes).tolist())
         targets = Targets(recipe.attribute, recipe.classes, shares, seed, first_image)
-        steering, name = Steering(recipe, targets.of), cls.define_schema().display_name
-
-        def edit(h: Tensor, progress: float, images: Tensor) -> Tensor:
-            with host.named(name):
-                return steering(h, progress, images)
-
-        return io.NodeOutput(host.apply_site(model, recipe.site, edit), targets)
+        steered = host.apply_site(model, recipe.site, Steering(recipe, targets.of), cls.define_schema().display_name)
+        return io.NodeOutput(steered, targets)
 
 
 def check_model(model: Any, recipe: Recipe) -> None:
