@@ -117,12 +117,15 @@ def test_foreign_safetensors_are_refused(path, metadata):
         load_sae(path)
 
 
-def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path):
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatch):
     save_tensors(path, "sae", {"a": torch.ones(2)}, {"k": 1})
     before = path.read_bytes()
     for tensors, info in (({"a": torch.ones(2)}, {"k": object()}), ({"a": "no tensor"}, {})):
         with pytest.raises((TypeError, AttributeError)):
             save_tensors(path, "sae", tensors, info)
+    monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)  # the disk fails when all is written
+    with pytest.raises(ZeroDivisionError):
+        save_tensors(path, "sae", {"a": torch.zeros(2)}, {})
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 

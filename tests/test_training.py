@@ -48,7 +48,8 @@ def test_the_seed_decides_the_weights_to_the_bit(sparse):
 
 @pytest.mark.parametrize("stop", [1, 17, 40, 205])
 def test_a_cancelled_training_goes_on_to_the_same_weights(sparse, tmp_path, stop):
-    options, checkpoint = replace(OPTIONS, steps=max(40, stop + 5)), tmp_path / "sae.pt"
+    options = replace(OPTIONS, latents=192, k=1, steps=max(40, stop + 5))  # some latents die on the way
+    checkpoint = tmp_path / "sae.pt"
 
     def cancel(step: int, _loss: float) -> None:
         if step == stop:
@@ -113,9 +114,13 @@ def test_loss_is_the_fvu_plus_a_32nd_of_the_aux_residual(sparse):
             aux[i] += max(row[n], 0) * decoder[n]
     variance = ((x.double() - x.double().mean(dim=0)) ** 2).sum().item()
     plain, _ = reconstruction_loss(sae, x, torch.zeros(48, dtype=torch.bool), 8)
-    both, _ = reconstruction_loss(sae, x, dead, 8)
+    live = replace(sae, decoder=sae.decoder.clone().requires_grad_())
+    both, _ = reconstruction_loss(live, x, dead, 8)
     assert float(plain) == pytest.approx((residual**2).sum() / variance, rel=1e-5)
     assert float(both - plain) == pytest.approx(((aux - residual) ** 2).sum() / variance / 32, rel=1e-3)
+    (both - reconstruction_loss(live, x, ~dead & dead, 8)[0]).backward()
+    moved = live.decoder.grad.abs().amax(dim=1)
+    assert (moved[~dead] < 1e-6).all() and moved[dead].max() > 1e-3, "the auxiliary loss is for dead latents only"
 
 
 def test_training_rows_pick_step_picture_and_position(sparse):
