@@ -116,7 +116,7 @@ def test_loss_is_the_fvu_plus_a_32nd_of_the_aux_residual(sparse):
     live = replace(sae, decoder=sae.decoder.clone().requires_grad_())
     both, _ = reconstruction_loss(live, x, dead, 8)
     assert float(plain) == pytest.approx((residual**2).sum() / variance, rel=1e-5)
-    assert float(both - plain) == pytest.approx(((aux - residual) ** 2).sum() / variance / 32, rel=1e-3)
+    assert float(both.detach() - plain) == pytest.approx(((aux - residual) ** 2).sum() / variance / 32, rel=1e-3)
     (both - reconstruction_loss(live, x, ~dead & dead, 8)[0]).backward()
     moved = live.decoder.grad.abs()
     assert moved[~dead].max() < 1e-6 and moved[dead].max() > 1e-3, "the auxiliary loss is for dead latents only"
