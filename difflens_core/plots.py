@@ -93,7 +93,7 @@ def bar_chart(
     chart = Chart(title, names if shared and len(names) > 1 else [], below)
     chart.y_axis(min([0.0, *heights, *ends]), max([0.0, *heights, *ends, reference or 0.0]))
     slot = (chart.x1 - chart.x0) / (len(heights) + 0.8 * len(groups))
-    x = float(chart.x0)
+    x, numbers = float(chart.x0), []
     for g, (group, bars) in enumerate(groups.items()):
         room = slot * (len(bars) + 0.8)
         chart.text((x + room / 2, HEIGHT - MARGIN - 10), group, room - 8, "ms")
@@ -108,7 +108,7 @@ def bar_chart(
                 top, bottom = min(top, chart.y(whisker[1])), max(bottom, chart.y(whisker[0]))
             if slot >= 60:
                 at = (left + right) / 2, top - 8 if height >= 0 else bottom + 8
-                chart.text(at, f"{height:.2f}", 2 * slot, "ms" if height >= 0 else "mt", 24)
+                numbers.append((at, f"{height:.2f}", "ms" if height >= 0 else "mt"))
             if not shared:
                 upright_text(chart, (left + right) / 2, chart.y1 + 8, name, min(TEXT, int(slot)))
             x += slot
@@ -116,6 +116,9 @@ def bar_chart(
     chart.draw.line((chart.x0, chart.y(0), chart.x1, chart.y(0)), INK, 3)
     if reference is not None:
         chart.dashed(reference)
+    font = ImageFont.load_default(24)
+    for at, number, anchor in numbers:  # last, on a white edge, so that no line runs through them
+        chart.draw.text(at, number, INK, font, anchor, stroke_width=5, stroke_fill=PAPER)
     return chart.finish()
 
 

@@ -25,6 +25,7 @@ WORKFLOWS = REPOSITORY / "workflows"
 OUTPUT = REPOSITORY / "demo_output"
 ATTRIBUTES = ("presentation", "age", "skin_tone")
 SMALLEST_RUN = 128
+SERVER_OPTIONS = ("--force-channels-last",)  # convolutions of large batches take a quarter less time on a CPU
 CONTROLS = {  # name: (recipe file, strength)
     "random features": ("controls/{}_random.safetensors", 1.0),
     "mean difference": ("controls/{}_mean_difference.safetensors", 1.0),
@@ -226,7 +227,7 @@ def main() -> int:
         OUTPUT.mkdir(exist_ok=True)
         base = cache_folder() / "comfyui-user" if options.open else None
         print("Starting ComfyUI", flush=True)
-        with Server(base=base) as server:
+        with Server(base=base, args=SERVER_OPTIONS) as server:
             demo(server, options.pictures)
             if options.open:
                 copy_workflows(server.base)

@@ -393,7 +393,7 @@ BAD = {
     "no such site": (bad_recipe("no_site"), ("Steer: ", "no module attic")),
     "another width": (bad_recipe("narrow"), ("Steer: ", "100", "256")),
     "another width inside": (bad_recipe("inner_site"), ("Steer: ", "768", "256")),
-    "no map at the site": (bad_recipe("flat_site"), ("site's output is 2 dimensions", "expected batch x channels")),
+    "no map at the site": (bad_recipe("flat_site"), ("Steer: ", "2 dimensions", "batch x channels")),
     "another map": (bad_recipe("small_map"), ("Steer: ", "64 positions", "made on 16")),
     "an unknown class": (bad_settings(target="old"), ("Steer: ", '"old" is not understood', "young, adult, senior")),
     "an empty span": (bad_settings(start_percent=0.8, end_percent=0.2), ("Steer: ", "0.8", "0.2")),
