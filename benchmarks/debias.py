@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from difflens_core.classifier import load_classifier  # noqa: E402
 from difflens_core.denoiser import load_denoiser  # noqa: E402
 from difflens_core.fairness import kept_attributes, measure_fairness, pixel_change  # noqa: E402
-from difflens_core.recipes import load_recipe, with_settings  # noqa: E402
+from difflens_core.recipes import Recipe, load_recipe, with_settings  # noqa: E402
 from difflens_core.sampling import sample, start_noise  # noqa: E402
 from difflens_core.steering import Steering  # noqa: E402
 from difflens_core.targets import Targets, parse_target  # noqa: E402
@@ -37,14 +37,15 @@ STEPS = 20
 BATCH = 64
 
 
-def run(model, count: int, recipe=None, target: str = "uniform", seed: int = SEED) -> tuple[torch.Tensor, Targets]:
+def fair_targets(recipe: Recipe, seed: int) -> Targets:
+    """Classes dealt out in equal shares."""
+    return Targets(recipe.attribute, recipe.classes, tuple(parse_target("uniform", recipe.classes)), seed)
+
+
+def run(model, count: int, recipe: Recipe | None = None, seed: int = SEED) -> tuple[torch.Tensor, Targets | None]:
     """Pictures (n x H x W x 3 in [0, 1]) and the classes they were asked to show."""
-    targets = None
-    steerings = []
-    if recipe is not None:
-        shares = tuple(parse_target(target, recipe.classes))
-        targets = Targets(recipe.attribute, recipe.classes, shares, seed)
-        steerings = [Steering(recipe, targets.of)]
+    targets = recipe and fair_targets(recipe, seed)
+    steerings = [Steering(recipe, targets.of)] if recipe else []
     parts = [
         sample(model, noise, STEPS, steerings, first_image=index * BATCH)[0]
         for index, noise in enumerate(start_noise(count, seed).split(BATCH))
@@ -52,20 +53,23 @@ def run(model, count: int, recipe=None, target: str = "uniform", seed: int = SEE
     return torch.cat(parts).movedim(1, -1) / 2 + 0.5, targets
 
 
-def outcome(classifier, before: torch.Tensor, after: torch.Tensor, attribute: str, targets: Targets | None) -> dict:
+Read = tuple[torch.Tensor, dict[str, torch.Tensor]]  # pictures, and what the classifier sees in them
+
+
+def outcome(classifier, before: Read, after: Read, attribute: str, targets: Targets | None) -> dict:
     """Fairness of `after`, success, what was kept and how much the pictures changed."""
-    read_before, read_after = classifier.classify(before), classifier.classify(after)
+    (pictures_before, read_before), (pictures_after, read_after) = before, after
     classes = classifier.attributes[attribute]
     report = measure_fairness(
         read_after[attribute].numpy(),
         parse_target("uniform", classes),
         attribute,
         classes,
-        targets.first(len(after)) if targets else None,
+        targets.first(len(pictures_after)) if targets else None,
     )
     return asdict(report) | {
         "kept": kept_attributes(read_before, read_after, attribute),
-        "pixel_change": pixel_change(before.numpy(), after.numpy()),
+        "pixel_change": pixel_change(pictures_before.numpy(), pictures_after.numpy()),
     }
 
 
@@ -100,7 +104,8 @@ def main() -> None:
     model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
     classifier = load_classifier(AVATARS / "difflens_classifiers" / "avatars.safetensors")
     began = time.time()
-    before, _ = run(model, options.pictures)
+    pictures, _ = run(model, options.pictures)
+    before = pictures, classifier.classify(pictures)
     results: dict[str, dict] = {}
     print(f"n = {options.pictures}, {STEPS} steps, seed {SEED}; kept and others in %")
     for attribute in ATTRIBUTES:
@@ -110,9 +115,10 @@ def main() -> None:
         results[attribute] = {"before": outcome(classifier, before, before, attribute, None)}
         print(row("before", results[attribute]["before"]), flush=True)
         for name, recipe in recipes_of(attribute, not options.no_controls).items():
-            after, targets = run(model, options.pictures, recipe)
+            steered, targets = run(model, options.pictures, recipe)
+            after = steered, classifier.classify(steered)
             results[attribute][name] = outcome(classifier, before, after, attribute, targets)
-            results[attribute][name]["identical"] = bool(torch.equal(before, after))
+            results[attribute][name]["identical"] = bool(torch.equal(pictures, steered))
             print(row(name, results[attribute][name]), flush=True)
     print(f"\n{time.time() - began:.0f} seconds")
     if options.json:

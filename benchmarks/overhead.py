@@ -10,15 +10,13 @@ from __future__ import annotations
 import statistics
 import time
 
-import debias
 import torch
-from debias import AVATARS, STEPS
+from debias import ATTRIBUTES, AVATARS, STEPS, fair_targets
 
 from difflens_core.denoiser import load_denoiser
 from difflens_core.recipes import load_recipe
 from difflens_core.sampling import sample, start_noise
 from difflens_core.steering import Steering
-from difflens_core.targets import Targets
 
 BATCH = 16
 PAIRS = 15
@@ -33,10 +31,9 @@ def seconds(model, noise: torch.Tensor, steerings: list[Steering]) -> float:
 def main() -> None:
     model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
     noise = start_noise(BATCH, seed=1)
-    for attribute in debias.ATTRIBUTES:
+    for attribute in ATTRIBUTES:
         recipe = load_recipe(AVATARS / "difflens_recipes" / f"avatars_{attribute}.safetensors")
-        shares = (1 / len(recipe.classes),) * len(recipe.classes)
-        steering = [Steering(recipe, Targets(attribute, recipe.classes, shares).of)]
+        steering = [Steering(recipe, fair_targets(recipe, seed=0).of)]
         seconds(model, noise, steering)  # warm up
         ratios = []
         for pair in range(PAIRS):

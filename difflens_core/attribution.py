@@ -104,9 +104,8 @@ def class_levels(latents: Latents, labels: Tensor, classes: int, size: int, weig
     """
     positions = latents.values.shape[1]
     at = torch.arange(positions, device=labels.device)[None, :, None]
-    flat = ((labels[:, None, None] * size + latents.indices) * positions + at).flatten()
-    total = torch.zeros(classes * size * positions, device=labels.device)
-    total.index_add_(0, flat, (latents.values * weights[:, None, None]).flatten())
+    placed = latents._replace(indices=latents.indices * positions + at)
+    total = class_sum(latents.values * weights[:, None, None], placed, labels, classes, size * positions)
     sums = torch.zeros(classes, device=labels.device).index_add_(0, labels, weights).clamp(min=1e-12)
     return total.view(classes, size, positions) / sums[:, None, None]
 

@@ -15,7 +15,7 @@ from .activations import Activations
 from .attribution import Attribution
 from .files import DiffLensError, load_tensors, save_tensors
 from .probes import Probes
-from .sae import Normalisation, SparseAutoencoder
+from .sae import NORMALISATION, Normalisation, SparseAutoencoder
 
 MODES = ("shift", "add", "move", "scale")
 # Probes are surer of their class than right. Divided by this, a picture near the border is still pushed a little.
@@ -69,7 +69,6 @@ class Recipe:
 TENSORS = (
     "features", "encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias"
 )  # fmt: skip
-NORMALISATION = ("progress", "mean", "scale")
 PLAIN = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "info")
 
 

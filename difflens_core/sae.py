@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from .files import DiffLensError, load_tensors, save_tensors
 
 TENSORS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
+NORMALISATION = ("progress", "mean", "scale")
 
 
 class Latents(NamedTuple):
@@ -150,13 +151,13 @@ def sparse_decode(latents: Latents, decoder: Tensor) -> Tensor:
 def save_sae(path: str | Path, sae: SparseAutoencoder, dtype: torch.dtype = torch.float32) -> None:
     """Write an SAE; `dtype` may be float16 to halve the file."""
     tensors = {name: getattr(sae, name).to(dtype) for name in TENSORS}
-    tensors |= {f"normalisation.{name}": getattr(sae.normalisation, name) for name in ("progress", "mean", "scale")}
+    tensors |= {f"normalisation.{name}": getattr(sae.normalisation, name) for name in NORMALISATION}
     save_tensors(path, "sae", tensors, {"k": sae.k, "site": sae.site, "info": dict(sae.info)})
 
 
 def load_sae(path: str | Path) -> SparseAutoencoder:
     """Read an SAE that `save_sae` wrote; weights come back in fp32. Raises `DiffLensError` if it does not fit."""
-    wanted = [*TENSORS, *(f"normalisation.{name}" for name in ("progress", "mean", "scale"))]
+    wanted = [*TENSORS, *(f"normalisation.{name}" for name in NORMALISATION)]
     tensors, info = load_tensors(path, "sae", needs=[*wanted, "k", "site"])
     parts = [tensors[name].float() for name in wanted]
     return SparseAutoencoder(

@@ -45,6 +45,15 @@ class Quality:
     dead: float
 
 
+def hold_out(activations: Activations) -> tuple[Activations, Activations]:
+    """The pictures to train on, and the last eighth (at least one) to measure the SAE on."""
+    if activations.pictures < 2:
+        raise DiffLensError("got one picture, expected at least 2, one to train on and one to measure by.")
+    kept = activations.pictures - max(1, activations.pictures // 8)
+    train, held_out = activations.values.tensor_split([kept], dim=1)
+    return replace(activations, values=train), replace(activations, values=held_out)
+
+
 def training_rows(activations: Activations, sae: SparseAutoencoder, picks: Tensor) -> Tensor:
     """Normalised rows (len(picks) x C) of the flat (step, picture, position) indices `picks`."""
     _, b, _, height, width = activations.values.shape

@@ -34,7 +34,7 @@ from difflens_core.probes import save_probes, train_probes  # noqa: E402
 from difflens_core.recipes import build_recipe, load_recipe, save_recipe, with_settings  # noqa: E402
 from difflens_core.sae import load_sae, save_sae  # noqa: E402
 from difflens_core.sampling import sample, start_noise  # noqa: E402
-from difflens_core.training import TrainingOptions, learning_rate_share, measure_sae, train_sae  # noqa: E402
+from difflens_core.training import TrainingOptions, hold_out, learning_rate_share, measure_sae, train_sae  # noqa: E402
 
 OUT = ROOT / "models" / "avatars"
 WORK = OUT / ".work"
@@ -134,9 +134,8 @@ def train_classifier() -> None:
     c = CLASSIFIER
     torch.manual_seed(c["seed"])
     images, traits = portraits.render(c["images"], seed=c["seed"], balanced=True)
-    heads = portraits.ATTRIBUTES | {
-        n: c for n, c in portraits.NUISANCES.items() if n != "hair_colour"
-    }  # seniors' is grey
+    # Not the hair colour: seniors' hair is grey whatever it says.
+    heads = portraits.ATTRIBUTES | {n: c for n, c in portraits.NUISANCES.items() if n != "hair_colour"}
     labels = {name: torch.from_numpy(traits[name]) for name in heads}
     model = AttributeClassifier(heads)
     steps = c["epochs"] * (c["images"] // c["batch"])
@@ -178,8 +177,7 @@ def train_avatar_sae() -> None:
     model = load_denoiser(DENOISER_FILE)
     activations, pictures = capture_pictures(model, SAE["pictures"], SAE["seed"])
     torch.save({**vars(activations), "pictures": pictures}, WORK / "capture.pt")
-    parts = activations.values.tensor_split([SAE["pictures"] * 7 // 8], dim=1)
-    train, held_out = (replace(activations, values=part) for part in parts)
+    train, held_out = hold_out(activations)
     options = TrainingOptions(**{name: SAE[name] for name in ("latents", "k", "steps", "seed")})
 
     def report(step: int, loss: float) -> None:

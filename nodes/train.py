@@ -10,10 +10,9 @@ import torch
 from comfy_api.latest import io
 
 from ..difflens_core.activations import Activations as CapturedActivations
-from ..difflens_core.files import DiffLensError
 from ..difflens_core.plots import line_chart
 from ..difflens_core.sae import save_sae
-from ..difflens_core.training import TrainingOptions, measure_sae, train_sae
+from ..difflens_core.training import TrainingOptions, hold_out, measure_sae, train_sae
 from . import host
 from .sockets import CATEGORY, SAE, Activations
 
@@ -72,12 +71,8 @@ class TrainSAE(io.ComfyNode):
         cls, activations: CapturedActivations, latents: int, k: int, steps: int, batch_size: int, learning_rate: float,
         seed: int, save_as: str,
     ) -> io.NodeOutput:  # fmt: skip
-        if activations.pictures < 2:
-            raise DiffLensError("got one picture, expected at least 2, one to train on and one to measure by.")
+        train, held_out = hold_out(activations)
         path = host.new_file(host.SAES, save_as)[0] if save_as.strip() else None
-        held = max(1, activations.pictures // 8)
-        parts = activations.values.tensor_split([activations.pictures - held], dim=1)
-        train, held_out = (replace(activations, values=part) for part in parts)
         options = TrainingOptions(latents, k, steps, batch_size, learning_rate, seed=seed)
         checkpoint = host.temporary_file(f"difflens_sae_{digest(options, activations)}.pt")
         report, curve = host.progress_bar(steps), []
@@ -97,7 +92,7 @@ class TrainSAE(io.ComfyNode):
         checkpoint.unlink(missing_ok=True)
         text = (
             f"FVU {quality.fvu:.3f}, L0 {quality.l0:.1f}, dead latents {quality.dead:.1%} "
-            f"(on {held} of {activations.pictures} pictures, kept out of training)"
+            f"(on {held_out.pictures} of {activations.pictures} pictures, kept out of training)"
         )
         image = host.to_image(loss_chart(curve))
         return host.drawn(cls, image, sae, image, text, text=text)

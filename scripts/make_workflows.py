@@ -126,6 +126,18 @@ def measure(
     graph.add("PreviewAny", "The report for machines (JSON)", source=report[1])
 
 
+def before_and_after(graph: Graph, model: Node, recipe: Node, classifier: Node, latent: Node, columns: int) -> None:
+    """The same pictures without and with steering to a fair mix of presentations, side by side and measured."""
+    steered = steer(graph, None, model[0], recipe[0])
+    graph.column()
+    before = sampler(graph, "Before: as the model likes", model[0], model[1], latent, 7)
+    after = sampler(graph, "After: steered", steered[0], model[1], latent, 7)
+    graph.column()
+    before = graph.add("VAEDecode", "Pictures before", samples=before[0], vae=model[2])
+    after = graph.add("VAEDecode", "Pictures after", samples=after[0], vae=model[2])
+    measure(graph, "presentation", "uniform", classifier[0], [before, after], ["Before", "After"], columns, steered[1])
+
+
 def debias_the_avatars() -> Graph:
     graph = Graph("01 debias the avatars")
     graph.group("Start here")
@@ -150,14 +162,7 @@ def debias_the_avatars() -> Graph:
     classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors")
     latent = graph.add("EmptyLatentImage", "How many pictures", width=64, height=64, batch_size=16)
     graph.group("Draw the same pictures without and with steering")
-    steered = steer(graph, None, model[0], recipe[0])
-    graph.column()
-    before = sampler(graph, "Before: as the model likes", model[0], model[1], latent, 7)
-    after = sampler(graph, "After: steered", steered[0], model[1], latent, 7)
-    graph.column()
-    before = graph.add("VAEDecode", "Pictures before", samples=before[0], vae=model[2])
-    after = graph.add("VAEDecode", "Pictures after", samples=after[0], vae=model[2])
-    measure(graph, "presentation", "uniform", classifier[0], [before, after], ["Before", "After"], 8, steered[1])
+    before_and_after(graph, model, recipe, classifier, latent, 8)
     return graph
 
 
@@ -207,14 +212,7 @@ def find_the_bias_features() -> Graph:
     graph.add("PreviewAny", "Ranking", source=found[2])
     graph.group("4 Steer other pictures by them")
     graph.add("DiffLensSaveRecipe", None, recipe=found[0], name="my_presentation")
-    steered = steer(graph, None, model[0], found[0])
-    graph.column()
-    before = sampler(graph, "Before: as the model likes", model[0], model[1], batch, 7)
-    after = sampler(graph, "After: steered", steered[0], model[1], batch, 7)
-    graph.column()
-    before = graph.add("VAEDecode", "Pictures before", samples=before[0], vae=model[2])
-    after = graph.add("VAEDecode", "Pictures after", samples=after[0], vae=model[2])
-    measure(graph, "presentation", "uniform", classifier[0], [before, after], ["Before", "After"], 16, steered[1])
+    before_and_after(graph, model, found, classifier, batch, 16)
     return graph
 
 
