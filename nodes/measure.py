@@ -197,13 +197,13 @@ def in_words(numbers: dict) -> str:
     columns = [numbers[name] for name in ("before", "after") if numbers[name]]
     lines = [
         f"{numbers['attribute']}, {numbers['n']} pictures",
-        f"{'':24}{'target':>10}" + "".join(f"{name:>24}" for name in ("before", "after")[: len(columns)]),
+        f"{'':22}{'target':>8}" + "".join(f"{name:>22}" for name in ("before", "after")[: len(columns)]),
     ]
     for i, name in enumerate(numbers["classes"]):
-        lines.append(f"{name:24}{numbers['target'][i]:10.1%}" + "".join(f"{c['shares'][i]:24.1%}" for c in columns))
+        lines.append(f"{name:22}{numbers['target'][i]:8.1%}" + "".join(f"{c['shares'][i]:22.1%}" for c in columns))
     for label, key in (("discrepancy (soft)", "fd"), ("discrepancy (counted)", "fd_hard")):
         cells = [f"{c[key]:.3f} ({c[f'{key}_ci'][0]:.3f}-{c[f'{key}_ci'][1]:.3f})" for c in columns]
-        lines.append(f"{label:34}" + "".join(f"{cell:>24}" for cell in cells))
+        lines.append(f"{label:30}" + "".join(f"{cell:>22}" for cell in cells))
     lines.append("Discrepancy: 0 is the target mix; in brackets the 95 % interval.")
     if len(set(numbers["target"])) == 1:
         limit = columns[0]["threshold"]
