@@ -94,6 +94,8 @@ class SparseAutoencoder:
     k: int
     site: str
     info: Mapping[str, Any] = field(default_factory=dict)
+    activation: str = "topk"
+    threshold: Tensor | None = None
 
     def __post_init__(self) -> None:
         n, c = self.encoder.shape
