@@ -36,12 +36,12 @@ def bag(weights: Tensor, indices: Tensor, starts: Tensor, matrix: Tensor) -> Ten
     return F.embedding_bag(indices, matrix, starts, per_sample_weights=weights, mode="sum")
 
 
-def bag_transposed(active: Active, matrix: Tensor, size: int) -> Tensor:
-    """Z^T matrix for the sparse B x size matrix Z that `active` describes and a B x C matrix: size x C."""
+def transposed(active: Active, size: int) -> Active:
+    """Z^T for the sparse B x size matrix Z: its rows are the `size` latents, its indices the B rows of Z."""
     order = active.indices.argsort(stable=True)
     starts = torch.bincount(active.indices, minlength=size).cumsum(0).roll(1)
     starts[0] = 0
-    return bag(active.values[order], active.rows()[order], starts, matrix)
+    return Active(active.values[order], active.rows()[order], starts)
 
 
 def dots(active: Active, matrix: Tensor, rows: Tensor) -> Tensor:
@@ -65,9 +65,9 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, indices, starts = ctx.saved_tensors
-        active = Active(grad, indices, starts)
-        bias = bag_transposed(active, x.new_ones(len(x), 1), ctx.latents)[:, 0]
-        return None, bag_transposed(active, x, ctx.latents), bias, None, None, None
+        by_latent = transposed(Active(grad, indices, starts), ctx.latents)
+        bias = bag(*by_latent, x.new_ones(len(x), 1))[:, 0]
+        return None, bag(*by_latent, x), bias, None, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -82,7 +82,7 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         decoder, *parts = ctx.saved_tensors
         active = Active(*parts)
-        return bag_transposed(active, grad, len(decoder)), dots(active, decoder, grad), None, None
+        return bag(*transposed(active, len(decoder)), grad), dots(active, decoder, grad), None, None
 
 
 def encode_active(x: Tensor, encoder: Tensor, bias: Tensor, active: Active) -> Active:
