@@ -50,16 +50,13 @@ def hold_out(activations: Activations) -> tuple[Activations, Activations]:
     if activations.pictures < 2:
         raise DiffLensError("got one picture, expected at least 2, one to train on and one to measure by.")
     kept = activations.pictures - max(1, activations.pictures // 8)
-    train, held_out = activations.values.tensor_split([kept], dim=1)
-    return replace(activations, values=train), replace(activations, values=held_out)
+    return activations.part(0, kept), activations.part(kept, activations.pictures)
 
 
 def training_rows(activations: Activations, sae: SparseAutoencoder, picks: Tensor) -> Tensor:
     """Normalised rows (len(picks) x C) of the flat (step, picture, position) indices `picks`."""
-    _, b, _, height, width = activations.values.shape
-    positions = height * width
-    step, picture = picks // (b * positions), picks // positions % b
-    rows = activations.values.flatten(3)[step, picture, :, picks % positions].float()
+    step = picks // (activations.pictures * activations.positions)
+    rows = activations.rows(picks).float()
     return (rows - sae.normalisation.mean[step]) / sae.normalisation.scale[step, None]
 
 
@@ -67,12 +64,10 @@ def initial_sae(activations: Activations, options: TrainingOptions) -> SparseAut
     """Untrained SAE: random unit directions, the encoder equal to the decoder."""
     if not 1 <= options.k <= options.latents:
         raise DiffLensError(f"Train SAE: k is {options.k}, expected 1 to {options.latents}, the number of latents.")
-    if not torch.isfinite(activations.values).all():
-        raise DiffLensError("Train SAE: the activations hold NaN or infinite numbers. Check the model's precision.")
     generator = torch.Generator().manual_seed(options.seed)
     decoder = F.normalize(torch.randn(options.latents, activations.width, generator=generator), dim=1)
     zeros = torch.zeros(options.latents), torch.zeros(activations.width)
-    normalisation = fit_normalisation(activations.values, activations.progress)
+    normalisation = fit_normalisation(activations)
     return SparseAutoencoder(decoder.clone(), zeros[0], decoder, zeros[1], normalisation, options.k, activations.site)
 
 
@@ -120,11 +115,9 @@ def train_sae(
             torch.save(state | parts, temporary)
             temporary.replace(checkpoint)
 
-    rows_in_all = activations.values[:, :, 0].numel()
     try:
         for step in range(state["step"], options.steps):
-            generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
-            rows = training_rows(activations, sae, torch.randint(rows_in_all, (options.batch,), generator=generator))
+            rows = training_rows(activations, sae, activations.draw(options.batch, options.seed, step))
             for group in optimiser.param_groups:
                 group["lr"] = options.lr * learning_rate_share(step, options.steps)
             loss, fired = reconstruction_loss(sae, rows, idle > options.dead_after, options.aux_k)
@@ -169,13 +162,17 @@ def measure_sae(sae: SparseAutoencoder, activations: Activations) -> Quality:
     """Quality on `activations` (use pictures that the SAE was not trained on)."""
     error = variance = active = 0.0
     fired = torch.zeros(sae.latents, dtype=torch.bool)
-    for values, progress in zip(activations.values, activations.progress, strict=True):
+    rows_of_step = activations.pictures * activations.positions
+    for s, progress in enumerate(activations.progress):
         step = sae.normalisation.step_at(float(progress))
-        rows = sae.normalisation.apply(values, step)
-        latents = sae.encode(values, step)
-        error += float((rows - sae.decode(latents)).double().square().sum())
-        variance += float((rows - rows.mean(dim=(0, 1))).double().square().sum())
-        active += float((latents.values > 0).sum())
-        fired[latents.indices[latents.values > 0]] = True
-    positions = activations.values[:, :, 0].numel()
-    return Quality(error / variance, active / positions, 1 - float(fired.float().mean()))
+        total = torch.zeros(activations.width, dtype=torch.float64)
+        for _, values in activations.batches(s):
+            rows = sae.normalisation.apply(values, step)
+            latents = sae.encode(values, step)
+            error += float((rows - sae.decode(latents)).double().square().sum())
+            variance += float(rows.double().square().sum())
+            total += rows.double().sum(dim=(0, 1))
+            active += float((latents.values > 0).sum())
+            fired[latents.indices[latents.values > 0]] = True
+        variance -= float(total.square().sum()) / rows_of_step
+    return Quality(error / variance, active / activations.rows_in_all, 1 - float(fired.float().mean()))
