@@ -161,16 +161,20 @@ def attribute_features(
     counts = torch.bincount(labels, minlength=classes).float()
     weights = torch.ones(len(labels)) if weights is None else weights
     levels, worst = [], 0.0
-    for s, (values, progress) in enumerate(zip(activations.values, activations.progress, strict=True)):
-        latents = sae.encode(values, sae.normalisation.step_at(float(progress)))
-        step = probes.step_at(float(progress))
-        ig, error = integrated_gradients(latents, sae, probes, step, labels, temperature)
-        worst = max(worst, float(error.max()))
-        level = class_levels(latents, labels, classes, size, weights)
+    totals = torch.bincount(labels, weights, minlength=classes)
+    for s, progress in enumerate(activations.progress):
+        step, level = probes.step_at(float(progress)), torch.zeros(classes, size, activations.positions)
+        for first, values in activations.batches(s):
+            part = slice(first, first + len(values))
+            latents = sae.encode(values, sae.normalisation.step_at(float(progress)))
+            ig, error = integrated_gradients(latents, sae, probes, step, labels[part], temperature)
+            worst = max(worst, float(error.max()))
+            share = torch.bincount(labels[part], weights[part], minlength=classes) / totals
+            level += class_levels(latents, labels[part], classes, size, weights[part]) * share[:, None, None]
+            if method == "integrated gradients":
+                scores += class_sum(ig, latents, labels[part], classes, size) / counts[:, None]
         if method == "contrastive":
             scores += contrast(probes.weight[step] @ sae.decoder.T) * contrast(level.mean(dim=2))
-        else:
-            scores += class_sum(ig, latents, labels, classes, size) / counts[:, None]
         levels.append(level.half())
         on_step(s + 1)
     return Attribution(

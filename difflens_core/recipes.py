@@ -112,7 +112,8 @@ def fit_thresholds(
     above it and the inactive rows below, so one cumulative sum finds the best.
     """
     rows, active = [], []
-    for values, progress in zip(activations.values[:, :pictures], activations.progress, strict=True):
+    some = activations.part(0, pictures).values
+    for values, progress in zip(some, activations.progress, strict=True):
         x = sae.normalisation.apply(values, sae.normalisation.step_at(float(progress)))
         pre = F.linear(x, sae.encoder, sae.encoder_bias).flatten(0, 1)
         kth = pre.topk(sae.k, dim=1).values[:, -1:]

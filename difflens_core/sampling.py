@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .activations import capture_site, edit_site
-from .denoiser import Denoiser
+from .denoiser import Denoiser, fingerprint
 from .steering import Steering
+from .store import DTYPES, SAMPLES, Index, Shard, Store, record
 
 
 def start_noise(count: int, seed: int, size: int = 64) -> Tensor:
     """Noise of pictures 0 .. count-1 of a run (count x 3 x size x size), the same as a host draws for `seed`."""
     return torch.randn(count, 3, size, size, generator=torch.Generator("cpu").manual_seed(seed))
+
+
+def noise_batches(shape: Sequence[int], count: int, seed: int, batch: int) -> Iterator[Tensor]:
+    """The noise of pictures 0 .. count-1 of a run (each of `shape`), `batch` at a time, as if drawn at once."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    # torch draws in blocks of 16 numbers: only where a batch fills its last block do the next ones begin anew.
+    piece = count if prod(shape) * batch % 16 or prod(shape) * count % 16 else batch
+    for first in range(0, count, piece):
+        yield from torch.randn(min(piece, count - first), *shape, generator=generator).split(batch)
 
 
 @torch.inference_mode()
@@ -48,3 +60,33 @@ def sample(
             x = x0 + (x - x0) * (following / sigma)
             on_step(i + 1)
     return x.clamp(-1, 1), captured
+
+
+def capture_pictures(
+    model: Denoiser,
+    count: int,
+    seed: int,
+    steps: int = 20,
+    batch: int = 64,
+    sites: Sequence[str] = ("middle_block",),
+    dtype: str = "float16",
+    folder: str | Path | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> Store:
+    """Sample `count` pictures, `batch` at once, keeping what `sites` put out at every step: see `record`.
+
+    The store's samples are the pictures, count x 3 x H x W in [-1, 1].
+    """
+    progress = tuple((torch.arange(steps) / steps).tolist())
+    index = Index(tuple(sites), progress, count, batch, seed, fingerprint(model.state_dict()), dtype)
+
+    def draw(first: int, noise: Tensor) -> Shard:
+        with ExitStack() as stack:
+            outputs = {site: stack.enter_context(capture_site(model, site, DTYPES[dtype])) for site in sites}
+            pictures, _ = sample(model, noise, steps, first_image=first)
+        on_batch(first + len(noise))
+        kept = {site: torch.stack([h.movedim(1, -1) for h in values]) for site, values in outputs.items()}
+        return kept | {SAMPLES: pictures}
+
+    size = model.config.size
+    return record(index, noise_batches((3, size, size), count, seed, batch), draw, folder)

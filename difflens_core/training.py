@@ -57,16 +57,13 @@ def hold_out(activations: Activations) -> tuple[Activations, Activations]:
     if activations.pictures < 2:
         raise DiffLensError("got one picture, expected at least 2, one to train on and one to measure by.")
     kept = activations.pictures - max(1, activations.pictures // 8)
-    train, held_out = activations.values.tensor_split([kept], dim=1)
-    return replace(activations, values=train), replace(activations, values=held_out)
+    return activations.part(0, kept), activations.part(kept, activations.pictures)
 
 
 def training_rows(activations: Activations, sae: SparseAutoencoder, picks: Tensor) -> Tensor:
     """Normalised rows (len(picks) x C) of the flat (step, picture, position) indices `picks`."""
-    _, b, _, height, width = activations.values.shape
-    positions = height * width
-    step, picture = picks // (b * positions), picks // positions % b
-    rows = activations.values.flatten(3)[step, picture, :, picks % positions].float()
+    step = picks // (activations.pictures * activations.positions)
+    rows = activations.rows(picks).float()
     return (rows - sae.normalisation.mean[step]) / sae.normalisation.scale[step, None]
 
 
@@ -74,12 +71,10 @@ def initial_sae(activations: Activations, options: TrainingOptions) -> SparseAut
     """Untrained SAE: random unit directions, the encoder equal to the decoder."""
     if not 1 <= options.k <= options.latents:
         raise DiffLensError(f"Train SAE: k is {options.k}, expected 1 to {options.latents}, the number of latents.")
-    if not torch.isfinite(activations.values).all():
-        raise DiffLensError("Train SAE: the activations hold NaN or infinite numbers. Check the model's precision.")
     generator = torch.Generator().manual_seed(options.seed)
     decoder = F.normalize(torch.randn(options.latents, activations.width, generator=generator), dim=1)
     zeros = torch.zeros(options.latents), torch.zeros(activations.width)
-    normalisation = fit_normalisation(activations.values, activations.progress)
+    normalisation = fit_normalisation(activations)
     return SparseAutoencoder(decoder.clone(), zeros[0], decoder, zeros[1], normalisation, options.k, activations.site)
 
 
@@ -192,7 +187,7 @@ def train_sae(
     writes = checkpoint and rank == 0
     try:
         while state.step < options.steps:
-            picks = batch_picks(activations, options, state.step)[rank :: processes()]
+            picks = activations.draw(options.batch, options.seed, state.step)[rank :: processes()]
             loss = state.train_on(training_rows(activations, sae, picks).to(device))
             due = held_out is not None and (state.step % every == 0 or state.step == options.steps)
             on_step(state.step, loss, measure_sae(state.sae(), held_out) if due else None)
@@ -205,12 +200,6 @@ def train_sae(
     return replace(state.sae(), info={"training": {**vars(options), "pictures": activations.pictures}})
 
 
-def batch_picks(activations: Activations, options: TrainingOptions, step: int) -> Tensor:
-    """Flat (step, picture, position) indices of the rows of a batch; a resumed run draws the same."""
-    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
-    return torch.randint(activations.values[:, :, 0].numel(), (options.batch,), generator=generator)
-
-
 class State:
     """All that changes while an SAE is trained, and its file."""
 
@@ -218,7 +207,7 @@ class State:
         self, sae: SparseAutoencoder, options: TrainingOptions, activations: Activations, device: torch.device | str
     ):
         self.initial, self.options, self.device = sae, options, device
-        self.data = f"{activations.site} {tuple(activations.values.shape)}"
+        self.data = f"{activations.site}, {activations.rows_in_all} rows of {activations.width}"
         self.module = BatchLoss(sae, options).to(device)
         self.wrapped = DistributedDataParallel(self.module) if dist.is_initialized() else self.module
         self.optimiser = torch.optim.Adam(self.module.parameters(), lr=options.lr, fused=True)
@@ -283,13 +272,17 @@ def measure_sae(sae: SparseAutoencoder, activations: Activations) -> Quality:
     """Quality on `activations` (use pictures that the SAE was not trained on)."""
     error = variance = active = 0.0
     fired = torch.zeros(sae.latents, dtype=torch.bool)
-    for values, progress in zip(activations.values, activations.progress, strict=True):
+    rows_of_step = activations.pictures * activations.positions
+    for s, progress in enumerate(activations.progress):
         step = sae.normalisation.step_at(float(progress))
-        rows = sae.normalisation.apply(values, step)
-        latents = sae.encode(values, step)
-        error += float((rows - sae.decode(latents)).double().square().sum())
-        variance += float((rows - rows.mean(dim=(0, 1))).double().square().sum())
-        active += float((latents.values > 0).sum())
-        fired[latents.indices[latents.values > 0]] = True
-    positions = activations.values[:, :, 0].numel()
-    return Quality(error / variance, active / positions, 1 - float(fired.float().mean()))
+        total = torch.zeros(activations.width, dtype=torch.float64)
+        for _, values in activations.batches(s):
+            rows = sae.normalisation.apply(values, step)
+            latents = sae.encode(values, step)
+            error += float((rows - sae.decode(latents)).double().square().sum())
+            variance += float(rows.double().square().sum())
+            total += rows.double().sum(dim=(0, 1))
+            active += float((latents.values > 0).sum())
+            fired[latents.indices[latents.values > 0]] = True
+        variance -= float(total.square().sum()) / rows_of_step
+    return Quality(error / variance, active / activations.rows_in_all, 1 - float(fired.float().mean()))
