@@ -17,6 +17,9 @@ from .files import DiffLensError
 from .sae import TENSORS, SparseAutoencoder, fit_normalisation
 from .sparse import Active, decode_active, dots, encode_active, threshold_active, top_k_active
 
+ACTIVATIONS = ("topk", "batchtopk")
+PRECISIONS = ("fp32", "bf16")
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -69,6 +72,11 @@ def training_rows(activations: Activations, sae: SparseAutoencoder, picks: Tenso
 
 def initial_sae(activations: Activations, options: TrainingOptions) -> SparseAutoencoder:
     """Untrained SAE: random unit directions, the encoder equal to the decoder."""
+    for name, known in (("activation", ACTIVATIONS), ("precision", PRECISIONS)):
+        if getattr(options, name) not in known:
+            raise DiffLensError(f"Train SAE: {name} is {getattr(options, name)!r}, expected one of {', '.join(known)}.")
+    if options.batch % processes():
+        raise DiffLensError(f"Train SAE: a batch of {options.batch} cannot be shared by {processes()} processes.")
     if not 1 <= options.k <= options.latents:
         raise DiffLensError(f"Train SAE: k is {options.k}, expected 1 to {options.latents}, the number of latents.")
     generator = torch.Generator().manual_seed(options.seed)
@@ -198,6 +206,11 @@ def train_sae(
             state.save(checkpoint)
         raise
     return replace(state.sae(), info={"training": {**vars(options), "pictures": activations.pictures}})
+
+
+def training_bytes(options: TrainingOptions, width: int) -> int:
+    """Memory that training takes: weights, gradients and two moments of each, and the pre-activations of a batch."""
+    return 4 * (4 * 2 * options.latents * width + 2 * options.batch * options.latents)
 
 
 class State:

@@ -153,6 +153,13 @@ def training() -> Iterator[None]:
         yield
 
 
+def training_device(needed: int) -> torch.device:
+    """The device that ComfyUI computes on, with `needed` bytes freed of models that can be loaded again."""
+    device = comfy.model_management.get_torch_device()
+    comfy.model_management.free_memory(needed, device)
+    return device
+
+
 # --- the unconditional model ---
 
 TIMESTEPS = 1000  # what ComfyUI's flow models multiply sigma by

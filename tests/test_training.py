@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +15,8 @@ from torch.nn import functional as F
 
 from difflens_core.activations import Activations
 from difflens_core.files import DiffLensError
-from difflens_core.sae import TENSORS
+from difflens_core.sae import TENSORS, load_sae
+from difflens_core.store import SAMPLES, Index, record
 from difflens_core.training import (
     BatchLoss,
     TrainingOptions,
@@ -23,6 +28,7 @@ from difflens_core.training import (
     training_rows,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = TrainingOptions(latents=48, k=3, steps=40, batch=128, dead_after=10, aux_k=8, seed=5)
 
 
@@ -172,3 +178,27 @@ def test_activations_with_nan_are_refused(sparse, value):
     values[1, 2, 3, 0, 0] = value
     with pytest.raises(DiffLensError, match="NaN or infinite"):
         train_sae(Activations(values, sparse.progress, "middle"), OPTIONS)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_two_processes_train_the_same_sae_as_one(sparse, tmp_path, activation):
+    index = Index(("middle",), (0.0, 0.5), 48, 16, seed=0, model="")
+    shards = [
+        {"middle": part.movedim(2, -1).half(), SAMPLES: torch.zeros(16, 1)} for part in sparse.values.split(16, 1)
+    ]
+    record(index, shards, lambda _, shard: shard, tmp_path / "store")
+    given = {"latents": 48, "k": 3, "steps": 60, "batch": 128, "dead_after": 10, "aux_k": 8, "activation": activation}
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.safetensors"
+        launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        options = [f"--{name}={value}" for name, value in given.items()]
+        command = [sys.executable, *launch, str(ROOT / "scripts" / "train_sae.py"), str(tmp_path / "store"), str(out)]
+        run = subprocess.run(
+            [*command, *options], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert run.returncode == 0, run.stderr
+        assert not out.with_suffix(".checkpoint").exists() and "held out" in run.stdout
+        found.append(load_sae(out))
+    for name in TENSORS:
+        torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name), atol=1e-4, rtol=0)
