@@ -11,6 +11,7 @@ Needs an environment with torch, safetensors and numpy.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from dataclasses import asdict, fields, replace
@@ -63,7 +64,8 @@ def main() -> None:
         save_sae(given["out"], replace(sae, info=info))
         checkpoint.unlink(missing_ok=True)
     if dist.is_initialized():
-        dist.barrier()  # none may leave while another still works
+        gc.collect()  # DistributedDataParallel must be gone before its process group, and
+        dist.barrier()  # nobody may leave while another still works.
         dist.destroy_process_group()
 
 
