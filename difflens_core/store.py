@@ -59,7 +59,7 @@ class Index:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
         object.__setattr__(self, "progress", tuple(self.progress))
-        if not self.sites or len({*self.sites, SAMPLES}) <= len(self.sites):
+        if not all(self.sites) or not 0 < len(self.sites) < len({*self.sites, SAMPLES}):
             raise DiffLensError(f'the sites are "{", ".join(self.sites)}". Name at least one, and each only once.')
         if not self.progress or self.pictures < 1 or self.per_shard < 1 or self.dtype not in DTYPES:
             raise DiffLensError(
