@@ -103,8 +103,8 @@ class CaptureActivations(io.ComfyNode):
     @host.clear_errors
     def execute(
         cls, model: Any, positive: list, latent_image: dict, vae: Any, pictures: int, steps: int, sampler_name: str,
-        scheduler: str, seed: int, site: str, start_percent: float = 0.0, end_percent: float = 1.0, dtype: str = "float16",
-        save_as: str = "",
+        scheduler: str, seed: int, site: str, start_percent: float = 0.0, end_percent: float = 1.0,
+        dtype: str = "float16", save_as: str = "",
     ) -> io.NodeOutput:  # fmt: skip
         store = host.capture(
             model, positive, latent_image, pictures, steps, sampler_name, scheduler, seed,
