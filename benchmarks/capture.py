@@ -2,8 +2,8 @@
 
     python benchmarks/capture.py
 
-Time is the median over pairs that take turns. Memory is the peak of what the process alone holds (anonymous pages;
-mapped files are the system's to drop), above what it held before, while a stub sampler gives random activations of
+Time is the median over pairs that take turns. Memory is the peak of what the process alone holds, Python and torch
+included (anonymous pages; those of mapped files are the system's to drop), while a stub sampler gives activations of
 the avatars' shape at one step and while all of them are read again. Needs 1.7 GB of disk for a moment.
 """
 
@@ -58,16 +58,16 @@ def anonymous() -> float:
 
 
 class Peak(threading.Thread):
-    """Looks at `anonymous` every few milliseconds while open; `value` is the most above the beginning."""
+    """Looks at `anonymous` every few milliseconds while open; `value` is the most it saw."""
 
     def __enter__(self) -> Peak:
-        self.begin, self.value, self.done = anonymous(), 0.0, threading.Event()
+        self.value, self.done = anonymous(), threading.Event()
         self.start()
         return self
 
     def run(self) -> None:
         while not self.done.wait(0.005):
-            self.value = max(self.value, anonymous() - self.begin)
+            self.value = max(self.value, anonymous())
 
     def __exit__(self, *_: object) -> None:
         self.done.set()

@@ -313,6 +313,8 @@ def bad_files(server):
     normalisation = replace(recipe.normalisation, mean=recipe.normalisation.mean[:, :100])
     save_recipe(recipes / "narrow.safetensors", replace(recipe, normalisation=normalisation, **narrow))
     model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
+    model.position.data *= 1.1
+    save_denoiser(models / "other.safetensors", model, {})
     model.position.data[0, 0] = torch.nan
     save_denoiser(models / "nan.safetensors", model, {})
 
@@ -380,6 +382,23 @@ def one_picture() -> Graph:
     return graph
 
 
+def another_model() -> Graph:
+    graph = Small(pictures=64, model="other")
+    captured = graph.capture(pictures=64, steps=2)
+    sae = graph.add("DiffLensLoadSAE", sae_name="avatars.safetensors")
+    labels = graph.add(
+        "DiffLensClassify", images=captured[1], classifier=graph.classifier()[0], attribute="presentation"
+    )
+    probes = graph.add("DiffLensTrainProbes", activations=captured[0], sae=sae[0], labels=labels[0])
+    avatars = graph.add("DiffLensLoadModel", model_name="avatars.safetensors")
+    found = graph.add(
+        "DiffLensAttribute", model=avatars[0], activations=captured[0], sae=sae[0], probes=probes[0],
+        labels=labels[0], method="contrastive", features_per_class=5,
+    )  # fmt: skip
+    graph.add("PreviewAny", source=found[2])
+    return graph
+
+
 def bad_save(name: str):
     def make() -> Graph:
         graph = Small()
@@ -414,6 +433,7 @@ BAD = {
     "an unknown target": (bad_report(target="1, 2"), ("Fairness Report: ", '"1, 2" is not understood')),
     "unequal batches": (unequal_report, ("Fairness Report: ", "2 pictures", "1 pictures")),
     "a capture without site": (bad_capture(site="cellar"), ("Capture Activations: ", "no module cellar")),
+    "activations of another model": (another_model, ("Attribute Features: ", "captured on another model")),
     "too little to train on": (one_picture, ("Train SAE: ", "got one picture, expected at least 2")),
     "a way out of the folder": (bad_save("../../escaped"), ("Save Recipe: ", "cannot be a file name")),
 }  # fmt: skip
