@@ -82,8 +82,9 @@ def train_probes(
     fitted = []
     for s, progress in enumerate(activations.progress):
         step = sae.normalisation.step_at(float(progress))
-        parts = [sae.decode(sae.encode(values, step)).mean(dim=1) for _, values in activations.batches(s)]
-        pooled = torch.cat(parts)
+        pooled = torch.empty(activations.pictures, sae.width)
+        for first, values in activations.batches(s):
+            pooled[first : first + len(values)] = sae.decode(sae.encode(values, step)).mean(dim=1)
         trial = fit_logistic(pooled[~held_out], labels[~held_out], len(classes), weight_decay)
         accuracy = balanced_accuracy(F.linear(pooled[held_out], *trial).argmax(dim=1), labels[held_out])
         fitted.append((*fit_logistic(pooled, labels, len(classes), weight_decay), accuracy))

@@ -59,7 +59,7 @@ class Index:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
         object.__setattr__(self, "progress", tuple(self.progress))
-        if not self.sites or len({*self.sites, SAMPLES}) <= len(self.sites):
+        if not all(self.sites) or not 0 < len(self.sites) < len({*self.sites, SAMPLES}):
             raise DiffLensError(f'the sites are "{", ".join(self.sites)}". Name at least one, and each only once.')
         if not self.progress or self.pictures < 1 or self.per_shard < 1 or self.dtype not in DTYPES:
             raise DiffLensError(
@@ -113,10 +113,10 @@ def record(
     drawn again; beside them one shard at a time is in memory. Raises `DiffLensError` if the folder was begun with
     another index, if a shard does not fit, holds NaN or infinite numbers, or cannot be written.
     """
-    folder = None if folder is None else Path(folder)
-    shards = {} if folder is None else begin(folder, index)
+    kept: list[Shard] = []
+    finished = set() if folder is None else begin(Path(folder), index)
     for number, noise in zip(range(index.shards), noises, strict=True):
-        if number in shards:
+        if number in finished:
             continue
         shard = draw(index.pictures_of(number).start, noise)
         check_shard(shard, index, number, f"pictures {index.pictures_of(number)[0]} to {index.pictures_of(number)[-1]}")
@@ -126,12 +126,16 @@ def record(
                     f"{site} puts out numbers that are NaN or beyond {index.dtype}. Check the model's precision"
                     + (", or keep bfloat16, whose range is wider." if index.dtype == "float16" else ".")
                 )
-        shards[number] = shard if folder is None else write_shard(folder, index, number, shard)
-    return Store(index, tuple(shards[number] for number in range(index.shards)))
+        if folder is None:
+            kept.append(shard)
+        else:
+            write_shard(Path(folder), index, number, shard)
+    # Opened only now: whatever stayed in memory between two large shards would keep the allocator from reusing them.
+    return Store(index, tuple(kept)) if folder is None else open_store(folder)
 
 
-def begin(folder: Path, index: Index) -> dict[int, Shard]:
-    """Make a store's folder, or go on with one that was begun with the same index: its finished shards by number."""
+def begin(folder: Path, index: Index) -> set[int]:
+    """Make a store's folder, or go on with one that was begun with the same index: the numbers of its whole shards."""
     if (folder / INDEX).exists():
         found, wanted = plain(read_index(folder)), plain(index)
         names = [name for name in found | wanted if found.get(name) != wanted.get(name)]
@@ -150,8 +154,10 @@ def begin(folder: Path, index: Index) -> dict[int, Shard]:
             temporary.replace(folder / INDEX)
     for leftover in folder.glob(".*.tmp"):  # of a capture that was killed while it wrote
         leftover.unlink()
-    finished = [number for number in range(index.shards) if shard_path(folder, number).exists()]
-    return {number: read_shard(folder, index, number) for number in finished}
+    finished = {number for number in range(index.shards) if shard_path(folder, number).exists()}
+    for number in finished:
+        read_shard(folder, index, number)
+    return finished
 
 
 def plain(index: Index) -> dict[str, Any]:
@@ -199,12 +205,11 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard_{number:05}.safetensors"
 
 
-def write_shard(folder: Path, index: Index, number: int, shard: Shard) -> Shard:
-    """Write a shard whole or not at all. Returns it as it is read from there."""
+def write_shard(folder: Path, index: Index, number: int, shard: Shard) -> None:
+    """Write a shard whole or not at all."""
     path = shard_path(folder, number)
     with disk_errors(path):
         save_tensors(path, "activations", shard, {"index": index.digest, "first": index.pictures_of(number).start})
-    return read_shard(folder, index, number)
 
 
 def read_shard(folder: Path, index: Index, number: int) -> Shard:

@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .attribute import AttributeFeatures, TrainProbes
-from .capture import CaptureActivations
+from .capture import CaptureActivations, LoadActivations
 from .load import LoadClassifier, LoadModel, LoadRecipe, LoadSAE, SaveRecipe
 from .measure import ClassifyImages, CompareImages, FairnessReport
 from .steer import Steer
@@ -11,7 +11,7 @@ from .train import TrainSAE
 
 NODES: list[type[io.ComfyNode]] = [
     LoadModel, LoadSAE, LoadClassifier, LoadRecipe, SaveRecipe,
-    CaptureActivations, TrainSAE, ClassifyImages, TrainProbes, AttributeFeatures,
+    CaptureActivations, LoadActivations, TrainSAE, ClassifyImages, TrainProbes, AttributeFeatures,
     Steer, FairnessReport, CompareImages,
 ]  # fmt: skip
 

@@ -115,10 +115,16 @@ class AttributeFeatures(io.ComfyNode):
                 "Connect the labels that Train Probes got."
             )
         host.site_width(model, activations.site)
+        fingerprint = host.model_fingerprint(model)
+        if activations.model not in ("", fingerprint):
+            raise DiffLensError(
+                f"the activations were captured on another model (mark {activations.model}, this one has "
+                f"{fingerprint}). Connect the model that Capture Activations got."
+            )
         report = host.progress_bar(len(activations.progress))
         weights = balancing_weights(labels.indices, labels.others)
         found = attribute_features(activations, sae, probes, labels.indices, method, weights, on_step=report)
-        recipe = build_recipe(found, sae, probes, activations, features_per_class, host.model_fingerprint(model))
+        recipe = build_recipe(found, sae, probes, activations, features_per_class, fingerprint)
         image = host.to_image(ranking_chart(found))
         text = ranking_table(found, features_per_class)
         return host.drawn(cls, image, recipe, image, text, text=text)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor, nn
 
-from ..difflens_core.activations import Activations, find_site
+from ..difflens_core.activations import find_site
 from ..difflens_core.denoiser import Denoiser, DenoiserConfig, fingerprint, load_denoiser_weights
 from ..difflens_core.files import DiffLensError
+from ..difflens_core.sampling import noise_batches
+from ..difflens_core.store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, record
 
 log = logging.getLogger("difflens")
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
@@ -42,15 +45,17 @@ SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
 # --- files ---
 
 MODELS, SAES, CLASSIFIERS, RECIPES = "difflens_models", "difflens_saes", "difflens_classifiers", "difflens_recipes"
+STORES = "difflens_activations"
 SHIPPED = Path(__file__).resolve().parent.parent / "models" / "avatars"
 
 
 def register_folders() -> None:
     """Make the pack's kinds of file known: the user's folder, then extra_model_paths.yaml's, then the shipped one."""
-    for kind in (MODELS, SAES, CLASSIFIERS, RECIPES):
+    endings = dict.fromkeys((MODELS, SAES, CLASSIFIERS, RECIPES), ".safetensors") | {STORES: Path(INDEX).suffix}
+    for kind, ending in endings.items():
         extra, _ = folder_paths.folder_names_and_paths.get(kind, ([], set()))
         user = str(Path(folder_paths.models_dir) / kind)
-        folder_paths.folder_names_and_paths[kind] = ([user, *extra, str(SHIPPED / kind)], {".safetensors"})
+        folder_paths.folder_names_and_paths[kind] = ([user, *extra, str(SHIPPED / kind)], {ending})
 
 
 def list_files(kind: str) -> list[str]:
@@ -79,6 +84,21 @@ def new_file(kind: str, name: str) -> tuple[Path, str]:
         )
     listed = Path(*parts[:-1], f"{parts[-1]}.safetensors")
     return Path(folder_paths.get_folder_paths(kind)[0]) / listed, str(listed)
+
+
+def list_stores() -> list[str]:
+    """Folders with activations, by the name that `find_store` takes."""
+    return [str(path.parent) for path in map(Path, list_files(STORES)) if path.name == INDEX]
+
+
+def find_store(name: str) -> Path:
+    """Folder of a listed store. Raises `DiffLensError` if it is gone."""
+    return Path(find_file(STORES, str(Path(name) / INDEX))).parent
+
+
+def new_store(name: str) -> Path:
+    """Folder in the user's folder for activations to be saved as `name`; it may be there already."""
+    return new_file(STORES, name)[0].with_suffix("")
 
 
 def temporary_file(name: str) -> Path:
@@ -237,9 +257,13 @@ def pixel_space_vae() -> comfy.sd.VAE:
 
 
 def model_fingerprint(model: ModelPatcher) -> str:
-    """Tells the weights of a MODEL from others': all of a denoiser's, the first eight by name of larger models."""
+    """Tells the weights of a MODEL from others': all of a denoiser's, the first eight by name of larger models.
+
+    Those of its file, without LoRAs: they are in the network only while it is loaded, and would change the mark.
+    """
     module = model.model.diffusion_model
-    weights = module.state_dict()
+    prefix, weights = "diffusion_model.", module.state_dict()
+    weights |= {key[len(prefix) :]: kept.weight for key, kept in model.backup.items() if key.startswith(prefix)}
     chosen = sorted(weights) if isinstance(module, Denoiser) else sorted(weights)[:8]
     return fingerprint({name: weights[name] for name in chosen})
 
@@ -363,6 +387,57 @@ def apply_site(model: ModelPatcher, site: str, fn: Edit, node: str) -> ModelPatc
     return edit_site(model, site, lambda h, sigma, images: fn(h, progress(sigma), images), node)
 
 
+class Watch:
+    """Keeps what `sites` put out at the noise levels `sigmas` while `model`, a clone, samples one batch."""
+
+    def __init__(self, model: ModelPatcher, sites: tuple[str, ...], sigmas: Tensor, dtype: torch.dtype):
+        self.sites, self.sigmas, self.dtype = sites, sigmas, dtype
+        for site in sites:
+            model = edit_site(model, site, functools.partial(self.keep, site), "Capture Activations")
+        self.model = model
+        self.clear()
+
+    def clear(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.seen: set[tuple[str, int]] = set()
+
+    def keep(self, site: str, h: Tensor, sigma: float, images: Tensor) -> Tensor:
+        step = int((self.sigmas - sigma).abs().argmin())
+        if abs(float(self.sigmas[step]) - sigma) <= 1e-4 * sigma:
+            by_position = h.movedim(1, -1)
+            if site not in self.values:
+                self.values[site] = torch.empty(len(self.sigmas), *by_position.shape, dtype=self.dtype)
+            self.values[site][step] = by_position
+            self.seen.add((site, step))
+        return h
+
+    def take(self) -> dict[str, Tensor]:
+        """S x b x H x W x C of every site. Raises `DiffLensError` if a step was not seen."""
+        for site in self.sites:
+            steps = sum(site == seen for seen, _ in self.seen)
+            if steps < len(self.sigmas):
+                raise DiffLensError(
+                    f"{site} was read at {steps} of {len(self.sigmas)} steps: either the sampler leaves the schedule "
+                    "or the model does not run this module. Use sampler euler and site middle_block."
+                )
+        values = self.values
+        self.clear()
+        return values
+
+
+def digest(*tensors: Tensor) -> str:
+    """Twelve hex digits that tell one set of tensors from another."""
+    found = sha256()
+    for tensor in tensors:
+        found.update(f"{tuple(tensor.shape)}".encode() + tensor.cpu().float().numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+def conditioning_tensors(conditioning: list) -> list[Tensor]:
+    """The tensors of a CONDITIONING, in order."""
+    return [t for main, more in conditioning for t in (main, *more.values()) if isinstance(t, Tensor)]
+
+
 def capture(
     model: ModelPatcher,
     positive: list,
@@ -372,13 +447,17 @@ def capture(
     sampler_name: str,
     scheduler: str,
     seed: int,
-    site: str,
-) -> tuple[Activations, Tensor]:
-    """Sample `pictures` pictures (cfg 1) in batches as large as `latent`, keeping what `site` puts out at each step.
+    sites: tuple[str, ...],
+    span: tuple[float, float] = (0.0, 1.0),
+    dtype: str = "float16",
+    folder: Path | None = None,
+) -> Store:
+    """Sample `pictures` pictures (cfg 1) in batches as large as `latent`, keeping what `sites` put out.
 
-    Returns the activations (fp16) and the finished latents. Picture k starts from the noise that a stock KSampler
-    draws for place k of a batch of `pictures`, so the batch size changes nothing (samplers that add noise on the
-    way excepted).
+    Kept are the steps whose progress lies in `span`, in memory or in `folder`, where a capture that was cut off is
+    gone on with (`record`). The store's samples are the finished latents. Picture k starts from the noise that a stock
+    KSampler draws for place k of a batch of `pictures`, so the batch size changes nothing (samplers that add noise on
+    the way excepted).
     """
     if not positive:
         raise DiffLensError("the positive conditioning is empty. Connect one, such as Load Unconditional Model's.")
@@ -387,44 +466,28 @@ def capture(
         raise DiffLensError("the latent image holds no picture. Set the batch size of Empty Latent Image to 1 or more.")
     keys = ("downscale_ratio_spacial", "downscale_ratio_temporal")
     start = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *(latent.get(key) for key in keys))
-    start = comfy.utils.repeat_to_batch_size(start, pictures)
-    noise = comfy.sample.prepare_noise(start, seed)
     schedule = comfy.samplers.KSampler(model, steps, "cpu", sampler_name, scheduler, model_options=model.model_options)
-    sigmas = schedule.sigmas[:-1]
-    values: list[Tensor] = []
-    kept: set[int] = set()  # steps of the batch that runs
-
-    def keep(h: Tensor, sigma: float, images: Tensor) -> Tensor:
-        step = int((sigmas - sigma).abs().argmin())
-        if abs(float(sigmas[step]) - sigma) <= 1e-4 * sigma:
-            if not values:
-                values.append(torch.empty(len(sigmas), pictures, *h.shape[1:], dtype=torch.float16))
-            values[0][step, first : first + len(h)] = h.to("cpu", torch.float16)
-            kept.add(step)
-        return h
-
-    watched = edit_site(model, site, keep, "Capture Activations")
+    passed = [*map(progress_of(model), schedule.sigmas[:-1].tolist())]
+    kept = [step for step, progress in enumerate(passed) if span[0] <= progress <= span[1]]
+    if not kept:
+        raise DiffLensError(f"no step lies between {span[0]} and {span[1]} of the sampling. Widen the span.")
+    inputs = digest(start, *conditioning_tensors(positive))
+    info = {"steps": steps, "sampler": sampler_name, "scheduler": scheduler, "latent and conditioning": inputs}
+    progress = tuple(passed[step] for step in kept)
+    index = Index(sites, progress, pictures, min(batch, pictures), seed, model_fingerprint(model), dtype, info)
+    watch = Watch(model, sites, schedule.sigmas[kept], DTYPES[dtype])
     report = progress_bar(pictures * steps)
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
 
-    def on_step(step: int, x0: Tensor, x: Tensor, total: int) -> None:
-        done = first * steps + len(x0) * (step + 1)
-        report(done, previewer and previewer.decode_latent_to_preview_image("JPEG", x0))
+    def draw(first: int, noise: Tensor) -> Shard:
+        def on_step(step: int, x0: Tensor, x: Tensor, total: int) -> None:
+            done = first * steps + len(x0) * (step + 1)
+            report(done, previewer and previewer.decode_latent_to_preview_image("JPEG", x0))
 
-    samples = []
-    for first in range(0, pictures, batch):
-        rows = slice(first, first + batch)
-        kept.clear()
-        samples.append(
-            comfy.sample.sample(
-                watched, noise[rows], steps, 1.0, sampler_name, scheduler, positive, positive, start[rows],
-                callback=on_step, disable_pbar=True, seed=(seed + first) % 2**64,
-            )
+        samples = comfy.sample.sample(
+            watch.model, noise.to(start.dtype), steps, 1.0, sampler_name, scheduler, positive, positive,
+            start[: len(noise)], callback=on_step, disable_pbar=True, seed=(seed + first) % 2**64,
         )  # fmt: skip
-        if len(kept) < len(sigmas):
-            raise DiffLensError(
-                f"{site} was read at {len(kept)} of {len(sigmas)} steps: either sampler {sampler_name} "
-                "leaves the schedule or the model does not run this module. Use sampler euler and site middle_block."
-            )
-    progress = torch.tensor([*map(progress_of(model), sigmas.tolist())])
-    return Activations(values[0], progress, site), torch.cat(samples)
+        return watch.take() | {SAMPLES: samples.cpu()}
+
+    return record(index, noise_batches(start.shape[1:], pictures, seed, batch), draw, folder)

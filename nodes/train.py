@@ -136,8 +136,10 @@ def loss_chart(curves: dict[str, list[tuple[float, float]]]) -> np.ndarray:
 
 
 def digest(options: TrainingOptions, activations: CapturedActivations) -> str:
-    """Twelve hex digits that tell one training run from another: its options and a sample of its activations."""
-    sample = activations.rows(activations.draw(4096, seed=0, step=0))
-    found = sha256(f"{options}{activations.site}{activations.model}{activations.rows_in_all}".encode())
-    found.update(sample.view(torch.uint8).numpy())
+    """Twelve hex digits that tell one training run from another."""
+    shape = (len(activations.progress), activations.pictures, activations.width, activations.positions)
+    found = sha256(f"{options}{activations.site}{activations.model}{shape}".encode())
+    # Some rows tell captures apart; all of them may be more than one wants to read from the disk.
+    some = activations.rows(activations.draw(2**14, options.seed, step=0))
+    found.update(some.view(torch.uint8).numpy())
     return found.hexdigest()[:12]

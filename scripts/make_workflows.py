@@ -193,6 +193,7 @@ def find_the_bias_features() -> Graph:
     captured = graph.add(
         "DiffLensCapture", None, model=model[0], positive=model[1], latent_image=batch[0], vae=model[2],
         pictures=256, steps=20, sampler_name="euler", scheduler="simple", seed=0, site="middle_block",
+        start_percent=0.0, end_percent=1.0, dtype="float16", save_as="",
     )  # fmt: skip
     labels = graph.add("DiffLensClassify", None, images=captured[1], classifier=classifier[0], attribute="presentation")
     graph.group("2 Learn the features")

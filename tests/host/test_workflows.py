@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.parse
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,13 +18,15 @@ from make_workflows import FOLDER, GRAPHS, Graph, Node, sampler, steer, to_api, 
 from PIL import Image
 from safetensors.torch import load_file
 
-from difflens_core.denoiser import load_denoiser, save_denoiser
+from difflens_core.denoiser import fingerprint, load_denoiser, save_denoiser
 from difflens_core.recipes import load_recipe, save_recipe
+from difflens_core.sampling import capture_pictures
+from difflens_core.store import open_store
 
 AVATARS = FOLDER.parent / "models" / "avatars"
 NODES = (
-    "LoadModel", "LoadSAE", "LoadClassifier", "LoadRecipe", "SaveRecipe", "Capture", "TrainSAE", "Classify",
-    "TrainProbes", "Attribute", "Steer", "Report", "Compare",
+    "LoadModel", "LoadSAE", "LoadClassifier", "LoadRecipe", "SaveRecipe", "Capture", "LoadActivations", "TrainSAE",
+    "Classify", "TrainProbes", "Attribute", "Steer", "Report", "Compare",
 )  # fmt: skip
 NAMES = ("01 debias the avatars", "02 find the bias features", "03 dose response")
 
@@ -310,6 +313,8 @@ def bad_files(server):
     normalisation = replace(recipe.normalisation, mean=recipe.normalisation.mean[:, :100])
     save_recipe(recipes / "narrow.safetensors", replace(recipe, normalisation=normalisation, **narrow))
     model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
+    model.position.data *= 1.1
+    save_denoiser(models / "other.safetensors", model, {})
     model.position.data[0, 0] = torch.nan
     save_denoiser(models / "nan.safetensors", model, {})
 
@@ -377,6 +382,23 @@ def one_picture() -> Graph:
     return graph
 
 
+def another_model() -> Graph:
+    graph = Small(pictures=64, model="other")
+    captured = graph.capture(pictures=64, steps=2)
+    sae = graph.add("DiffLensLoadSAE", sae_name="avatars.safetensors")
+    labels = graph.add(
+        "DiffLensClassify", images=captured[1], classifier=graph.classifier()[0], attribute="presentation"
+    )
+    probes = graph.add("DiffLensTrainProbes", activations=captured[0], sae=sae[0], labels=labels[0])
+    avatars = graph.add("DiffLensLoadModel", model_name="avatars.safetensors")
+    found = graph.add(
+        "DiffLensAttribute", model=avatars[0], activations=captured[0], sae=sae[0], probes=probes[0],
+        labels=labels[0], method="contrastive", features_per_class=5,
+    )  # fmt: skip
+    graph.add("PreviewAny", source=found[2])
+    return graph
+
+
 def bad_save(name: str):
     def make() -> Graph:
         graph = Small()
@@ -399,10 +421,19 @@ BAD = {
     "an empty span": (bad_settings(start_percent=0.8, end_percent=0.2), ("Steer: ", "0.8", "0.2")),
     "another picture size": (bad_size, ("64 x 64", "128")),
     "NaN in the weights": (bad_weights, ("Load Unconditional Model: nan.safetensors", "NaN")),
+    "a capture of no step": (
+        bad_capture(start_percent=0.7, end_percent=0.9),
+        ("Capture Activations: ", "no step lies between 0.7 and 0.9"),
+    ),
+    "a capture of one site twice": (
+        bad_capture(site="middle_block, middle_block"),
+        ("Capture Activations: ", "each only once"),
+    ),
     "an unknown attribute": (bad_report(attribute="height"), ("Fairness Report: ", "'height'", "presentation, age")),
     "an unknown target": (bad_report(target="1, 2"), ("Fairness Report: ", '"1, 2" is not understood')),
     "unequal batches": (unequal_report, ("Fairness Report: ", "2 pictures", "1 pictures")),
     "a capture without site": (bad_capture(site="cellar"), ("Capture Activations: ", "no module cellar")),
+    "activations of another model": (another_model, ("Attribute Features: ", "captured on another model")),
     "too little to train on": (one_picture, ("Train SAE: ", "got one picture, expected at least 2")),
     "a way out of the folder": (bad_save("../../escaped"), ("Save Recipe: ", "cannot be a file name")),
 }  # fmt: skip
@@ -444,6 +475,76 @@ def cancel_in(server: Server, graph: Graph, node: Node) -> None:
     with pytest.raises(HostError, match=f"interrupted in {node.type}"):
         server.wait(prompt_id, timeout=180, on_progress=watch)
     canceller.join()
+
+
+def stored(server: Server, name: str) -> dict[str, bytes]:
+    """The files of a store in the user's folder."""
+    folder = server.base / "models" / "difflens_activations" / name
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+
+def test_a_cancelled_capture_goes_on_to_the_store_of_an_uninterrupted_one(server):
+    def graph(name: str, **settings: object) -> tuple[Graph, Node]:
+        graph = Small(pictures=4)
+        inputs = {"pictures": 150, "steps": 6, "seed": 8, "site": "middle_block, up", "save_as": name}
+        captured = graph.capture(**{**inputs, **settings})
+        graph.add("PreviewImage", images=captured[1])
+        return graph, captured
+
+    cancel_in(server, *graph("cut"))
+    begun = stored(server, "cut")
+    assert 0 < len(begun) < 39, "38 shards and the index"
+    server.run(to_api(graph("cut")[0]))
+    server.run(to_api(graph("whole")[0]))
+    cut, whole = stored(server, "cut"), stored(server, "whole")
+    assert cut == whole and len(whole) == 39 and all(cut[name] == content for name, content in begun.items())
+    with pytest.raises(HostError, match="Capture Activations: cut was begun with other settings: seed 8, now 9"):
+        server.run(to_api(graph("cut", seed=9)[0]))
+
+
+def test_a_store_holds_the_pictures_of_a_ksampler_and_is_loaded_again(server):
+    graph = Small(pictures=3)
+    captured = graph.capture(pictures=3, steps=4, seed=3, save_as="sub/some", start_percent=0.5)
+    graph.add("PreviewImage", images=captured[1])
+    plain = graph.save(graph.sample(seed=3))
+    entry = server.run(to_api(graph))
+    name = str(Path("sub", "some"))
+    store = open_store(server.base / "models" / "difflens_activations" / name)
+    assert torch.equal(store.samples(), latents(server, entry, plain))
+    assert store.index.progress == (0.5, 0.75)
+    model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
+    assert store.index.model == fingerprint(model.state_dict())
+    expected = capture_pictures(model, 3, 3, 4, 3).activations().values[2:]
+    torch.testing.assert_close(store.activations().values, expected, atol=2e-2, rtol=1e-2)
+
+    options = server.object_info()["DiffLensLoadActivations"]["input"]["required"]["store_name"][1]["options"]
+    assert {name, "whole"} <= set(options)
+    graph = Small()
+    loaded = graph.add("DiffLensLoadActivations", store_name=name, site="")
+    saved = graph.add("SaveLatent", samples=loaded[1], filename_prefix="latents/test")
+    assert torch.equal(latents(server, server.run(to_api(graph)), saved), store.samples())
+    graph = Small()
+    loaded = graph.add("DiffLensLoadActivations", store_name=name, site="attic")
+    graph.add("SaveLatent", samples=loaded[1], filename_prefix="latents/test")
+    with pytest.raises(HostError, match="Load Activations: site attic was not captured. There is: middle_block"):
+        server.run(to_api(graph))
+
+
+def test_training_and_attribution_take_a_store(server):
+    graph = Small(pictures=32)
+    captured = graph.capture(pictures=96, steps=3, save_as="labelled")
+    labels = graph.add(
+        "DiffLensClassify", images=captured[1], classifier=graph.classifier()[0], attribute="presentation"
+    )
+    sae = graph.train(captured, 30)
+    probes = graph.add("DiffLensTrainProbes", activations=captured[0], sae=sae[0], labels=labels[0])
+    found = graph.add(
+        "DiffLensAttribute", model=graph.model[0], activations=captured[0], sae=sae[0], probes=probes[0],
+        labels=labels[0], method="contrastive", features_per_class=5,
+    )  # fmt: skip
+    shown = graph.add("PreviewAny", source=found[2])
+    (text,) = server.run(to_api(graph))["outputs"][str(shown.id)]["text"]
+    assert text.startswith("presentation, by contrastive")
 
 
 def test_cancel_in_the_middle_of_training_and_of_capture(server):
