@@ -171,11 +171,11 @@ def measure_sae(sae: SparseAutoencoder, activations: Activations) -> Quality:
     fired = torch.zeros(sae.latents, dtype=torch.bool)
     for values, progress in zip(activations.values, activations.progress, strict=True):
         step = sae.normalisation.step_at(float(progress))
-        rows = sae.normalisation.apply(values, step)
+        rows = sae.rows(values, step)
         latents = sae.encode(values, step)
         error += float((rows - sae.decode(latents)).double().square().sum())
         variance += float((rows - rows.mean(dim=(0, 1))).double().square().sum())
         active += float((latents.values > 0).sum())
         fired[latents.indices[latents.values > 0]] = True
-    positions = activations.values[:, :, 0].numel()
+    positions = activations.values[:, :, 0].numel() // sae.kernel**2
     return Quality(error / variance, active / positions, 1 - float(fired.float().mean()))
