@@ -84,6 +84,11 @@ def build_recipe(
 
     It has one row a step of `attribution`; SAE and probes may come from captures of other steps: the nearest serve.
     """
+    if sae.kernel > 1:
+        raise DiffLensError(
+            f"recipe: the SAE reads the whole {sae.kernel} x {sae.kernel} map of {sae.site} at once, recipes are made "
+            "position by position. Use an SAE with a kernel of 1."
+        )
     top = attribution.top(count)
     chosen = top.unique()
     member = torch.stack([torch.isin(chosen, per_class) for per_class in top])
@@ -109,12 +114,14 @@ def fit_thresholds(
     """Threshold of each latent (F) whose gate agrees best with TopK on some pictures, and the mean agreement.
 
     For every latent the rows are sorted by pre-activation; a threshold after row i is right about the active rows
-    above it and the inactive rows below, so one cumulative sum finds the best.
+    above it and the inactive rows below, so one cumulative sum finds the best. Other SAEs have their own thresholds.
     """
+    if sae.activation != "topk":
+        return sae.gate.expand(sae.latents)[features], 1.0
     rows, active = [], []
     some = activations.part(0, pictures).values
     for values, progress in zip(some, activations.progress, strict=True):
-        x = sae.normalisation.apply(values, sae.normalisation.step_at(float(progress)))
+        x = sae.rows(values, sae.normalisation.step_at(float(progress)))
         pre = F.linear(x, sae.encoder, sae.encoder_bias).flatten(0, 1)
         kth = pre.topk(sae.k, dim=1).values[:, -1:]
         rows.append(pre[:, features])

@@ -1,9 +1,16 @@
 """The sparse autoencoder (SAE): hidden states as a few active latents out of many.
 
-A TopK SAE (Gao et al. 2024, arXiv 2406.04093) applied at every position of the site's map. With the input
-normalised per sampling step, x = (h - mean_t) / scale_t,
+It is applied at every position of the site's map, or once to the whole map. With the input normalised per sampling
+step, x = (h - mean_t) / scale_t,
 
-    z = TopK(ReLU(E x + b_e)),    x^ = D z + b_d,    h^ = mean_t + scale_t x^
+    z = activation(E x + b_e),    x^ = D z + b_d,    h^ = mean_t + scale_t x^
+
+activation is one of
+    topk       the k largest of ReLU(pre) at a position (Gao et al. 2024, arXiv 2406.04093)
+    batchtopk  ReLU(pre) where pre > threshold, one for all latents, which stands in for the k largest on average over
+               the batch that it was trained with (Bussmann et al. 2024, arXiv 2412.06410)
+    jumprelu   ReLU(pre) where pre > threshold, one a latent (Rajamanoharan et al. 2024, arXiv 2407.14435)
+    relu       ReLU(pre)
 """
 
 from __future__ import annotations
@@ -22,12 +29,15 @@ from .files import DiffLensError, load_tensors, save_tensors
 
 TENSORS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
 NORMALISATION = ("progress", "mean", "scale")
+SETTINGS = ("k", "site", "activation", "kernel", "reads")
+ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "relu")
 
 
 class Latents(NamedTuple):
-    """The k active latents of every position, sparse.
+    """The active latents of every position, sparse.
 
-    values: ... x k, not negative, largest first; indices: ... x k, which latent each value belongs to.
+    values: ... x k, not negative, largest first; indices: ... x k, which latent each value belongs to. k is as large
+    as the position with the most active latents needs; the others are filled up with latents of value 0.
     """
 
     values: Tensor
@@ -86,10 +96,13 @@ def fit_normalisation(activations: Activations) -> Normalisation:
 
 @dataclass(frozen=True)
 class SparseAutoencoder:
-    """A trained TopK SAE.
+    """A trained SAE.
 
-    encoder: N x C, encoder_bias: N, decoder: N x C with rows of unit length, decoder_bias: C, in fp32; k active
-    latents a position; `site` names the module it was trained on; `info` holds training and quality figures.
+    encoder: N x width, encoder_bias: N, decoder: N x width, decoder_bias: width, in fp32; k: active latents a position
+    (batchtopk: on average in training; 0 if not known); `site` names the module it was trained on; `info` holds
+    training and quality figures; activation: one of ACTIVATIONS; threshold: scalar or N for batchtopk and jumprelu;
+    kernel: 1, or the side of the whole map, which then counts as one position of width C kernel kernel, flattened
+    as h.flatten(1) does; reads: the site's "output", or its "update" (output minus input).
     """
 
     encoder: Tensor
@@ -102,15 +115,34 @@ class SparseAutoencoder:
     info: Mapping[str, Any] = field(default_factory=dict)
     activation: str = "topk"
     threshold: Tensor | None = None
+    kernel: int = 1
+    reads: str = "output"
 
     def __post_init__(self) -> None:
-        n, c = self.encoder.shape
-        expected = {"encoder_bias": (n,), "decoder": (n, c), "decoder_bias": (c,)}
+        n, width = self.encoder.shape
+        if self.activation not in ACTIVATIONS or self.reads not in ("output", "update"):
+            raise DiffLensError(
+                f"SAE: activation is {self.activation!r} and it reads the {self.reads!r} of its site, expected one of "
+                f"{', '.join(ACTIVATIONS)} and output or update."
+            )
+        if self.kernel < 1 or width % self.kernel**2:
+            raise DiffLensError(f"SAE: a row of {width} numbers is no map of {self.kernel} x {self.kernel} positions.")
+        if (self.threshold is not None) != (self.activation in ("batchtopk", "jumprelu")):
+            found = "none" if self.threshold is None else "one"
+            raise DiffLensError(f"SAE: batchtopk and jumprelu need a threshold, found {found} for {self.activation}.")
+        steps = len(self.normalisation.progress)
+        expected = {"encoder_bias": (n,), "decoder": (n, width), "decoder_bias": (width,)}
+        found = {name: tuple(getattr(self, name).shape) for name in expected}
+        expected |= {"normalisation.mean": (steps, self.channels), "normalisation.scale": (steps,)}
+        found |= {f"normalisation.{name}": tuple(getattr(self.normalisation, name).shape) for name in ("mean", "scale")}
+        if self.threshold is not None and self.threshold.ndim:
+            expected["threshold"], found["threshold"] = (n,), tuple(self.threshold.shape)
         for name, shape in expected.items():
-            if tuple(getattr(self, name).shape) != shape:
-                found = tuple(getattr(self, name).shape)
-                raise DiffLensError(f"SAE: {name} has shape {found}, expected {shape} for {n} latents of width {c}.")
-        if not 1 <= self.k <= n:
+            if found[name] != shape:
+                raise DiffLensError(
+                    f"SAE: {name} has shape {found[name]}, expected {shape} for {n} latents of width {width}."
+                )
+        if not (self.k == 0 and self.activation != "topk") and not 1 <= self.k <= n:
             raise DiffLensError(f"SAE: k is {self.k}, expected 1 to {n}, the number of latents.")
 
     @property
@@ -118,27 +150,58 @@ class SparseAutoencoder:
         return self.encoder.shape[1]
 
     @property
+    def channels(self) -> int:
+        """C of the activations; the width, unless the kernel spans the whole map."""
+        return self.width // self.kernel**2
+
+    @property
     def latents(self) -> int:
         return self.encoder.shape[0]
 
+    @property
+    def gate(self) -> Tensor:
+        """What a pre-activation must exceed to count (N or scalar, not negative). Says nothing of TopK's rivalry."""
+        return torch.zeros((), device=self.encoder.device) if self.threshold is None else self.threshold.clamp(min=0)
+
+    def rows(self, h: Tensor, step: int) -> Tensor:
+        """Normalised rows B x P x width of activations B x C x H x W; P is H W, or 1 for a kernel of the whole map."""
+        if h.shape[1] != self.channels:
+            raise DiffLensError(
+                f"SAE for {self.site}: got activations of width {h.shape[1]}, expected {self.channels}."
+            )
+        rows = self.normalisation.apply(h, step)
+        if self.kernel == 1:
+            return rows
+        if tuple(h.shape[2:]) != (self.kernel, self.kernel):
+            raise DiffLensError(
+                f"SAE for {self.site}: got a map of {' x '.join(map(str, h.shape[2:]))}, expected {self.kernel} x "
+                f"{self.kernel}, all of which it reads at once. Sample at the size it was trained on."
+            )
+        return rows.transpose(1, 2).flatten(1)[:, None]
+
     def encode(self, h: Tensor, step: int) -> Latents:
-        """Latents (B x (H W) x k) of activations B x C x H x W taken at row `step` of the normalisation."""
-        if h.shape[1] != self.width:
-            raise DiffLensError(f"SAE for {self.site}: got activations of width {h.shape[1]}, expected {self.width}.")
-        return top_k(F.linear(self.normalisation.apply(h, step), self.encoder, self.encoder_bias), self.k)
+        """Latents (B x P x k) of activations B x C x H x W taken at row `step` of the normalisation."""
+        pre = F.linear(self.rows(h, step), self.encoder, self.encoder_bias)
+        if self.activation == "topk":
+            return top_k(pre, self.k)
+        active = pre > self.gate
+        return top_k(torch.where(active, pre, 0.0), max(1, int(active.sum(dim=-1).max())))
 
     def decode(self, latents: Latents) -> Tensor:
-        """Reconstruction in normalised units, B x (H W) x C."""
+        """Reconstruction in normalised units, B x P x width."""
         return sparse_decode(latents, self.decoder) + self.decoder_bias
 
     def reconstruct(self, h: Tensor, step: int) -> Tensor:
         """h^ of activations h, both B x C x H x W."""
-        rows = self.decode(self.encode(h, step)) * self.normalisation.scale[step] + self.normalisation.mean[step]
-        return rows.transpose(1, 2).reshape(h.shape)
+        x = self.decode(self.encode(h, step))
+        x = x.transpose(1, 2) if self.kernel == 1 else x.view(len(h), self.channels, -1)
+        rows = x * self.normalisation.scale[step] + self.normalisation.mean[step][:, None]
+        return rows.reshape(h.shape)
 
     def to(self, device: torch.device | str) -> SparseAutoencoder:
         moved = {name: getattr(self, name).to(device) for name in TENSORS}
-        return replace(self, **moved, normalisation=self.normalisation.to(device))
+        threshold = None if self.threshold is None else self.threshold.to(device)
+        return replace(self, **moved, threshold=threshold, normalisation=self.normalisation.to(device))
 
 
 def top_k(pre_activations: Tensor, k: int) -> Latents:
@@ -157,10 +220,12 @@ def sparse_decode(latents: Latents, decoder: Tensor) -> Tensor:
 
 
 def save_sae(path: str | Path, sae: SparseAutoencoder, dtype: torch.dtype = torch.float32) -> None:
-    """Write an SAE; `dtype` may be float16 to halve the file."""
+    """Write an SAE; `dtype` may be float16 or bfloat16 to halve the file."""
     tensors = {name: getattr(sae, name).to(dtype) for name in TENSORS}
     tensors |= {f"normalisation.{name}": getattr(sae.normalisation, name) for name in NORMALISATION}
-    save_tensors(path, "sae", tensors, {"k": sae.k, "site": sae.site, "info": dict(sae.info)})
+    if sae.threshold is not None:
+        tensors["threshold"] = sae.threshold
+    save_tensors(path, "sae", tensors, {name: getattr(sae, name) for name in SETTINGS} | {"info": dict(sae.info)})
 
 
 def load_sae(path: str | Path) -> SparseAutoencoder:
@@ -168,6 +233,9 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
     wanted = [*TENSORS, *(f"normalisation.{name}" for name in NORMALISATION)]
     tensors, info = load_tensors(path, "sae", needs=[*wanted, "k", "site"])
     parts = [tensors[name].float() for name in wanted]
-    return SparseAutoencoder(
-        *parts[:4], Normalisation(*parts[4:]), k=int(info["k"]), site=info["site"], info=info.get("info", {})
-    )
+    settings = {name: info[name] for name in SETTINGS if name in info}  # files of version 0.1 hold k and site alone
+    settings |= {"info": info.get("info", {}), "threshold": tensors.get("threshold")}
+    try:
+        return SparseAutoencoder(*parts[:4], Normalisation(*parts[4:]), **settings)
+    except DiffLensError as error:
+        raise DiffLensError(f"{Path(path).name}: {error}") from error

@@ -285,12 +285,12 @@ def measure_sae(sae: SparseAutoencoder, activations: Activations) -> Quality:
     """Quality on `activations` (use pictures that the SAE was not trained on)."""
     error = variance = active = 0.0
     fired = torch.zeros(sae.latents, dtype=torch.bool)
-    rows_of_step = activations.pictures * activations.positions
+    rows_of_step = activations.pictures * activations.positions // sae.kernel**2
     for s, progress in enumerate(activations.progress):
         step = sae.normalisation.step_at(float(progress))
-        total = torch.zeros(activations.width, dtype=torch.float64)
+        total = torch.zeros(sae.width, dtype=torch.float64)
         for _, values in activations.batches(s):
-            rows = sae.normalisation.apply(values, step)
+            rows = sae.rows(values, step)
             latents = sae.encode(values, step)
             error += float((rows - sae.decode(latents)).double().square().sum())
             variance += float(rows.double().square().sum())
@@ -298,4 +298,6 @@ def measure_sae(sae: SparseAutoencoder, activations: Activations) -> Quality:
             active += float((latents.values > 0).sum())
             fired[latents.indices[latents.values > 0]] = True
         variance -= float(total.square().sum()) / rows_of_step
-    return Quality(error / variance, active / activations.rows_in_all, 1 - float(fired.float().mean()))
+    return Quality(
+        error / variance, active / (rows_of_step * len(activations.progress)), 1 - float(fired.float().mean())
+    )

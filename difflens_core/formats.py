@@ -1,0 +1,416 @@
+"""SAEs that other programs wrote, read into a `SparseAutoencoder` with the same encodings and reconstructions.
+
+A format is recognised by the names and dimensions of its tensors and by its configuration, the cfg.json or config.json
+beside the weights; the names of files say nothing. Every reader follows what the program itself does when it uses the
+SAE. Where that takes a vector off the activations before encoding and puts it back after decoding, the vector becomes
+the mean of our normalisation. Only tensors are read, never pickled code.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .files import DiffLensError
+from .sae import Normalisation, SparseAutoencoder, load_sae
+
+WEIGHTS = (".safetensors", ".pt", ".pth")
+CONFIGS = ("cfg.json", "config.json")
+Tensors = Mapping[str, Tensor]
+Config = Mapping[str, Any]
+Reader = Callable[[Tensors, Config, list[str]], SparseAutoencoder]  # the list takes what the user should know
+
+
+@dataclass(frozen=True)
+class Format:
+    """A program's way to store an SAE.
+
+    tensors: dimensions of every tensor; optional: names of more that may be there; fits: is a configuration of this
+    format; read: makes the SAE.
+    """
+
+    name: str
+    tensors: Mapping[str, int]
+    fits: Callable[[Config], bool]
+    read: Reader
+    optional: frozenset[str] = frozenset()
+
+    def holds(self, tensors: Tensors) -> bool:
+        found = {name: tensor.ndim for name, tensor in tensors.items() if name not in self.optional}
+        return found == self.tensors
+
+
+def load_any_sae(path: str | Path, site: str = "") -> tuple[SparseAutoencoder, str]:
+    """The SAE in a file or folder of any known format, in fp32, and a report of what was found and assumed.
+
+    `site` names the site where the file does not, or corrects it. Raises `DiffLensError` for what is no SAE, cannot
+    be used the way its own program does, or is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DiffLensError(f"{path}: no such file or folder. Expected an SAE.")
+    weights, tensors = find_weights(path) if path.is_dir() else (path, read_tensors(path))
+    notes: list[str] = []
+    if "normalisation.mean" in tensors:
+        sae, name = load_sae(weights), "DiffLens"
+    else:
+        try:
+            sae, name = convert(tensors, read_config(weights.parent), notes)
+        except DiffLensError as error:
+            raise DiffLensError(f"{weights.name}: {error}") from error
+        sae = replace(sae, site=sae.site or site_in_names(weights, notes), info={"format": name})
+    sae = replace(sae, site=site.strip() or sae.site)
+    return sae, report(sae, name, notes)
+
+
+def convert(tensors: Tensors, config: Config, notes: list[str]) -> tuple[SparseAutoencoder, str]:
+    """SAE and name of the one format that tensors and configuration belong to."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise DiffLensError(f"tensor {name} holds NaN or infinite numbers. The file is damaged.")
+    alike = [format for format in FORMATS if format.holds(tensors)]
+    for format in alike:
+        if format.fits(config):
+            full = {name: tensor.float() for name, tensor in tensors.items()}
+            return format.read(full, config, notes), format.name
+    kind = config.get("architecture") or dict_class(config)
+    found = f"its kind is {kind}" if kind else f"it has {', '.join(list(config)[:8])}" if config else "there is none"
+    if alike:
+        names = " or ".join(format.name for format in alike)
+        raise DiffLensError(
+            f"the weights look like an SAE of {names}, but the configuration beside them does not: {found}. "
+            f"Put the SAE's own {' or '.join(CONFIGS)} into its folder."
+        )
+    known = ", ".join(dict.fromkeys(format.name for format in FORMATS))
+    raise DiffLensError(
+        f"not an SAE of a known format. Tensors: {', '.join(list(tensors)[:8]) or 'none'}; configuration: {found}. "
+        f"Known are DiffLens, {known}; gated SAEs and transcoders are not supported."
+    )
+
+
+def report(sae: SparseAutoencoder, name: str, notes: Iterable[str]) -> str:
+    """What was loaded, a line each."""
+    k = f", k {sae.k}" if sae.k else ""
+    if sae.threshold is not None:
+        low, high = float(sae.threshold.min()), float(sae.threshold.max())
+        k += f", threshold {low:.4g}" + (f" to {high:.4g}" if high > low else "")
+    place = f"the whole {sae.kernel} x {sae.kernel} map at once" if sae.kernel > 1 else "every position"
+    lines = [
+        f"format: {name}",
+        f"activation: {sae.activation}{k}",
+        f"size: {sae.latents} latents, {sae.channels} channels, kernel {sae.kernel} ({place})",
+        f"reads: the {sae.reads} of {sae.site or 'a site that the file does not name'}",
+    ]
+    return "\n".join(lines + [f"note: {note}" for note in notes])
+
+
+# --- files ---
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors or PyTorch file, told apart by content; nothing in it is run."""
+    try:
+        with path.open("rb") as file:
+            if file.read(9)[8:] == b"{":
+                with safe_open(path, framework="pt") as tensors:
+                    return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own message advises to load it unsafely
+        raise DiffLensError(
+            f"{path.name}: holds pickled objects that are not plain tensors, or is damaged. Such objects can run code "
+            "and are never loaded. Save the SAE's state_dict alone."
+        ) from None
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or "it ends too soon"
+        raise DiffLensError(
+            f"{path.name}: not a readable safetensors or PyTorch file ({reason}). It may be cut off: copy or download "
+            "it again."
+        ) from error
+    if isinstance(content, Tensor):
+        return {"": content}
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    items = content.items() if isinstance(content, dict) else ()
+    return {name: value for name, value in items if isinstance(value, Tensor)}
+
+
+def find_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The one file in `folder` whose tensors look like an SAE's. Other files beside it are left alone."""
+    found, refused = {}, None
+    for path in sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS):
+        try:
+            tensors = read_tensors(path)
+        except DiffLensError as error:
+            refused = refused or error
+            continue
+        if tensors.keys() & {"encoder", "encoder.weight", "W_enc"}:
+            found[path] = tensors
+    if not found and refused:
+        raise refused
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise DiffLensError(f"{folder.name}: expected one file with an SAE's weights in this folder, found {names}.")
+    return found.popitem()
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration in `folder`; empty if there is none."""
+    for path in (folder / name for name in CONFIGS):
+        if path.is_file():
+            try:
+                config = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise DiffLensError(f"{path.name} beside it is not readable JSON ({error}).") from error
+            if not isinstance(config, dict):
+                raise DiffLensError(f"{path.name} beside it holds a {type(config).__name__}, expected an object.")
+            return config
+    return {}
+
+
+SITE = re.compile(r"(?:(?:down|up|input|output)_blocks|mid_block|middle_block)(?:\.(?:\d+|[a-z][a-z0-9_]*))*")
+
+
+def site_in_names(weights: Path, notes: list[str]) -> str:
+    """Site that the folders around a file are named after, as sparsify and sdxl-unbox name them; "" if none."""
+    for name in (weights.parent.name, weights.parent.parent.name):
+        if found := SITE.search(name):
+            notes.append(f"the site was read off the folder's name, {name}")
+            return found[0]
+    return ""
+
+
+def load_class_features(folder: str | Path, latents: int) -> dict[str, Tensor]:
+    """Chosen latents of every class, best first, from the reference DiffLens files {class}.pt in `folder`.
+
+    Each holds flat ids, id = position * latents + latent. Returns latent ids (int64), each once.
+    """
+    features = {}
+    for path in sorted(Path(folder).glob("*.pt")):
+        ids = read_tensors(path).get("")
+        if ids is None or ids.ndim != 1 or ids.is_floating_point() or (ids < 0).any():
+            raise DiffLensError(f"{path.name}: expected a list of feature ids, as the reference DiffLens writes them.")
+        features[path.stem] = torch.tensor(list(dict.fromkeys((ids % latents).tolist())), dtype=torch.int64)
+    if not features:
+        raise DiffLensError(f"{folder}: holds no feature file ({{class}}.pt).")
+    return features
+
+
+# --- the formats ---
+
+
+def build(
+    encoder: Tensor,
+    encoder_bias: Tensor,
+    decoder: Tensor,
+    shift: Tensor | None = None,
+    decoder_bias: Tensor | None = None,
+    **settings: Any,
+) -> SparseAutoencoder:
+    """SAE from an encoder and a decoder N x width.
+
+    shift: C, taken off the activations before encoding and put back after decoding; decoder_bias: width.
+    """
+    width = encoder.shape[1]
+    shift = torch.zeros(width // settings.get("kernel", 1) ** 2) if shift is None else shift
+    decoder_bias = torch.zeros(width) if decoder_bias is None else decoder_bias
+    parts = [part.float().contiguous() for part in (encoder, encoder_bias, decoder, decoder_bias)]
+    normalisation = Normalisation(torch.zeros(1), shift.float()[None], torch.ones(1))
+    if "threshold" in settings:
+        settings["threshold"] = settings["threshold"].float()
+    return SparseAutoencoder(*parts, normalisation, **{"k": 0, "site": "", **settings})
+
+
+def agree(config: Config, sae: SparseAutoencoder, width: str, latents: str) -> SparseAutoencoder:
+    """The SAE, whose sizes are what the entries `width` and `latents` of the configuration say (0 or absent: any)."""
+    for name, found in ((width, sae.channels), (latents, sae.latents)):
+        if config.get(name, found) not in (found, 0):
+            raise DiffLensError(
+                f"the weights have {sae.latents} latents of {sae.channels} channels, the configuration says {name} "
+                f"{config[name]}. They seem to belong to different SAEs."
+            )
+    return sae
+
+
+def whole(config: Config, name: str) -> int:
+    """A count from the configuration; an average may have a fraction."""
+    value = config.get(name)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise DiffLensError(f"the configuration says {name} {value!r}, expected a positive number.")
+    return round(value)
+
+
+def unit_decoder(sae: SparseAutoencoder) -> SparseAutoencoder:
+    """The SAE with decoder rows of unit length, which their latents take on; a threshold is for those."""
+    norms = sae.decoder.norm(dim=1)
+    norms = torch.where(norms > 0, norms, 1.0)
+    bias = sae.encoder_bias * norms
+    return replace(sae, encoder=sae.encoder * norms[:, None], encoder_bias=bias, decoder=sae.decoder / norms[:, None])
+
+
+def is_sparsify(config: Config) -> bool:
+    return {"expansion_factor", "num_latents", "k", "d_in"} <= config.keys()
+
+
+def read_difflens(tensors: Tensors, config: Config, notes: list[str]) -> SparseAutoencoder:
+    """The reference DiffLens: a convolution, whose kernel is 1 x 1 or as large as the map."""
+    encoder, decoder = tensors["encoder.weight"], tensors["decoder.weight"]
+    kernel = encoder.shape[-1]
+    if encoder.shape[-2:] != decoder.shape[-2:] or encoder.shape[-2] != kernel:
+        shapes = [" x ".join(map(str, weight.shape[-2:])) for weight in (encoder, decoder)]
+        raise DiffLensError(f"the kernels are {shapes[0]} and {shapes[1]}, expected squares of one size.")
+    if kernel == 1:
+        decoder = decoder.transpose(0, 1)  # an ordinary convolution; larger ones are transposed convolutions
+    notes.append(
+        "the decoder's bias is not subtracted before encoding, as in the reference's training and locating (its "
+        "Stable Diffusion sampler subtracts it)"
+    )
+    sae = build(
+        encoder.flatten(1), tensors["encoder.bias"], decoder.flatten(1),
+        decoder_bias=tensors["decoder.bias"].repeat_interleave(kernel**2), k=whole(config, "k"), kernel=kernel,
+    )  # fmt: skip
+    return agree(config, sae, "d_in", "num_latents")
+
+
+def read_sparsify(tensors: Tensors, config: Config, notes: list[str]) -> SparseAutoencoder:
+    """EleutherAI sparsify, and SAeUron, which adds options to it."""
+    unlike = [name for name in ("transcode", "skip_connection", "input_unit_norm", "sample_topk") if config.get(name)]
+    unlike += [config["activation"]] if config.get("activation", "topk") != "topk" else []
+    if unlike:
+        raise DiffLensError(f"it was trained with {', '.join(unlike)}, which is not supported.")
+    if config.get("batch_topk"):
+        notes.append("trained with BatchTopK, used with the k largest at every position, as SAeUron itself does")
+    sae = build(
+        tensors["encoder.weight"], tensors["encoder.bias"], tensors["W_dec"], tensors["b_dec"], k=whole(config, "k")
+    )
+    return agree(config, sae, "d_in", "num_latents")
+
+
+def read_unbox(tensors: Tensors, config: Config, notes: list[str]) -> SparseAutoencoder:
+    """sdxl-unbox. Its mean.pt and std.pt are statistics of the latents, not of the input."""
+    notes.append("it reads the update of its block, as all SAEs of sdxl-unbox do; no file says so")
+    sae = build(
+        tensors["encoder.weight"], tensors["latent_bias"], tensors["decoder.weight"].T, tensors["pre_bias"],
+        k=whole(config, "k"), reads="update",
+    )  # fmt: skip
+    return agree(config, sae, "d_model", "n_dirs_local")
+
+
+def dict_class(config: Config) -> str | None:
+    """The class that dictionary_learning's configuration names."""
+    trainer = config.get("trainer")
+    return trainer.get("dict_class") if isinstance(trainer, dict) else None
+
+
+def read_dictionary(tensors: Tensors, config: Config, notes: list[str]) -> SparseAutoencoder:
+    """dictionary_learning. What its trainer divided the activations by is multiplied into what it saves."""
+    kind, trainer, rest = dict_class(config), config["trainer"], {}
+    if isinstance(trainer.get("submodule_name"), str):
+        rest["site"] = trainer["submodule_name"]
+    if "k" in tensors:
+        rest["k"] = int(tensors["k"])
+        if trainer.get("k", rest["k"]) != rest["k"]:
+            raise DiffLensError(
+                f"the weights say k {rest['k']}, the configuration {trainer['k']}. One is another SAE's."
+            )
+    if "BatchTopK" in kind:
+        if "threshold" not in tensors:
+            raise DiffLensError("it lacks its inference threshold. Save it with a newer dictionary_learning.")
+        rest |= {"activation": "batchtopk", "threshold": tensors["threshold"]}
+        if tensors["threshold"] < 0:
+            notes.append("its threshold was never fitted: every positive latent counts, as in dictionary_learning")
+    if "W_enc" in tensors:
+        parts = tensors["W_enc"].T, tensors["b_enc"], tensors["W_dec"]
+    else:
+        parts = tensors["encoder.weight"], tensors["encoder.bias"], tensors["decoder.weight"].T
+    if kind == "JumpReluAutoEncoder":
+        sae = build(*parts, None, tensors["b_dec"], activation="jumprelu", threshold=tensors["threshold"], **rest)
+    elif kind == "AutoEncoderNew":
+        sae = build(*parts, None, tensors["decoder.bias"], activation="relu", **rest)
+    elif kind == "AutoEncoder":
+        notes.append("the decoder was scaled to unit length, as dictionary_learning does when it loads one")
+        sae = unit_decoder(build(*parts, tensors["bias"], activation="relu", **rest))
+    else:
+        sae = build(*parts, tensors["b_dec"], **rest)
+    return agree(trainer, sae, "activation_dim", "dict_size")
+
+
+SAELENS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
+SAELENS |= {"batchtopk": "batchtopk", "matryoshka_batchtopk": "batchtopk"}  # training checkpoints
+
+
+def read_saelens(tensors: Tensors, config: Config, notes: list[str]) -> SparseAutoencoder:
+    """SAELens 6."""
+    activation, metadata = SAELENS[config["architecture"]], config.get("metadata")
+    if not isinstance(metadata, dict):
+        raise DiffLensError("it was written by SAELens before version 6. Load it with SAELens 6 and save it again.")
+    normalised = config.get("normalize_activations", "none")
+    if normalised != "none" or config.get("reshape_activations", "none") != "none":
+        raise DiffLensError(
+            f"it wants activations normalised ({normalised}) or reshaped in a way that is not in the file. Fold the "
+            "normalisation into the weights with SAELens, or use an SAE without."
+        )
+    rest: dict[str, Any] = {"site": metadata.get("hook_name") or ""}
+    gate = {"jumprelu": "threshold", "batchtopk": "topk_threshold"}.get(activation)
+    if tensors.keys() & {"threshold", "topk_threshold"} != ({gate} if gate else set()):
+        raise DiffLensError(f"architecture {config['architecture']} and the thresholds in the file do not go together.")
+    if gate:
+        rest["threshold"] = tensors[gate]
+    if activation in ("topk", "batchtopk"):
+        rest["k"] = whole(config, "k")
+    parts = tensors["W_enc"].T, tensors["b_enc"], tensors["W_dec"]
+    if trained := metadata.get("training_architecture"):
+        notes.append(f"trained as {trained}")
+    subtracted = config.get("apply_b_dec_to_input", True)
+    biases = (tensors["b_dec"], None) if subtracted else (None, tensors["b_dec"])
+    sae = build(*parts, *biases, activation=activation, **rest)
+    if config.get("rescale_acts_by_decoder_norm"):
+        sae = unit_decoder(sae)
+    return agree(config, sae, "d_in", "d_sae")
+
+
+def of_classes(*names: str) -> Callable[[Config], bool]:
+    return lambda config: dict_class(config) in names
+
+
+LINEAR = {"encoder.weight": 2, "encoder.bias": 1, "decoder.weight": 2}
+MATRICES = {"W_enc": 2, "b_enc": 1, "W_dec": 2, "b_dec": 1}
+DICTIONARY = "dictionary_learning"
+FORMATS = (
+    Format(
+        "the reference DiffLens", {"encoder.weight": 4, "encoder.bias": 1, "decoder.weight": 4, "decoder.bias": 1},
+        is_sparsify, read_difflens,
+    ),
+    Format(
+        "EleutherAI sparsify or SAeUron", {"encoder.weight": 2, "encoder.bias": 1, "W_dec": 2, "b_dec": 1},
+        is_sparsify, read_sparsify,
+    ),
+    Format(
+        "sdxl-unbox", {"encoder.weight": 2, "latent_bias": 1, "decoder.weight": 2, "pre_bias": 1},
+        lambda config: {"n_dirs_local", "d_model", "k"} <= config.keys(), read_unbox, frozenset({"stats_last_nonzero"}),
+    ),
+    Format(
+        DICTIONARY, LINEAR | {"b_dec": 1, "k": 0}, of_classes("AutoEncoderTopK", "BatchTopKSAE"), read_dictionary,
+        frozenset({"threshold"}),
+    ),
+    Format(
+        DICTIONARY, MATRICES | {"k": 0, "group_sizes": 1}, of_classes("MatryoshkaBatchTopKSAE"), read_dictionary,
+        frozenset({"threshold"}),
+    ),
+    Format(DICTIONARY, LINEAR | {"bias": 1}, of_classes("AutoEncoder"), read_dictionary),
+    Format(DICTIONARY, LINEAR | {"decoder.bias": 1}, of_classes("AutoEncoderNew"), read_dictionary),
+    Format(DICTIONARY, MATRICES | {"threshold": 1}, of_classes("JumpReluAutoEncoder"), read_dictionary),
+    Format(
+        "SAELens", MATRICES, lambda config: str(config.get("architecture")) in SAELENS, read_saelens,
+        frozenset({"threshold", "topk_threshold"}),
+    ),
+)  # fmt: skip
