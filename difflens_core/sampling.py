@@ -42,7 +42,7 @@ def sample(
             with ExitStack() as edits:
                 for steering in steerings:
                     edits.enter_context(
-                        edit_site(model, steering.recipe.site, lambda h, s=steering, p=progress: s(h, p, images))
+                        edit_site(model, steering.site, lambda h, s=steering, p=progress: s(h, p, images))
                     )
                 x0 = model(x, sigma.expand(len(x)))
             x = x0 + (x - x0) * (following / sigma)
