@@ -94,15 +94,15 @@ class MeanShift:
 class SiteEffect:
     """What mean-difference steering at `site` in a part of the sampling does to pictures of the other classes.
 
-    success: share that shows the class asked for (none did before), the mean over classes; per_class: of each class;
-    kept: share that keeps its class, mean over the other attributes, None if there are none; change: mean pixel
-    difference, of 1.
+    success: share that shows the class asked for (none did before), the mean over classes; per_class: of each class,
+    None for one that was too rare to have means; kept: share that keeps its class, mean over the other attributes,
+    None if there are none; change: mean pixel difference, of 1.
     """
 
     site: str
     part: str
     success: float
-    per_class: tuple[float, ...]
+    per_class: tuple[float | None, ...]
     kept: float | None
     change: float
 
@@ -123,14 +123,14 @@ def scan_sites(
 
     classify(images) gives the class probabilities (B x K) of every attribute. The `pictures` first noises of `draw`
     are sampled twice, to read their classes and then to take each site's class means (all sites at once; a site
-    takes steps x K x C x H x W numbers). Then `per_class` pictures that do not show a class are steered to it.
-    on_picture(done, total) may raise to cancel.
+    takes steps x K x C x H x W numbers). Then up to `per_class` pictures that do not show a class are steered to it.
+    Classes that fewer than two pictures show are left out. on_picture(done, total) may raise to cancel.
     """
     run = Run(draw, batch, 2 * pictures + len(sites) * len(PARTS) * len(classes) * per_class, on_picture)
     numbers = torch.arange(pictures)
     base = run.draw(numbers, lambda rows: [])
     labels = classify(base)[attribute].argmax(dim=1).cpu()
-    check_counts(labels, attribute, classes, per_class)
+    tried = shown_classes(labels, attribute, classes)
     collections = [({}, {}) for _ in sites]
 
     def collectors(rows: Tensor) -> list[Collector]:
@@ -138,10 +138,11 @@ def scan_sites(
         return [Collector(site, labels[rows], *kept, len(classes)) for site, kept in pairs]
 
     run.draw(numbers, collectors)
-    chosen = torch.cat([(labels != c).nonzero().flatten()[:per_class] for c in range(len(classes))])
-    target = torch.arange(len(classes)).repeat_interleave(per_class)
-    before = base[chosen]
-    seen_before = classify(before)
+    others = {c: (labels != c).nonzero().flatten()[:per_class] for c in tried}
+    chosen, before = torch.cat([*others.values()]), base[torch.cat([*others.values()])]
+    target = torch.cat([torch.full_like(pictures, c) for c, pictures in others.items()])
+    run.total = run.done + len(sites) * len(PARTS) * len(chosen)
+    first = before, classify(before)
     found = []
     for collector in collectors(numbers):
         means = ClassMeans.of(collector)
@@ -152,16 +153,28 @@ def scan_sites(
                 return [MeanShift(means, labels[chosen[rows]], target[rows], *settings)]
 
             after = run.draw(chosen, shift)
-            seen = classify(after)
-            hit = (seen[attribute].argmax(dim=1).cpu() == target).float().view(len(classes), -1).mean(dim=1)
-            kept = kept_attributes(seen_before, seen, attribute)
-            found.append(
-                SiteEffect(
-                    collector.site, part, float(hit.mean()), tuple(hit.tolist()),
-                    sum(kept.values()) / len(kept) if kept else None, pixel_change(before.numpy(), after.numpy()),
-                )
-            )  # fmt: skip
+            found.append(site_effect(means.site, part, first, (after, classify(after)), target, attribute, classes))
     return found
+
+
+Read = tuple[Tensor, dict[str, Tensor]]  # pictures, and the class probabilities of every attribute
+
+
+def site_effect(
+    site: str, part: str, before: Read, after: Read, target: Tensor, attribute: str, classes: tuple[str, ...]
+) -> SiteEffect:
+    """What steering pictures to `target` (B, classes) at `site` did, from the pictures before and after."""
+    hit = (after[1][attribute].argmax(dim=1).cpu() == target).float()
+    rates = {c: float(hit[target == c].mean()) for c in target.unique().tolist()}
+    kept = kept_attributes(before[1], after[1], attribute)
+    return SiteEffect(
+        site,
+        part,
+        sum(rates.values()) / len(rates),
+        tuple(rates.get(c) for c in range(len(classes))),
+        sum(kept.values()) / len(kept) if kept else None,
+        pixel_change(before[0].numpy(), after[0].numpy()),
+    )
 
 
 @dataclass
@@ -184,21 +197,17 @@ class Run:
         return torch.cat(parts)
 
 
-def check_counts(labels: Tensor, attribute: str, classes: tuple[str, ...], per_class: int) -> None:
-    """Raise `DiffLensError` unless each class has means to take, and pictures of other classes to steer."""
+def shown_classes(labels: Tensor, attribute: str, classes: tuple[str, ...]) -> list[int]:
+    """Classes that at least two pictures show. Raises `DiffLensError` if there are not two of them."""
     counts = torch.bincount(labels, minlength=len(classes)).tolist()
-    rare = [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < 2]
-    if rare:
+    shown = [c for c, count in enumerate(counts) if count >= 2]
+    if len(shown) < 2:
+        seen = ", ".join(f"{name} {count}" for name, count in zip(classes, counts, strict=True))
         raise DiffLensError(
-            f"{attribute}: too few pictures of class {', '.join(rare)} among {len(labels)}; at least 2 each are "
-            "needed. Draw more pictures."
+            f"{attribute}: among {len(labels)} pictures are {seen}; two classes must be shown by at least 2 pictures "
+            "each. Draw more pictures."
         )
-    fewest = len(labels) - max(counts)
-    if fewest < per_class:
-        raise DiffLensError(
-            f"{attribute}: only {fewest} of {len(labels)} pictures do not show the commonest class, {per_class} are to "
-            "be steered to it. Draw more pictures or steer fewer."
-        )
+    return shown
 
 
 def scan_table(found: Sequence[SiteEffect], attribute: str, classes: tuple[str, ...]) -> str:
@@ -210,7 +219,7 @@ def scan_table(found: Sequence[SiteEffect], attribute: str, classes: tuple[str, 
     ]
     for row in found:
         kept = "-" if row.kept is None else f"{100 * row.kept:.0f}"
-        hits = "  ".join(f"{100 * share:9.0f}" for share in row.per_class)
+        hits = "  ".join(f"{'too rare' if share is None else f'{100 * share:.0f}':>9}" for share in row.per_class)
         lines.append(
             f"{row.site:{width}}  {row.part:12}  {100 * row.success:7.0f}  {kept:>11}  {row.change:6.3f}  {hits}"
         )
