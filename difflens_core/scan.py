@@ -115,7 +115,7 @@ def scan_sites(
     classes: tuple[str, ...],
     pictures: int = 128,
     per_class: int = 8,
-    strength: float = 1.5,
+    strength: float = 1.0,
     batch: int = 32,
     on_picture: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[SiteEffect]:
@@ -230,5 +230,6 @@ def scan_chart(found: Sequence[SiteEffect], attribute: str) -> np.ndarray:
     """Success of every site by part of the sampling (440 x 720 x 3, uint8)."""
     groups: dict[str, dict[str, float]] = {}
     for row in found:
-        groups.setdefault(row.site, {})[row.part] = row.success
+        short = row.site if len(row.site) <= 12 else f"..{row.site[-10:]}"  # names differ most at their end
+        groups.setdefault(short, {})[row.part] = row.success
     return bar_chart(f"{attribute}: share that shows the class asked for", groups)

@@ -88,7 +88,7 @@ class SiteScan(io.ComfyNode):
                     tooltip="Pictures to steer to each class, for every site and five parts of the sampling.",
                 ),
                 io.Float.Input(
-                    "strength", default=1.5, min=0.0, max=10.0, step=0.1, tooltip="Times the difference of the means."
+                    "strength", default=1.0, min=0.0, max=10.0, step=0.1, tooltip="Times the difference of the means."
                 ),
                 *schedule_inputs(),
             ],

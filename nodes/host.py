@@ -403,8 +403,15 @@ def capture(
     draws for place k of a batch of `pictures`, so the batch size changes nothing (samplers that add noise on the
     way excepted).
     """
-    start, noise = start_of_run(model, positive, latent, pictures, seed)
+    if not positive:
+        raise DiffLensError("the positive conditioning is empty. Connect one, such as Load Unconditional Model's.")
     batch = len(latent["samples"])
+    if batch == 0:
+        raise DiffLensError("the latent image holds no picture. Set the batch size of Empty Latent Image to 1 or more.")
+    keys = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+    start = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *(latent.get(key) for key in keys))
+    start = comfy.utils.repeat_to_batch_size(start, pictures)
+    noise = comfy.sample.prepare_noise(start, seed)
     schedule = comfy.samplers.KSampler(model, steps, "cpu", sampler_name, scheduler, model_options=model.model_options)
     sigmas = schedule.sigmas[:-1]
     values: list[Tensor] = []
