@@ -69,7 +69,11 @@ class ClassMeans:
 
 @dataclass(frozen=True)
 class MeanShift:
-    """Edit h' = h + strength (mean_target - mean_own) between `start` and `end`; own, target: B, classes."""
+    """Edit h' = h + strength (1 - way) d with d = mean_target - mean_own, between `start` and `end` of the sampling.
+
+    way = <h - mean_own, d> / <d, d>, kept to 0..1, is how far the picture has come: what earlier steps have done is
+    not done again, or classes in the middle would be overshot. own, target: B, classes.
+    """
 
     means: ClassMeans
     own: Tensor
@@ -87,7 +91,9 @@ class MeanShift:
             return h
         means = self.means.means[nearest_step(self.means.progress, progress)]
         target, own = (classes[images].to(h.device) for classes in (self.target, self.own))
-        return h + (self.strength * (means[target] - means[own])).to(h.dtype)
+        step = means[target] - means[own]
+        way = ((h.float() - means[own]) * step).flatten(1).sum(dim=1) / step.square().flatten(1).sum(dim=1).clamp(1e-12)
+        return h + (self.strength * (1 - way.clamp(0, 1))[:, None, None, None] * step).to(h.dtype)
 
 
 @dataclass(frozen=True)

@@ -481,7 +481,8 @@ def some_sites(model: ModelPatcher) -> list[str]:
     """Sites of a network worth a scan, from its input to its output.
 
     Of a U-Net as ComfyUI builds it the last module of three blocks before and after the middle; of other networks
-    the modules right below it that put out a map, as far as their type tells, with the first of each stack.
+    the modules right below it that put out a map, as far as their type tells, with the first of each stack. The first
+    and the last convolution only touch pixels.
     """
     network = model.model.diffusion_model
     if hasattr(network, "input_blocks") and hasattr(network, "output_blocks"):
@@ -496,6 +497,6 @@ def some_sites(model: ModelPatcher) -> list[str]:
     for name, module in network.named_children():
         if isinstance(module, Stack):
             found.append(f"{name}.0")
-        if isinstance(module, (Stack, ResBlock, nn.Conv2d)) and name != "conv_out":
+        if isinstance(module, (Stack, ResBlock, nn.Conv2d)) and name not in ("conv_in", "conv_out"):
             found.append(name)
     return found

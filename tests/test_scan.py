@@ -73,9 +73,12 @@ def test_class_means_are_the_means_of_the_pictures_of_each_class():
     shift = MeanShift(means, own, target, 1.5, 0.4, 1.0)
     before = h[0, :2]
     assert shift(before, 0.3, torch.arange(2)) is before
-    moved = shift(h[1, :2].half(), 0.5, torch.arange(2))
-    torch.testing.assert_close(moved[0].float(), h[1, 0] + 1.5 * (expected[1, 1] - expected[1, 0]), atol=1e-2, rtol=0)
-    assert torch.equal(moved[1], h[1, 1].half()) and moved.dtype == torch.float16
+    d = expected[1, 1] - expected[1, 0]
+    for way, left in ((-0.5, 1.0), (0.0, 1.0), (0.25, 0.75), (1.0, 0.0), (1.5, 0.0)):
+        states = torch.stack([expected[1, 0] + way * d, h[1, 1]]).half()
+        moved = shift(states, 0.5, torch.arange(2))
+        torch.testing.assert_close(moved[0].float(), states[0].float() + 1.5 * left * d, atol=1e-2, rtol=0)
+        assert torch.equal(moved[1], states[1]) and moved.dtype == torch.float16
 
 
 def test_the_pictures_done_are_told_up_to_the_total():

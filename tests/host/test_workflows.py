@@ -385,7 +385,7 @@ def experiment(graph: Small, type: str, **settings: object) -> Node:
 
 def test_the_site_scan_finds_sites_by_itself_and_shows_that_they_steer(server):
     graph = Small(pictures=16)
-    scan = experiment(graph, "DiffLensSiteScan", attribute="age", sites="", pictures=48, per_class=2, strength=1.0)
+    scan = experiment(graph, "DiffLensSiteScan", attribute="age", sites="", pictures=48, per_class=1, strength=1.0)
     words, numbers = graph.add("PreviewAny", source=scan[0]), graph.add("PreviewAny", source=scan[1])
     entry = server.run(to_api(graph))
     rows = json.loads(entry["outputs"][str(numbers.id)]["text"][0])["rows"]
