@@ -46,9 +46,9 @@ class OneLatent:
             pre = torch.einsum("bc,bcp->bp", encoder, x) + bias[:, None]
             amount = -torch.where(pre > threshold[:, None], pre, 0.0)
         else:
-            extra = contrast(recipe.levels[step].float())  # K x F x P
-            strongest = recipe.levels.float().mean(dim=(0, 3)).argmax(dim=0)
-            amount = self.strength * extra[strongest[latent], latent].to(h.device)
+            levels = recipe.levels[:, :, latent].float()  # S x K x B x P
+            strongest = levels.mean(dim=(0, 3)).argmax(dim=0)
+            amount = self.strength * contrast(levels[step])[strongest, torch.arange(len(latent))].to(h.device)
         amount = amount * (self.latent[images] >= 0).to(h.device)[:, None]
         change = scale * decoder[:, :, None] * amount[:, None]
         return h + change.reshape(h.shape).to(h.dtype)
