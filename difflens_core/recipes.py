@@ -17,7 +17,7 @@ from .files import DiffLensError, load_tensors, save_tensors
 from .probes import Probes
 from .sae import NORMALISATION, Normalisation, SparseAutoencoder
 
-MODES = ("shift", "add", "move", "scale")
+MODES = ("shift", "add", "add own", "add fixed", "add own fixed", "move", "clamp", "scale", "ablate")
 # Probes are surer of their class than right. Divided by this, a picture near the border is still pushed a little.
 SOFTENING = 1.5
 

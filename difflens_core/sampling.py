@@ -6,14 +6,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .activations import capture_site, edit_site
 from .denoiser import Denoiser, fingerprint
-from .steering import Steering
 from .store import DTYPES, SAMPLES, Index, Shard, Store, record
+
+
+class Edit(Protocol):
+    """Something that edits what module `site` puts out, such as `Steering`."""
+
+    @property
+    def site(self) -> str: ...
+
+    def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
+        """h' for h (B x C x H x W); progress: 0 to 1; images: B, numbers of the pictures, on the CPU."""
+
+
+# Pictures (B x H x W x 3 in [0, 1], on the CPU), each from the noise of that number (B, int64) in a fixed set, under
+# edits that number the pictures of the batch from 0. How experiments sample, whatever the host.
+Draw = Callable[[Sequence[Edit], Tensor], Tensor]
 
 
 def start_noise(count: int, seed: int, size: int = 64) -> Tensor:
@@ -35,7 +50,7 @@ def sample(
     model: Denoiser,
     noise: Tensor,
     steps: int = 20,
-    steerings: Sequence[Steering] = (),
+    steerings: Sequence[Edit] = (),
     first_image: int = 0,
     capture: str | None = None,
     on_step: Callable[[int], None] = lambda step: None,
@@ -54,7 +69,7 @@ def sample(
             with ExitStack() as edits:
                 for steering in steerings:
                     edits.enter_context(
-                        edit_site(model, steering.recipe.site, lambda h, s=steering, p=progress: s(h, p, images))
+                        edit_site(model, steering.site, lambda h, s=steering, p=progress: s(h, p, images))
                     )
                 x0 = model(x, sigma.expand(len(x)))
             x = x0 + (x - x0) * (following / sigma)
@@ -90,3 +105,8 @@ def capture_pictures(
 
     size = model.config.size
     return record(index, noise_batches((3, size, size), count, seed, batch), draw, folder)
+
+
+def drawer(model: Denoiser, noise: Tensor, steps: int = 20) -> Draw:
+    """`Draw` for the avatars' denoiser and a fixed set of noises (n x 3 x H x W)."""
+    return lambda edits, which: sample(model, noise[which], steps, edits)[0].movedim(1, -1) / 2 + 0.5

@@ -87,7 +87,9 @@ class AttributeFeatures(io.ComfyNode):
                     options=list(METHODS),
                     default=METHODS[0],
                     tooltip="contrastive: how much more a class uses a latent than the others do, and how much that "
-                    "moves the probe. integrated gradients: what a latent adds to the probe's certainty.",
+                    "moves the probe. integrated gradients: what a latent adds to the probe's certainty. activation x "
+                    "gradient: its pull on the probe where the picture is. class mean difference: how much more a "
+                    "class uses it, without the probe.",
                 ),
                 io.Int.Input(
                     "features_per_class", default=60, min=1, max=4096, tooltip="Best latents of each class to keep."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
@@ -33,9 +33,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..difflens_core.activations import find_site
-from ..difflens_core.denoiser import Denoiser, DenoiserConfig, fingerprint, load_denoiser_weights
+from ..difflens_core.denoiser import Denoiser, DenoiserConfig, ResBlock, Stack, fingerprint, load_denoiser_weights
 from ..difflens_core.files import DiffLensError
-from ..difflens_core.sampling import noise_batches
+from ..difflens_core.sampling import Draw, noise_batches
+from ..difflens_core.sampling import Edit as SiteEdit
 from ..difflens_core.store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, record
 
 log = logging.getLogger("difflens")
@@ -146,6 +147,11 @@ def progress_bar(total: int) -> Callable[[int, Preview | None], None]:
         bar.update_absolute(done, total, preview)
 
     return report
+
+
+def progress_of_total() -> Callable[[int, int], None]:
+    """Like `progress_bar` for work whose size is only known on the way: call it with the work done and the total."""
+    return lambda done, total: progress_bar(total)(done)
 
 
 def preview(picture: np.ndarray) -> Preview:
@@ -289,11 +295,15 @@ def progress_of(model: ModelPatcher) -> Callable[[float], float]:
     return progress
 
 
-def edit_rows(h: Tensor, options: dict, edit: Edit) -> Tensor:
-    """Let `edit(rows, sigma, images)` change the rows of h that follow the positive conditioning.
+# Which conditioning an edit is for: entries of `cond_or_uncond`, in which 0 is the positive.
+CONDITIONINGS = {"positive": (0,), "negative": (1,), "both": (0, 1)}
 
-    h holds a chunk of the latent batch for every entry of `cond_or_uncond` (0 is positive). Returns h itself if
-    every chunk comes back as it was. Reads one sigma, which on a GPU waits for the device once an evaluation.
+
+def edit_rows(h: Tensor, options: dict, edit: Edit, conditioning: str) -> Tensor:
+    """Let `edit(rows, sigma, images)` change the rows of h that follow a conditioning (one of CONDITIONINGS).
+
+    h holds a chunk of the latent batch for every entry of `cond_or_uncond`. Returns h itself if every chunk comes
+    back as it was. Reads one sigma, which on a GPU waits for the device once an evaluation.
     """
     if not isinstance(h, Tensor) or h.ndim != 4:
         found = f"{h.ndim} dimensions" if isinstance(h, Tensor) else type(h).__name__
@@ -301,7 +311,7 @@ def edit_rows(h: Tensor, options: dict, edit: Edit) -> Tensor:
     sigma = float(options["sigmas"][0])
     chunks = h.chunk(len(options["cond_or_uncond"]))
     edited = [
-        edit(chunk, sigma, torch.arange(len(chunk))) if kind == 0 else chunk
+        edit(chunk, sigma, torch.arange(len(chunk))) if kind in CONDITIONINGS[conditioning] else chunk
         for chunk, kind in zip(chunks, options["cond_or_uncond"], strict=True)
     ]
     if all(new is old for new, old in zip(edited, chunks, strict=True)):
@@ -358,7 +368,7 @@ def site_width(model: ModelPatcher, site: str) -> int | None:
     return getattr(module, "out_channels", None)
 
 
-def edit_site(model: ModelPatcher, site: str, edit: Edit, node: str) -> ModelPatcher:
+def edit_site(model: ModelPatcher, site: str, edit: Edit, node: str, conditioning: str = "positive") -> ModelPatcher:
     """A clone of the model in which `edit(rows, sigma, images)` changes what `site` puts out.
 
     Errors that come up while sampling begin with the name `node`.
@@ -368,7 +378,7 @@ def edit_site(model: ModelPatcher, site: str, edit: Edit, node: str) -> ModelPat
 
     def apply(h: Tensor, options: dict) -> Tensor:
         with named(node):
-            return edit_rows(h, options, edit)
+            return edit_rows(h, options, edit, conditioning)
 
     if site == MIDDLE_BLOCK:
         clone.set_model_middle_block_after_patch(MiddleBlockPatch(apply))
@@ -377,14 +387,24 @@ def edit_site(model: ModelPatcher, site: str, edit: Edit, node: str) -> ModelPat
     return clone
 
 
-def apply_site(model: ModelPatcher, site: str, fn: Edit, node: str) -> ModelPatcher:
+def apply_site(model: ModelPatcher, site: str, fn: Edit, node: str, conditioning: str = "positive") -> ModelPatcher:
     """A clone of the model in which `fn(h, progress, images)` changes what `site` puts out.
 
-    h: B x C x H x W, rows of the positive conditioning only; progress: 0 to 1; images: B, places in the latent
+    h: B x C x H x W, rows of the `conditioning` only; progress: 0 to 1; images: B, places in the latent
     batch. If fn gives h back, the result is bit-identical. Raises `DiffLensError` if the model lacks the site.
     """
     progress = progress_of(model)
-    return edit_site(model, site, lambda h, sigma, images: fn(h, progress(sigma), images), node)
+    return edit_site(model, site, lambda h, sigma, images: fn(h, progress(sigma), images), node, conditioning)
+
+
+def empty_latents(model: ModelPatcher, positive: list, latent: dict) -> Tensor:
+    """The latents that a sampler starts from, with the channels of the model. Refuses empty inputs."""
+    if not positive:
+        raise DiffLensError("the positive conditioning is empty. Connect one, such as Load Unconditional Model's.")
+    if len(latent["samples"]) == 0:
+        raise DiffLensError("the latent image holds no picture. Set the batch size of Empty Latent Image to 1 or more.")
+    keys = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], *(latent.get(key) for key in keys))
 
 
 class Watch:
@@ -459,13 +479,7 @@ def capture(
     KSampler draws for place k of a batch of `pictures`, so the batch size changes nothing (samplers that add noise on
     the way excepted).
     """
-    if not positive:
-        raise DiffLensError("the positive conditioning is empty. Connect one, such as Load Unconditional Model's.")
-    batch = len(latent["samples"])
-    if batch == 0:
-        raise DiffLensError("the latent image holds no picture. Set the batch size of Empty Latent Image to 1 or more.")
-    keys = ("downscale_ratio_spacial", "downscale_ratio_temporal")
-    start = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *(latent.get(key) for key in keys))
+    start, batch = empty_latents(model, positive, latent), len(latent["samples"])
     schedule = comfy.samplers.KSampler(model, steps, "cpu", sampler_name, scheduler, model_options=model.model_options)
     passed = [*map(progress_of(model), schedule.sigmas[:-1].tolist())]
     kept = [step for step, progress in enumerate(passed) if span[0] <= progress <= span[1]]
@@ -491,3 +505,53 @@ def capture(
         return watch.take() | {SAMPLES: samples.cpu()}
 
     return record(index, noise_batches(start.shape[1:], pictures, seed, batch), draw, folder)
+
+
+def drawer(
+    model: ModelPatcher, positive: list, latent: dict, vae: comfy.sd.VAE, pictures: int, steps: int, sampler_name: str,
+    scheduler: str, seed: int, node: str,
+) -> Draw:  # fmt: skip
+    """`Draw` that samples (cfg 1) from the noises of a run of `pictures`; Cancel works at every step.
+
+    Errors that come up while sampling begin with the name `node`.
+    """
+    start = comfy.utils.repeat_to_batch_size(empty_latents(model, positive, latent), pictures)
+    noise = comfy.sample.prepare_noise(start, seed)
+
+    def draw(edits: Sequence[SiteEdit], which: Tensor) -> Tensor:
+        edited = model
+        for edit in edits:
+            edited = apply_site(edited, edit.site, edit, node)
+        samples = comfy.sample.sample(
+            edited, noise[which], steps, 1.0, sampler_name, scheduler, positive, positive, start[which],
+            callback=lambda *_: comfy.model_management.throw_exception_if_processing_interrupted(),
+            disable_pbar=True, seed=seed,
+        )  # fmt: skip
+        return vae.decode(samples).float().cpu()
+
+    return draw
+
+
+def some_sites(model: ModelPatcher) -> list[str]:
+    """Sites of a network worth a scan, from its input to its output.
+
+    Of a U-Net as ComfyUI builds it the last module of three blocks before and after the middle; of other networks
+    the modules right below it that put out a map, as far as their type tells, with the first of each stack. The first
+    and the last convolution only touch pixels.
+    """
+    network = model.model.diffusion_model
+    if hasattr(network, "input_blocks") and hasattr(network, "output_blocks"):
+
+        def three(name: str) -> list[str]:
+            blocks = getattr(network, name)
+            chosen = sorted({len(blocks) // 4, len(blocks) // 2, len(blocks) - 1})
+            return [f"{name}.{i}.{len(blocks[i]) - 1}" for i in chosen]
+
+        return [*three("input_blocks"), MIDDLE_BLOCK, *three("output_blocks")]
+    found = []
+    for name, module in network.named_children():
+        if isinstance(module, Stack):
+            found.append(f"{name}.0")
+        if isinstance(module, (Stack, ResBlock, nn.Conv2d)) and name not in ("conv_in", "conv_out"):
+            found.append(name)
+    return found
