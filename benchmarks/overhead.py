@@ -9,6 +9,7 @@ Prints the median over pairs of steered time / unsteered time, and the middle ha
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import sys
 import time
@@ -104,8 +105,11 @@ def stable_diffusion() -> dict:
 
 
 def rows(sd: bool = True) -> list[dict]:
-    """Rows of `name, size, ours, peer, peer_name, ratio`; here ratio is ours / unsteered."""
-    return avatars() + ([stable_diffusion()] if sd else [])
+    """Rows of `name, size, ours, peer, peer_name, ratio`; here ratio is ours / unsteered. `sd` needs diffusers."""
+    found = avatars()
+    if sd and importlib.util.find_spec("diffusers"):
+        found.append(stable_diffusion())
+    return found
 
 
 def main() -> None:
