@@ -42,12 +42,13 @@ WORK = OUT / ".work"
 DENOISER_FILE = OUT / "difflens_models" / "avatars.safetensors"
 CLASSIFIER_FILE = OUT / "difflens_classifiers" / "avatars.safetensors"
 SAE_FILE = OUT / "difflens_saes" / "avatars.safetensors"
+PROBES = OUT / "difflens_probes"
 RECIPES = OUT / "difflens_recipes"
 STEPS = 20
 
 DENOISER = {"images": 40_000, "steps": 2_600, "batch": 64, "lr": 1e-3, "ema": 0.999, "seed": 1}
 CLASSIFIER = {"images": 12_000, "test_images": 2_000, "epochs": 8, "batch": 100, "lr": 3e-3, "seed": 1_000}
-SAE = {"pictures": 1_024, "latents": 1_024, "k": 32, "steps": 3_000, "seed": 2_000}
+SAE = {"pictures": 3_072, "latents": 1_024, "k": 32, "steps": 3_000, "seed": 2_000}
 
 RECIPE = {
     "per_class": 120,
@@ -175,9 +176,9 @@ def train_avatar_sae() -> None:
     train, held_out = hold_out(captured()[0])
     options = TrainingOptions(**{name: SAE[name] for name in ("latents", "k", "steps", "seed")})
 
-    def report(step: int, loss: float) -> None:
+    def report(step: int, loss: torch.Tensor, _: object) -> None:
         if step % 100 == 0:
-            print(f"SAE {step}/{options.steps} loss {loss:.4f}", flush=True)
+            print(f"SAE {step}/{options.steps} loss {float(loss):.4f}", flush=True)
 
     sae = train_sae(train, options, report, WORK / "sae.pt")
     quality = asdict(measure_sae(sae, held_out))
@@ -189,13 +190,14 @@ def make_recipes() -> None:
     """Probes, attribution, recipe and controls of every attribute; strengths found on tuning seeds only."""
     model, classifier, sae = load_denoiser(DENOISER_FILE), load_classifier(CLASSIFIER_FILE), load_sae(SAE_FILE)
     activations, pictures = captured()
-    read = classifier.classify(pictures)
+    parts = [classifier.classify(part) for part in pictures.split(256)]
+    read = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     save_labels(WORK / "capture", {name: (classifier.attributes[name], p.argmax(dim=1)) for name, p in read.items()})
     before, _ = bench.run(model, RECIPE["tuning_pictures"], seed=RECIPE["tuning_seed"])
     for attribute, classes in portraits.ATTRIBUTES.items():
         labels = read[attribute].argmax(dim=1)
         probes = train_probes(activations, sae, labels, attribute, classes)
-        save_probes(WORK / f"{attribute}_probes.safetensors", probes)
+        save_probes(PROBES / f"avatars_{attribute}.safetensors", probes)
         weights = balancing_weights(labels, [p.argmax(dim=1) for name, p in read.items() if name != attribute])
         attribution = attribute_features(activations, sae, probes, labels, weights=weights)
         recipe = build_recipe(
@@ -306,7 +308,8 @@ The {r[per_class]} best latents of every class by the contrastive score. Strengt
 |---|---|---|---|---|---|
 {recipes}
 
-`controls/` holds what the recipes are compared with: random latents of the same count and edit norm, and the mean
+`difflens_probes/` holds the linear probes behind them, one a step and attribute (`difflens_core.probes.load_probes`).
+`difflens_recipes/controls/` holds what the recipes are compared with: random latents of the same count and edit norm, and the mean
 difference of the raw activations.
 
 ## Limits
