@@ -136,6 +136,8 @@ class Steer(io.ComfyNode):
         )
         shares = tuple(parse_target(target, recipe.classes).tolist())
         targets = Targets(recipe.attribute, recipe.classes, shares, seed, first_image)
+        if mask is not None:
+            mask = mask.reshape(-1, *mask.shape[-2:])  # some nodes put out a single mask without a batch
         steering = Steering(recipe, targets.of, sae, mask)
         steered = host.apply_site(model, recipe.site, steering, cls.define_schema().display_name, conditioning)
         return io.NodeOutput(steered, targets)

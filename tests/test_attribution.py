@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
 
+from difflens_core.activations import Activations
 from difflens_core.attribution import (
     METHODS,
     activation_gradient,
@@ -157,9 +156,10 @@ def test_scores_by_step_and_by_position_add_up_to_the_scores(toys, method):
     assert found.by_step.shape == (3, 3, 20) and found.by_position.shape == (3, 20, 4)
     torch.testing.assert_close(found.by_step.sum(dim=0), found.scores)
     torch.testing.assert_close(found.by_position.float().sum(dim=2), found.scores, atol=1e-2, rtol=1e-2)
-    alone = replace(activations, shards=activations.values[1:2], progress=activations.progress[1:2])
+    alone = Activations(activations.values[1:2], activations.progress[1:2], activations.site)
     torch.testing.assert_close(found.by_step[1], attribute_features(alone, sae, probes, LABELS, method).scores)
-    at = replace(activations, shards=activations.values.repeat_interleave(2, dim=4))  # each position twice
+    twice = activations.values.repeat_interleave(2, dim=4)  # each position
+    at = Activations(twice, activations.progress, activations.site)
     doubled = attribute_features(at, sae, probes, LABELS, method)
     torch.testing.assert_close(
         doubled.by_position.view(3, 20, 4, 2).float().sum(dim=3), found.by_position.float(), atol=1e-2, rtol=1e-2
