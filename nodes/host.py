@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from ..difflens_core.activations import Activations, find_site
 from ..difflens_core.denoiser import Denoiser, DenoiserConfig, fingerprint, load_denoiser_weights
 from ..difflens_core.files import DiffLensError
+from ..difflens_core.formats import CONFIGS, WEIGHTS
 
 log = logging.getLogger("difflens")
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
@@ -51,6 +52,8 @@ def register_folders() -> None:
         extra, _ = folder_paths.folder_names_and_paths.get(kind, ([], set()))
         user = str(Path(folder_paths.models_dir) / kind)
         folder_paths.folder_names_and_paths[kind] = ([user, *extra, str(SHIPPED / kind)], {".safetensors"})
+    # Other programs' SAEs; ".json" because a configuration marks a folder as an SAE.
+    folder_paths.folder_names_and_paths[SAES][1].update({*WEIGHTS, ".json"})
 
 
 def list_files(kind: str) -> list[str]:
@@ -64,6 +67,22 @@ def find_file(kind: str, name: str) -> str:
     except FileNotFoundError:
         folder = folder_paths.get_folder_paths(kind)[0]
         raise DiffLensError(f"{name} was not found. Put it into {folder} or choose another file.") from None
+
+
+def list_saes() -> list[str]:
+    """Names that `find_sae` takes: folders with a configuration, and the files that lie in none of those."""
+    paths = [Path(name) for name in list_files(SAES)]
+    folders = {path.parent for path in paths if path.name in CONFIGS and path.parent.name}
+    files = {path for path in paths if path.suffix in WEIGHTS and not folders & set(path.parents)}
+    return sorted(map(str, folders | files))
+
+
+def find_sae(name: str) -> str:
+    """Path of a listed SAE, a file or a folder. Raises `DiffLensError` if it is gone."""
+    for config in CONFIGS:
+        if path := folder_paths.get_full_path(SAES, str(Path(name) / config)):
+            return str(Path(path).parent)
+    return find_file(SAES, name)
 
 
 def new_file(kind: str, name: str) -> tuple[Path, str]:

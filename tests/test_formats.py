@@ -408,7 +408,7 @@ def test_dictionary_learning_itself(toys, tmp_path, kind):
     module, name, settings = DICTIONARY[kind]
     trainers = __import__(f"dictionary_learning.trainers.{module}", fromlist=[name])
     trainer = getattr(trainers, name)(
-        steps=9, activation_dim=C, dict_size=N, layer=0, lm_name="none", device="cpu", seed=1, lr=1e-2, **settings
+        steps=9999, activation_dim=C, dict_size=N, layer=0, lm_name="none", device="cpu", seed=1, lr=1e-2, **settings
     )
     shaken(trainer.ae)
     for step in range(3):
