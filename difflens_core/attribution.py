@@ -1,4 +1,4 @@
-"""Which latents carry an attribute: exact Integrated Gradients and a contrastive score."""
+"""Which latents carry an attribute: scores by the probes' gradients and by the classes' activity."""
 
 from __future__ import annotations
 
@@ -25,15 +25,18 @@ PANEL_RANGE = 10.0
 class Attribution:
     """Scores of every latent for every class of an attribute.
 
-    scores: K x N, summed over steps and positions, averaged over the pictures of the class; levels: mean activity
-    of every latent in the pictures of each class, S x K x N x P in fp16 (P positions); progress: S;
-    completeness: largest |sum of IG - (p(1) - p(0))| met.
+    scores: K x N, summed over steps and positions, averaged over the pictures of the class; by_step: the same before
+    the sum over steps, S x K x N; by_position: before the sum over positions, K x N x P in fp16 (P positions);
+    levels: mean activity of every latent in the pictures of each class, S x K x N x P in fp16; progress: S;
+    completeness: largest |sum of IG - (p(1) - p(0))| met, None for other methods.
     """
 
     scores: Tensor
+    by_step: Tensor
+    by_position: Tensor
     levels: Tensor
     progress: Tensor
-    completeness: float
+    completeness: float | None
     attribute: str
     classes: tuple[str, ...]
     method: str
@@ -90,11 +93,30 @@ def integrated_gradients(
     return ig.float(), (ig.sum(dim=(1, 2)) - gain).abs()
 
 
+def activation_gradient(
+    latents: Latents, sae: SparseAutoencoder, probes: Probes, step: int, target: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Activation times gradient (Shrikumar et al. 2017) of the probe's log-odds of `target` (B): B x P x k.
+
+    log p_y / (1 - p_y) = l_y - logsumexp of the other logits; unlike p_y it does not go flat where the probe is sure.
+    Closed form: z_n <D_n, W^T v / P> with v = 1 for y and minus the softmax over the other classes for them.
+    """
+    pooled = sae.decode(latents).mean(dim=1)
+    logits = F.linear(pooled, probes.weight[step], probes.bias[step]) / temperature
+    own = F.one_hot(target, logits.shape[1]).bool()
+    v = torch.where(own, 1.0, -logits.masked_fill(own, -torch.inf).softmax(dim=1)) / temperature
+    read = v @ (probes.weight[step] @ sae.decoder.T)  # B x N
+    per_latent = read.gather(1, latents.indices.flatten(1)).view(latents.values.shape)
+    return latents.values * per_latent / latents.values.shape[1]
+
+
 def class_sum(rows: Tensor, latents: Latents, labels: Tensor, classes: int, size: int) -> Tensor:
-    """Sum of sparse rows (B x P x k, at latents.indices) into K x N, by the picture's class."""
-    flat = (labels[:, None, None] * size + latents.indices).flatten()
-    total = torch.zeros(classes * size, dtype=rows.dtype, device=rows.device)
-    return total.index_add_(0, flat, rows.flatten()).view(classes, size)
+    """Sum of sparse rows (B x P x k, at latents.indices) into K x N x P, by the picture's class."""
+    positions = rows.shape[1]
+    at = torch.arange(positions, device=rows.device)[None, :, None]
+    flat = ((labels[:, None, None] * size + latents.indices) * positions + at).flatten()
+    total = torch.zeros(classes * size * positions, dtype=rows.dtype, device=rows.device)
+    return total.index_add_(0, flat, rows.flatten()).view(classes, size, positions)
 
 
 def class_levels(latents: Latents, labels: Tensor, classes: int, size: int, weights: Tensor) -> Tensor:
@@ -102,12 +124,9 @@ def class_levels(latents: Latents, labels: Tensor, classes: int, size: int, weig
 
     weights: B, one a picture.
     """
-    positions = latents.values.shape[1]
-    at = torch.arange(positions, device=labels.device)[None, :, None]
-    placed = latents._replace(indices=latents.indices * positions + at)
-    total = class_sum(latents.values * weights[:, None, None], placed, labels, classes, size * positions)
+    total = class_sum(latents.values * weights[:, None, None], latents, labels, classes, size)
     sums = torch.zeros(classes, device=labels.device).index_add_(0, labels, weights).clamp(min=1e-12)
-    return total.view(classes, size, positions) / sums[:, None, None]
+    return total / sums[:, None, None]
 
 
 def balancing_weights(labels: Tensor, others: Iterable[Tensor], rounds: int = 20, limit: float = 4.0) -> Tensor:
@@ -131,7 +150,7 @@ def balancing_weights(labels: Tensor, others: Iterable[Tensor], rounds: int = 20
     return weights
 
 
-METHODS = ("contrastive", "integrated gradients")
+METHODS = ("contrastive", "integrated gradients", "activation x gradient", "class mean difference")
 
 
 @torch.no_grad()
@@ -147,35 +166,52 @@ def attribute_features(
 ) -> Attribution:
     """Score every latent for every class over a batch of captured pictures.
 
-    method "integrated gradients": mean exact IG over the pictures of the class, summed over positions and steps.
-    method "contrastive": (probe weight of the class minus the others' mean, through the decoder) times (mean
-    activity in the class minus in the others): it also ranks latents of a class that the probe already predicts
-    without any latent, where IG from zero says nothing.
+    integrated gradients: mean exact IG over the pictures of the class, summed over positions and steps.
+    activation x gradient: the same with `activation_gradient`.
+    class mean difference: mean activity in the class minus in the others.
+    contrastive: that, times (probe weight of the class minus the others' mean, through the decoder): it also ranks
+    latents of a class that the probe already predicts without any latent, where IG from zero says nothing.
     weights: B, how much each picture counts in its class's mean activity (`balancing_weights`); all alike if None.
     """
     if method not in METHODS:
         raise DiffLensError(f"attribution method {method!r} is unknown. Use one of: {', '.join(METHODS)}.")
     check_labels(labels, probes.classes, activations.pictures, probes.attribute)
     classes, size = len(probes.classes), sae.latents
-    scores = torch.zeros(classes, size)
     counts = torch.bincount(labels, minlength=classes).float()
-    weights = torch.ones(len(labels)) if weights is None else weights
-    levels, worst = [], 0.0
-    for s, (values, progress) in enumerate(zip(activations.values, activations.progress, strict=True)):
-        latents = sae.encode(values, sae.normalisation.step_at(float(progress)))
-        step = probes.step_at(float(progress))
-        ig, error = integrated_gradients(latents, sae, probes, step, labels, temperature)
-        worst = max(worst, float(error.max()))
-        level = class_levels(latents, labels, classes, size, weights)
+    device = labels.device
+    weights = torch.ones(len(labels), device=device) if weights is None else weights
+    totals = torch.bincount(labels, weights, minlength=classes)
+    positions = activations.positions // sae.kernel**2
+    levels, by_step, by_position = [], [], torch.zeros(classes, size, positions, device=device)
+    worst = None if method != "integrated gradients" else torch.zeros((), device=device)
+    for s, progress in enumerate(activations.progress):
+        step, level = probes.step_at(float(progress)), torch.zeros_like(by_position)
+        part = torch.zeros_like(by_position)
+        for first, values in activations.batches(s):
+            own = slice(first, first + len(values))
+            latents = sae.encode(values.to(device), sae.normalisation.step_at(float(progress)))
+            share = torch.bincount(labels[own], weights[own], minlength=classes) / totals
+            level += class_levels(latents, labels[own], classes, size, weights[own]) * share[:, None, None]
+            if method == "integrated gradients":
+                rows, error = integrated_gradients(latents, sae, probes, step, labels[own], temperature)
+                worst = torch.maximum(worst, error.max())
+                part += class_sum(rows, latents, labels[own], classes, size) / counts[:, None, None]
+            elif method == "activation x gradient":
+                rows = activation_gradient(latents, sae, probes, step, labels[own], temperature)
+                part += class_sum(rows, latents, labels[own], classes, size) / counts[:, None, None]
+        if method in ("contrastive", "class mean difference"):
+            part = contrast(level) / positions
         if method == "contrastive":
-            scores += contrast(probes.weight[step] @ sae.decoder.T) * contrast(level.mean(dim=2))
-        else:
-            scores += class_sum(ig, latents, labels, classes, size) / counts[:, None]
+            part *= contrast(probes.weight[step] @ sae.decoder.T)[:, :, None]
+        by_step.append(part.sum(dim=2))
+        by_position += part
         levels.append(level.half())
         on_step(s + 1)
+    by_step = torch.stack(by_step)
     return Attribution(
-        scores, torch.stack(levels), activations.progress, worst, probes.attribute, probes.classes, method
-    )
+        by_step.sum(dim=0), by_step, by_position.half(), torch.stack(levels), activations.progress,
+        None if worst is None else float(worst), probes.attribute, probes.classes, method,
+    )  # fmt: skip
 
 
 def contrast(per_class: Tensor) -> Tensor:

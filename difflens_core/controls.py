@@ -24,11 +24,12 @@ def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, we
     channels = torch.eye(recipe.width)
     shares = F.one_hot(labels, len(recipe.classes)).T * weights
     shares = shares / shares.sum(dim=1, keepdim=True)
-    levels = []
+    steps = len(recipe.normalisation.progress)
+    levels = torch.zeros(steps, len(recipe.classes), activations.width, activations.positions)
     for row, progress in enumerate(recipe.normalisation.progress):
-        nearest = activations.values[nearest_step(activations.progress, float(progress))]
-        rows = recipe.normalisation.apply(nearest, row)
-        levels.append(torch.einsum("kb,bpc->kcp", shares, rows))
+        for first, values in activations.batches(nearest_step(activations.progress, float(progress))):
+            rows = recipe.normalisation.apply(values, row)
+            levels[row] += torch.einsum("kb,bpc->kcp", shares[:, first : first + len(values)], rows)
     return replace(
         recipe,
         features=torch.arange(recipe.width),
@@ -37,7 +38,7 @@ def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, we
         threshold=torch.full((recipe.width,), -1e9),
         decoder=channels,
         member=torch.ones(len(recipe.classes), recipe.width, dtype=torch.bool),
-        levels=torch.stack(levels).half(),
+        levels=levels.half(),
         info={"control": "mean difference of the raw activations"},
     )
 

@@ -80,8 +80,11 @@ def train_probes(
     for index in range(len(classes)):
         held_out[(labels == index).nonzero().flatten()[::4]] = True
     fitted = []
-    for s, (values, progress) in enumerate(zip(activations.values, activations.progress, strict=True)):
-        pooled = sae.decode(sae.encode(values, sae.normalisation.step_at(float(progress)))).mean(dim=1)
+    for s, progress in enumerate(activations.progress):
+        step = sae.normalisation.step_at(float(progress))
+        pooled = torch.empty(activations.pictures, sae.width)
+        for first, values in activations.batches(s):
+            pooled[first : first + len(values)] = sae.decode(sae.encode(values, step)).mean(dim=1)
         trial = fit_logistic(pooled[~held_out], labels[~held_out], len(classes), weight_decay)
         accuracy = balanced_accuracy(F.linear(pooled[held_out], *trial).argmax(dim=1), labels[held_out])
         fitted.append((*fit_logistic(pooled, labels, len(classes), weight_decay), accuracy))

@@ -17,7 +17,7 @@ from .files import DiffLensError, load_tensors, save_tensors
 from .probes import Probes
 from .sae import NORMALISATION, Normalisation, SparseAutoencoder
 
-MODES = ("shift", "add", "move", "scale")
+MODES = ("shift", "add", "add own", "add fixed", "add own fixed", "move", "clamp", "scale", "ablate")
 # Probes are surer of their class than right. Divided by this, a picture near the border is still pushed a little.
 SOFTENING = 1.5
 
@@ -119,7 +119,8 @@ def fit_thresholds(
     if sae.activation != "topk":
         return sae.gate.expand(sae.latents)[features], 1.0
     rows, active = [], []
-    for values, progress in zip(activations.values[:, :pictures], activations.progress, strict=True):
+    some = activations.part(0, pictures).values
+    for values, progress in zip(some, activations.progress, strict=True):
         x = sae.rows(values, sae.normalisation.step_at(float(progress)))
         pre = F.linear(x, sae.encoder, sae.encoder_bias).flatten(0, 1)
         kth = pre.topk(sae.k, dim=1).values[:, -1:]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .activations import Activations
 from .files import DiffLensError, load_tensors, save_tensors
 
 TENSORS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
@@ -73,19 +74,24 @@ def nearest_step(grid: Tensor, progress: float) -> int:
     return int((grid - progress).abs().argmin())
 
 
-def fit_normalisation(values: Tensor, progress: Tensor) -> Normalisation:
-    """Mean vector and one scale (root mean square distance from the mean) of every step.
+def fit_normalisation(activations: Activations) -> Normalisation:
+    """Mean vector and one scale (root mean square distance from the mean) of every step, read in one pass.
 
-    values: S x B x C x H x W; progress: S. Steps on which all pictures still agree (near pure noise) get at
-    least a twentieth of the largest scale, so that their rounding noise is not blown up.
+    Steps on which all pictures still agree (near pure noise) get at least a twentieth of the largest scale, so that
+    their rounding noise is not blown up.
     """
-    mean = torch.stack([step.float().mean(dim=(0, 2, 3)) for step in values])
-    scale = torch.stack(
-        [(step.float() - m[:, None, None]).square().mean().sqrt() for step, m in zip(values, mean, strict=True)]
-    )
-    if float(scale.max()) == 0:
+    steps, rows = len(activations.progress), activations.pictures * activations.positions
+    total, square = torch.zeros(2, steps, activations.width, dtype=torch.float64)
+    for s in range(steps):
+        for _, values in activations.batches(s):
+            values = values.double()  # the difference of squares below needs the digits
+            total[s] += values.sum(dim=(0, 2, 3))
+            square[s] += values.square().sum(dim=(0, 2, 3))
+    mean = total / rows
+    scale = (square / rows - mean.square()).mean(dim=1).clamp(min=0).sqrt()
+    if float(scale.max()) <= 1e-7 * float(mean.abs().max()):
         raise DiffLensError("the activations are the same in every picture and position: there is nothing to train on.")
-    return Normalisation(progress.float(), mean, scale.clamp(min=float(scale.max()) / 20))
+    return Normalisation(activations.progress.float(), mean.float(), scale.clamp(min=float(scale.max()) / 20).float())
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .attribution import contrast
 from .files import DiffLensError
 from .recipes import Recipe
+from .sae import SparseAutoencoder
 
 DEVICE_TENSORS = ("encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias")
+# Modes that read how active the latents are; the others add maps that are known beforehand.
+READING = ("move", "clamp", "scale", "ablate")
+WITHOUT_LEVELS = ("add fixed", "add own fixed", "scale", "ablate")
+CHUNK = 2**22  # pre-activations of the full SAE that are held at once
+CACHE_BYTES = 2**26  # for the decoded class maps
+GROUP = 16  # pre-activations a group in `kth_largest`
 
 
 @dataclass(frozen=True)
@@ -21,21 +29,74 @@ class Steering:
 
     `target_of(images)` gives the class (B, int64) that pictures `images` (B, their indices in the run) are asked to
     show. The latents z of the recipe are changed to z' and the difference is written back through the decoder:
-    h' = h + scale_t D (z' - z); what the SAE does not explain stays as it was. With c the asked class and s its
-    strength, per step and position:
+    h' = h + scale_t D (z' - z); what the SAE does not explain stays as it was. With c the asked class, s its
+    strength, and "own" the latents that belong to c, per step and position:
 
-    shift  z' = z + s (level_c - level_own), own being the probe's guess (its probabilities weigh the levels);
-           pictures that already head for c are left alone
-    add    z' = z + s (level_c - mean of the other classes' levels)
-    move   z' = z + s (level_c - z), cannot overshoot
-    scale  z' = (1 + s) z on the latents of class c only, as in the DiffLens paper
+    shift          z' = z + s (level_c - level_own), own being the probe's guess (its probabilities weigh the
+                   levels); pictures that already head for c are left alone
+    add            z' = z + s (level_c - mean of the other classes' levels)
+    add own        the same on c's own latents; those of its rivals stay
+    add fixed      z' = z + s on c's own latents, z - s on all others of the recipe
+    add own fixed  z' = z + s on c's own latents, as in the DiffLens paper
+    move           z' = z + s (level_c - z), with s at most 1
+    clamp          z' = z + s (min(z, level_c) - z), with s at most 1: only takes away what exceeds the level
+    scale          z' = (1 + s) z on c's own latents, as in the DiffLens paper
+    ablate         z' = (1 - s) z on c's own latents, with s at most 1
 
-    Steps whose progress lies outside [recipe.start, recipe.end] are left alone. Nothing is changed in place.
+    A latent is active where its pre-activation exceeds the recipe's threshold; with `sae` (the one that the recipe
+    was made from) where it is among the k largest, exactly. mask: M x height x width in [0, 1], a picture each or
+    one for all, resized to the site's map; the edit is multiplied by it. Steps whose progress lies outside
+    [recipe.start, recipe.end] are left alone. Nothing is changed in place.
     """
 
     recipe: Recipe
     target_of: Callable[[Tensor], Tensor]
+    sae: SparseAutoencoder | None = None
+    mask: Tensor | None = field(default=None, compare=False)
     _moved: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    _maps: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        recipe, sae = self.recipe, self.sae
+        if sae is None:
+            return
+        fits = sae.width == recipe.width and int(recipe.features.max()) < sae.latents
+        # Recipes are stored in fp16.
+        if not fits or not torch.allclose(sae.decoder[recipe.features], recipe.decoder, atol=2e-3):
+            raise DiffLensError(
+                f"recipe for {recipe.attribute}: it was made from another SAE than the one given ({sae.latents} "
+                f"latents of width {sae.width}). Use the SAE that Attribute Features got, or none."
+            )
+
+    @classmethod
+    def from_sae(
+        cls,
+        sae: SparseAutoencoder,
+        attribute: str,
+        features: dict[str, Sequence[int]],
+        target_of: Callable[[Tensor], Tensor],
+        mode: str = "scale",
+        strength: float = 1.0,
+    ) -> Steering:
+        """Steering by latents chosen elsewhere, without probes or levels: `features` holds those of every class."""
+        if mode not in WITHOUT_LEVELS:
+            raise DiffLensError(f"mode {mode!r} needs a recipe's class levels. Use one of {', '.join(WITHOUT_LEVELS)}.")
+        wanted = {name: torch.as_tensor(numbers, dtype=torch.int64) for name, numbers in features.items()}
+        chosen = torch.cat([*wanted.values()]).unique()
+        if len(chosen) == 0 or not 0 <= int(chosen[0]) <= int(chosen[-1]) < sae.latents:
+            raise DiffLensError(f"{attribute}: the features must be some of the SAE's latents 0 to {sae.latents - 1}.")
+        steps, k, count = len(sae.normalisation.progress), len(wanted), len(chosen)
+        recipe = Recipe(
+            attribute, tuple(wanted), sae.site, "", chosen, sae.encoder[chosen], sae.encoder_bias[chosen],
+            torch.zeros(count), sae.decoder[chosen], torch.stack([torch.isin(chosen, own) for own in wanted.values()]),
+            torch.zeros(steps, k, count, 0), torch.zeros(steps, k, sae.width), torch.zeros(steps, k),
+            sae.normalisation, mode, (float(strength),) * k,
+        )  # fmt: skip
+        return cls(recipe, target_of, sae)
+
+    @property
+    def site(self) -> str:
+        return self.recipe.site
 
     def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
         """Edited copy of h (B x C x H x W, any float type); images: B, indices in the run, on the CPU."""
@@ -46,27 +107,70 @@ class Steering:
         t = self.tensors(h.device)
         step = recipe.normalisation.step_at(progress)
         target = self.target_of(images).to(h.device)
-        strength = t["strength"][target][:, None, None]
-        x = (h.flatten(2).transpose(1, 2).float() - t["mean"][step]) / t["scale"][step]
-        change = strength * self.direction(x, target, step, t)
-        return h + (change * t["scale"][step]).transpose(1, 2).reshape(h.shape).to(h.dtype)
+        change = (self.read_change if recipe.mode in READING else self.known_change)(h.flatten(2), target, step, t)
+        if self.mask is not None:
+            change = change * self.resized_mask(h, images)
+        return h + change.expand(-1, -1, h.shape[2:].numel()).reshape(h.shape).to(h.dtype)
 
-    def direction(self, x: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
-        """Change of the normalised rows x (B x P x C) at strength 1."""
-        levels = t["levels"][step].float()  # K x F x P
-        if self.recipe.mode in ("shift", "add"):
-            # Decoding K class maps is cheaper than decoding B pictures' latents.
-            maps = torch.einsum("kfp,fc->kpc", levels, t["decoder"])
-            k = len(maps)
-            if self.recipe.mode == "add":
-                return ((maps - maps.mean(dim=0)) * (k / (k - 1)))[target]
-            own = F.linear(x.mean(dim=1), t["probe_weight"][step], t["probe_bias"][step]).softmax(dim=1)
-            return maps[target] - torch.einsum("bk,kpc->bpc", own, maps)
-        pre = F.linear(x, t["encoder"], t["bias"])
-        z = torch.where(pre > t["threshold"], pre, 0.0)
-        if self.recipe.mode == "move":
-            return (levels[target].transpose(1, 2) - z) @ t["decoder"]
-        return (z * t["member"][target][:, None]) @ t["decoder"]
+    def known_change(self, rows: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
+        """Change (B x C x P, or B x C x 1 if the same everywhere) of rows (B x C x P) in a mode outside READING.
+
+        A combination of K class maps: cheaper than decoding B pictures' latents.
+        """
+        share = F.one_hot(target, len(self.recipe.classes)).float()
+        if self.recipe.mode == "shift":
+            pooled = (rows.mean(dim=2, dtype=torch.float32) - t["mean"][step]) / t["scale"][step]
+            share = share - F.linear(pooled, t["probe_weight"][step], t["probe_bias"][step]).softmax(dim=1)
+        maps = self.class_maps(step, t)
+        return ((t["strength"][target][:, None] * share) @ maps.flatten(1)).unflatten(1, maps.shape[1:])
+
+    def class_maps(self, step: int, t: dict[str, Tensor]) -> Tensor:
+        """What a unit of each class's share adds to h at a step: K x C x P, or K x C x 1. Kept while they are few."""
+        device = t["decoder"].device
+        if (device, step) in self._maps:
+            return self._maps[device, step]
+        mode, member, levels = self.recipe.mode, t["member"][:, :, None], t["levels"][step].float()
+        amounts = {
+            "shift": lambda: levels,
+            "add": lambda: contrast(levels),
+            "add own": lambda: contrast(levels) * member,
+            "add fixed": lambda: 2 * member - 1,
+            "add own fixed": lambda: member,
+        }[mode]()
+        maps = t["scale"][step] * torch.einsum("kfp,fc->kcp", amounts, t["decoder"])
+        if (len(self._maps) + 1) * maps.numel() * 4 <= CACHE_BYTES:
+            self._maps[device, step] = maps
+        return maps
+
+    def read_change(self, rows: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
+        """Change (B x C x P) of rows (B x C x P) in a mode of READING."""
+        mode, strength = self.recipe.mode, t["strength"][target][:, None, None]
+        z = self.active((rows.float() - t["mean"][step][:, None]) / t["scale"][step], t)
+        if mode == "scale":
+            change = strength * t["member"][target][:, :, None] * z
+        elif mode == "ablate":
+            change = -strength.clamp(max=1) * t["member"][target][:, :, None] * z
+        else:
+            gap = t["levels"][step][target].float() - z
+            change = strength.clamp(max=1) * (gap if mode == "move" else gap.clamp(max=0))
+        return torch.matmul(t["decoder"].T, t["scale"][step] * change)
+
+    def active(self, x: Tensor, t: dict[str, Tensor]) -> Tensor:
+        """Activity of the recipe's latents (B x F x P) in normalised x (B x C x P)."""
+        if self.sae is None:
+            pre = torch.matmul(t["encoder"], x) + t["bias"][:, None]
+            return torch.where(pre > t["threshold"][:, None], pre, 0.0)
+        parts, count = [], len(self.recipe.features)
+        for chunk in x.transpose(1, 2).flatten(0, 1).split(max(1, CHUNK // self.sae.latents)):
+            pre = torch.addmm(t["sae_bias"], chunk, t["sae_encoder"].T)
+            own = pre[:, :count]
+            parts.append(torch.where((own >= kth_largest(pre, self.sae.k)) & (own > 0), own, 0.0))
+        return torch.cat(parts).unflatten(0, (len(x), -1)).transpose(1, 2)
+
+    def resized_mask(self, h: Tensor, images: Tensor) -> Tensor:
+        """The mask at the size of h: B x 1 x P, or 1 x 1 x P if there is one for all."""
+        mask = F.interpolate(self.mask[:, None].to(h.device, torch.float32), h.shape[2:], mode="area").flatten(2)
+        return mask if len(mask) == 1 else mask[images.to(h.device) % len(mask)]
 
     def check(self, h: Tensor) -> None:
         """Raise `DiffLensError` if h is not what the recipe was made on."""
@@ -76,7 +180,7 @@ class Steering:
                 f"recipe for {recipe.attribute}: {recipe.site} of this model is {h.shape[1]} wide, the recipe was made "
                 f"on {recipe.width}. Use a recipe made on this model."
             )
-        if h.shape[2:].numel() != positions and recipe.mode != "scale":
+        if h.shape[2:].numel() != positions and recipe.mode not in WITHOUT_LEVELS:
             raise DiffLensError(
                 f"recipe for {recipe.attribute}: the map at {recipe.site} has {h.shape[2:].numel()} positions, the "
                 f"recipe was made on {positions}. Sample at the size it was made on, or use mode scale."
@@ -86,8 +190,29 @@ class Steering:
         """The recipe's tensors on `device`, moved once."""
         if device not in self._moved:
             moved = {name: getattr(self.recipe, name).to(device) for name in DEVICE_TENSORS}
+            moved["member"] = moved["member"].float()
             moved |= {"mean": self.recipe.normalisation.mean.to(device)}
             moved |= {"scale": self.recipe.normalisation.scale.to(device)}
             moved |= {"strength": torch.tensor(self.recipe.strength, device=device)}
+            if self.sae is not None:
+                # The recipe's latents first, so that one product gives them and their rivals for the k places.
+                others = torch.ones(self.sae.latents, dtype=torch.bool)
+                others[self.recipe.features] = False
+                order = torch.cat([self.recipe.features, others.nonzero().flatten()])
+                moved |= {"sae_encoder": self.sae.encoder[order].to(device)}
+                moved |= {"sae_bias": self.sae.encoder_bias[order].to(device)}
             self._moved[device] = moved
         return self._moved[device]
+
+
+def kth_largest(rows: Tensor, k: int) -> Tensor:
+    """The k-th largest number of each row (R x N): R x 1.
+
+    Faster than topk over all: the k groups with the largest maxima hold k numbers that none elsewhere exceeds.
+    """
+    if rows.shape[1] % GROUP or rows.shape[1] < 2 * GROUP * k:
+        return rows.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    grouped = rows.unflatten(1, (GROUP, -1))
+    best = grouped.amax(dim=1).topk(k, dim=1, sorted=False).indices
+    candidates = grouped.gather(2, best[:, None].expand(-1, GROUP, -1)).flatten(1)
+    return candidates.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)

@@ -33,7 +33,8 @@ from difflens_core.plots import image_grid  # noqa: E402
 from difflens_core.probes import save_probes, train_probes  # noqa: E402
 from difflens_core.recipes import build_recipe, load_recipe, save_recipe, with_settings  # noqa: E402
 from difflens_core.sae import load_sae, save_sae  # noqa: E402
-from difflens_core.sampling import sample, start_noise  # noqa: E402
+from difflens_core.sampling import capture_pictures  # noqa: E402
+from difflens_core.store import save_labels  # noqa: E402
 from difflens_core.training import TrainingOptions, hold_out, learning_rate_share, measure_sae, train_sae  # noqa: E402
 
 OUT = ROOT / "models" / "avatars"
@@ -42,7 +43,6 @@ DENOISER_FILE = OUT / "difflens_models" / "avatars.safetensors"
 CLASSIFIER_FILE = OUT / "difflens_classifiers" / "avatars.safetensors"
 SAE_FILE = OUT / "difflens_saes" / "avatars.safetensors"
 RECIPES = OUT / "difflens_recipes"
-SITE = "middle_block"
 STEPS = 20
 
 DENOISER = {"images": 40_000, "steps": 2_600, "batch": 64, "lr": 1e-3, "ema": 0.999, "seed": 1}
@@ -160,24 +160,19 @@ def train_classifier() -> None:
     save_classifier(CLASSIFIER_FILE, model, {"training": c, "accuracy": accuracy})
 
 
-def capture_pictures(model: Denoiser, count: int, seed: int, batch: int = 64) -> tuple[Activations, torch.Tensor]:
-    """Sample `count` pictures, keeping the site's output at every step. Pictures come back n x H x W x 3 in [0, 1]."""
-    pictures, parts = [], []
-    for start, noise in zip(range(0, count, batch), start_noise(count, seed).split(batch), strict=True):
-        done, captured = sample(model, noise, STEPS, first_image=start, capture=SITE)
-        pictures.append(done)
-        parts.append(torch.stack(captured))
-        print(f"capture {start + len(noise)}/{count}", flush=True)
-    progress = torch.arange(STEPS) / STEPS
-    return Activations(torch.cat(parts, dim=1), progress, SITE), torch.cat(pictures).movedim(1, -1) / 2 + 0.5
+def captured() -> tuple[Activations, torch.Tensor]:
+    """Activations and pictures (n x H x W x 3 in [0, 1]) of the SAE's seed; sampled once."""
+    count = SAE["pictures"]
+    store = capture_pictures(
+        load_denoiser(DENOISER_FILE), count, SAE["seed"], STEPS, folder=WORK / "capture",
+        on_batch=lambda done: print(f"capture {done}/{count}", flush=True),
+    )  # fmt: skip
+    return store.activations(), store.samples().movedim(1, -1) / 2 + 0.5
 
 
 def train_avatar_sae() -> None:
     """SAE on the activations of sampled pictures; an eighth of the pictures is held out to measure it."""
-    model = load_denoiser(DENOISER_FILE)
-    activations, pictures = capture_pictures(model, SAE["pictures"], SAE["seed"])
-    torch.save({**vars(activations), "pictures": pictures}, WORK / "capture.pt")
-    train, held_out = hold_out(activations)
+    train, held_out = hold_out(captured()[0])
     options = TrainingOptions(**{name: SAE[name] for name in ("latents", "k", "steps", "seed")})
 
     def report(step: int, loss: float) -> None:
@@ -193,10 +188,9 @@ def train_avatar_sae() -> None:
 def make_recipes() -> None:
     """Probes, attribution, recipe and controls of every attribute; strengths found on tuning seeds only."""
     model, classifier, sae = load_denoiser(DENOISER_FILE), load_classifier(CLASSIFIER_FILE), load_sae(SAE_FILE)
-    saved = torch.load(WORK / "capture.pt", weights_only=True)
-    pictures = saved.pop("pictures")
-    activations = Activations(**saved)
+    activations, pictures = captured()
     read = classifier.classify(pictures)
+    save_labels(WORK / "capture", {name: (classifier.attributes[name], p.argmax(dim=1)) for name, p in read.items()})
     before, _ = bench.run(model, RECIPE["tuning_pictures"], seed=RECIPE["tuning_seed"])
     for attribute, classes in portraits.ATTRIBUTES.items():
         labels = read[attribute].argmax(dim=1)

@@ -3,7 +3,8 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .attribute import AttributeFeatures, TrainProbes
-from .capture import CaptureActivations
+from .capture import CaptureActivations, LoadActivations
+from .explore import RankByEffect, SiteScan
 from .load import LoadClassifier, LoadModel, LoadRecipe, LoadSAE, SaveRecipe
 from .measure import ClassifyImages, CompareImages, FairnessReport
 from .steer import Steer
@@ -11,7 +12,8 @@ from .train import TrainSAE
 
 NODES: list[type[io.ComfyNode]] = [
     LoadModel, LoadSAE, LoadClassifier, LoadRecipe, SaveRecipe,
-    CaptureActivations, TrainSAE, ClassifyImages, TrainProbes, AttributeFeatures,
+    CaptureActivations, LoadActivations, TrainSAE, ClassifyImages, TrainProbes, AttributeFeatures,
+    SiteScan, RankByEffect,
     Steer, FairnessReport, CompareImages,
 ]  # fmt: skip
 

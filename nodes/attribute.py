@@ -87,7 +87,9 @@ class AttributeFeatures(io.ComfyNode):
                     options=list(METHODS),
                     default=METHODS[0],
                     tooltip="contrastive: how much more a class uses a latent than the others do, and how much that "
-                    "moves the probe. integrated gradients: what a latent adds to the probe's certainty.",
+                    "moves the probe. integrated gradients: what a latent adds to the probe's certainty. activation x "
+                    "gradient: its pull on the probe where the picture is. class mean difference: how much more a "
+                    "class uses it, without the probe.",
                 ),
                 io.Int.Input(
                     "features_per_class", default=60, min=1, max=4096, tooltip="Best latents of each class to keep."
@@ -115,10 +117,16 @@ class AttributeFeatures(io.ComfyNode):
                 "Connect the labels that Train Probes got."
             )
         host.site_width(model, activations.site)
+        fingerprint = host.model_fingerprint(model)
+        if activations.model not in ("", fingerprint):
+            raise DiffLensError(
+                f"the activations were captured on another model (mark {activations.model}, this one has "
+                f"{fingerprint}). Connect the model that Capture Activations got."
+            )
         report = host.progress_bar(len(activations.progress))
         weights = balancing_weights(labels.indices, labels.others)
         found = attribute_features(activations, sae, probes, labels.indices, method, weights, on_step=report)
-        recipe = build_recipe(found, sae, probes, activations, features_per_class, host.model_fingerprint(model))
+        recipe = build_recipe(found, sae, probes, activations, features_per_class, fingerprint)
         image = host.to_image(ranking_chart(found))
         text = ranking_table(found, features_per_class)
         return host.drawn(cls, image, recipe, image, text, text=text)

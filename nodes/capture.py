@@ -1,4 +1,4 @@
-"""The node that samples pictures and keeps what a module of the model puts out meanwhile."""
+"""The nodes that sample pictures, keep what modules of the model put out meanwhile, and read that again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..difflens_core.store import open_store
 from . import host
 from .sockets import CATEGORY, Activations
 
@@ -31,7 +32,7 @@ class CaptureActivations(io.ComfyNode):
                 ),
                 io.Vae.Input("vae", tooltip="Turns the finished latents into images."),
                 io.Int.Input("pictures", default=256, min=1, max=65536, tooltip="How many pictures to draw in all."),
-                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps; each is kept."),
+                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps."),
                 io.Combo.Input(
                     "sampler_name", options=host.SAMPLERS, default="euler", tooltip="One that keeps to the schedule."
                 ),
@@ -49,12 +50,50 @@ class CaptureActivations(io.ComfyNode):
                 io.String.Input(
                     "site",
                     default="middle_block",
-                    tooltip="Name of the module to read, as the model's network spells it.",
+                    tooltip="Name of the module to read, as the model's network spells it. Several, with commas "
+                    "between them, go into one store.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    advanced=True,
+                    optional=True,
+                    tooltip="Steps before this share of the sampling are not kept.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    advanced=True,
+                    optional=True,
+                    tooltip="Steps after this share of the sampling are not kept.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(host.DTYPES),
+                    default="float16",
+                    advanced=True,
+                    optional=True,
+                    tooltip="How the numbers are kept. float16 is finer, bfloat16 holds larger numbers.",
+                ),
+                io.String.Input(
+                    "save_as",
+                    default="",
+                    optional=True,
+                    tooltip="Name of a folder in models/difflens_activations, written while sampling goes on, so that "
+                    "main memory does not limit the number of pictures. What a cancelled run has finished is kept: "
+                    "queue again and it goes on. Empty: kept in main memory.",
                 ),
             ],
             outputs=[
                 Activations.Output(
-                    display_name="activations", tooltip="What the module put out, for every step and picture."
+                    display_name="activations",
+                    tooltip="What the module (of several, the first) put out, for every step and picture.",
                 ),
                 io.Image.Output(display_name="images", tooltip="The pictures, in the same order."),
             ],
@@ -64,9 +103,51 @@ class CaptureActivations(io.ComfyNode):
     @host.clear_errors
     def execute(
         cls, model: Any, positive: list, latent_image: dict, vae: Any, pictures: int, steps: int, sampler_name: str,
-        scheduler: str, seed: int, site: str,
+        scheduler: str, seed: int, site: str, start_percent: float = 0.0, end_percent: float = 1.0,
+        dtype: str = "float16", save_as: str = "",
     ) -> io.NodeOutput:  # fmt: skip
-        activations, samples = host.capture(
-            model, positive, latent_image, pictures, steps, sampler_name, scheduler, seed, site
+        store = host.capture(
+            model, positive, latent_image, pictures, steps, sampler_name, scheduler, seed,
+            tuple(name.strip() for name in site.split(",")), (start_percent, end_percent), dtype,
+            host.new_store(save_as) if save_as.strip() else None,
+        )  # fmt: skip
+        return io.NodeOutput(store.activations(), vae.decode(store.samples()))
+
+
+class LoadActivations(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffLensLoadActivations",
+            display_name="Load Activations",
+            category=CATEGORY,
+            description="Opens a folder that Capture Activations wrote. The numbers stay on the disk until they are "
+            "used, so the folder may be larger than main memory.",
+            inputs=[
+                io.Combo.Input(
+                    "store_name",
+                    options=host.list_stores(),
+                    tooltip="A folder in models/difflens_activations.",
+                ),
+                io.String.Input(
+                    "site",
+                    default="",
+                    tooltip="Name of the module whose activations to take, if several were captured. Empty: the first.",
+                ),
+            ],
+            outputs=[
+                Activations.Output(
+                    display_name="activations", tooltip="What the module put out, for every step and picture."
+                ),
+                io.Latent.Output(
+                    display_name="samples",
+                    tooltip="The finished latents, in the same order. VAE Decode makes the pictures of them.",
+                ),
+            ],
         )
-        return io.NodeOutput(activations, vae.decode(samples))
+
+    @classmethod
+    @host.clear_errors
+    def execute(cls, store_name: str, site: str) -> io.NodeOutput:
+        store = open_store(host.find_store(store_name))
+        return io.NodeOutput(store.activations(site.strip()), {"samples": store.samples()})

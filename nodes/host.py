@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor, nn
 
-from ..difflens_core.activations import Activations, find_site
-from ..difflens_core.denoiser import Denoiser, DenoiserConfig, fingerprint, load_denoiser_weights
+from ..difflens_core.activations import find_site
+from ..difflens_core.denoiser import Denoiser, DenoiserConfig, ResBlock, Stack, fingerprint, load_denoiser_weights
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.formats import CONFIGS, WEIGHTS
+from ..difflens_core.sampling import Draw, noise_batches
+from ..difflens_core.sampling import Edit as SiteEdit
+from ..difflens_core.store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, record
 
 log = logging.getLogger("difflens")
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
@@ -43,17 +47,19 @@ SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
 # --- files ---
 
 MODELS, SAES, CLASSIFIERS, RECIPES = "difflens_models", "difflens_saes", "difflens_classifiers", "difflens_recipes"
+STORES = "difflens_activations"
 SHIPPED = Path(__file__).resolve().parent.parent / "models" / "avatars"
 
 
 def register_folders() -> None:
     """Make the pack's kinds of file known: the user's folder, then extra_model_paths.yaml's, then the shipped one."""
-    for kind in (MODELS, SAES, CLASSIFIERS, RECIPES):
+    endings = {kind: {".safetensors"} for kind in (MODELS, CLASSIFIERS, RECIPES)}
+    # A folder of activations is known by its index, one of another program's SAE by its configuration.
+    endings |= {STORES: {Path(INDEX).suffix}, SAES: {*WEIGHTS, Path(CONFIGS[0]).suffix}}
+    for kind, ending in endings.items():
         extra, _ = folder_paths.folder_names_and_paths.get(kind, ([], set()))
         user = str(Path(folder_paths.models_dir) / kind)
-        folder_paths.folder_names_and_paths[kind] = ([user, *extra, str(SHIPPED / kind)], {".safetensors"})
-    # Other programs' SAEs; ".json" because a configuration marks a folder as an SAE.
-    folder_paths.folder_names_and_paths[SAES][1].update({*WEIGHTS, ".json"})
+        folder_paths.folder_names_and_paths[kind] = ([user, *extra, str(SHIPPED / kind)], ending)
 
 
 def list_files(kind: str) -> list[str]:
@@ -98,6 +104,21 @@ def new_file(kind: str, name: str) -> tuple[Path, str]:
         )
     listed = Path(*parts[:-1], f"{parts[-1]}.safetensors")
     return Path(folder_paths.get_folder_paths(kind)[0]) / listed, str(listed)
+
+
+def list_stores() -> list[str]:
+    """Folders with activations, by the name that `find_store` takes."""
+    return [str(path.parent) for path in map(Path, list_files(STORES)) if path.name == INDEX]
+
+
+def find_store(name: str) -> Path:
+    """Folder of a listed store. Raises `DiffLensError` if it is gone."""
+    return Path(find_file(STORES, str(Path(name) / INDEX))).parent
+
+
+def new_store(name: str) -> Path:
+    """Folder in the user's folder for activations to be saved as `name`; it may be there already."""
+    return new_file(STORES, name)[0].with_suffix("")
 
 
 def temporary_file(name: str) -> Path:
@@ -147,6 +168,11 @@ def progress_bar(total: int) -> Callable[[int, Preview | None], None]:
     return report
 
 
+def progress_of_total() -> Callable[[int, int], None]:
+    """Like `progress_bar` for work whose size is only known on the way: call it with the work done and the total."""
+    return lambda done, total: progress_bar(total)(done)
+
+
 def preview(picture: np.ndarray) -> Preview:
     """A picture (H x W x 3, uint8) for `progress_bar`."""
     return "JPEG", Image.fromarray(picture), max(picture.shape[:2])
@@ -170,6 +196,13 @@ def training() -> Iterator[None]:
     """Lift ComfyUI's inference mode. Tensors that the autograd graph keeps must be cloned inside."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+def training_device(needed: int) -> torch.device:
+    """The device that ComfyUI computes on, with `needed` bytes freed of models that can be loaded again."""
+    device = comfy.model_management.get_torch_device()
+    comfy.model_management.free_memory(needed, device)
+    return device
 
 
 # --- the unconditional model ---
@@ -249,9 +282,13 @@ def pixel_space_vae() -> comfy.sd.VAE:
 
 
 def model_fingerprint(model: ModelPatcher) -> str:
-    """Tells the weights of a MODEL from others': all of a denoiser's, the first eight by name of larger models."""
+    """Tells the weights of a MODEL from others': all of a denoiser's, the first eight by name of larger models.
+
+    Those of its file, without LoRAs: they are in the network only while it is loaded, and would change the mark.
+    """
     module = model.model.diffusion_model
-    weights = module.state_dict()
+    prefix, weights = "diffusion_model.", module.state_dict()
+    weights |= {key[len(prefix) :]: kept.weight for key, kept in model.backup.items() if key.startswith(prefix)}
     chosen = sorted(weights) if isinstance(module, Denoiser) else sorted(weights)[:8]
     return fingerprint({name: weights[name] for name in chosen})
 
@@ -277,11 +314,15 @@ def progress_of(model: ModelPatcher) -> Callable[[float], float]:
     return progress
 
 
-def edit_rows(h: Tensor, options: dict, edit: Edit) -> Tensor:
-    """Let `edit(rows, sigma, images)` change the rows of h that follow the positive conditioning.
+# Which conditioning an edit is for: entries of `cond_or_uncond`, in which 0 is the positive.
+CONDITIONINGS = {"positive": (0,), "negative": (1,), "both": (0, 1)}
 
-    h holds a chunk of the latent batch for every entry of `cond_or_uncond` (0 is positive). Returns h itself if
-    every chunk comes back as it was. Reads one sigma, which on a GPU waits for the device once an evaluation.
+
+def edit_rows(h: Tensor, options: dict, edit: Edit, conditioning: str) -> Tensor:
+    """Let `edit(rows, sigma, images)` change the rows of h that follow a conditioning (one of CONDITIONINGS).
+
+    h holds a chunk of the latent batch for every entry of `cond_or_uncond`. Returns h itself if every chunk comes
+    back as it was. Reads one sigma, which on a GPU waits for the device once an evaluation.
     """
     if not isinstance(h, Tensor) or h.ndim != 4:
         found = f"{h.ndim} dimensions" if isinstance(h, Tensor) else type(h).__name__
@@ -289,7 +330,7 @@ def edit_rows(h: Tensor, options: dict, edit: Edit) -> Tensor:
     sigma = float(options["sigmas"][0])
     chunks = h.chunk(len(options["cond_or_uncond"]))
     edited = [
-        edit(chunk, sigma, torch.arange(len(chunk))) if kind == 0 else chunk
+        edit(chunk, sigma, torch.arange(len(chunk))) if kind in CONDITIONINGS[conditioning] else chunk
         for chunk, kind in zip(chunks, options["cond_or_uncond"], strict=True)
     ]
     if all(new is old for new, old in zip(edited, chunks, strict=True)):
@@ -346,7 +387,7 @@ def site_width(model: ModelPatcher, site: str) -> int | None:
     return getattr(module, "out_channels", None)
 
 
-def edit_site(model: ModelPatcher, site: str, edit: Edit, node: str) -> ModelPatcher:
+def edit_site(model: ModelPatcher, site: str, edit: Edit, node: str, conditioning: str = "positive") -> ModelPatcher:
     """A clone of the model in which `edit(rows, sigma, images)` changes what `site` puts out.
 
     Errors that come up while sampling begin with the name `node`.
@@ -356,7 +397,7 @@ def edit_site(model: ModelPatcher, site: str, edit: Edit, node: str) -> ModelPat
 
     def apply(h: Tensor, options: dict) -> Tensor:
         with named(node):
-            return edit_rows(h, options, edit)
+            return edit_rows(h, options, edit, conditioning)
 
     if site == MIDDLE_BLOCK:
         clone.set_model_middle_block_after_patch(MiddleBlockPatch(apply))
@@ -365,14 +406,75 @@ def edit_site(model: ModelPatcher, site: str, edit: Edit, node: str) -> ModelPat
     return clone
 
 
-def apply_site(model: ModelPatcher, site: str, fn: Edit, node: str) -> ModelPatcher:
+def apply_site(model: ModelPatcher, site: str, fn: Edit, node: str, conditioning: str = "positive") -> ModelPatcher:
     """A clone of the model in which `fn(h, progress, images)` changes what `site` puts out.
 
-    h: B x C x H x W, rows of the positive conditioning only; progress: 0 to 1; images: B, places in the latent
+    h: B x C x H x W, rows of the `conditioning` only; progress: 0 to 1; images: B, places in the latent
     batch. If fn gives h back, the result is bit-identical. Raises `DiffLensError` if the model lacks the site.
     """
     progress = progress_of(model)
-    return edit_site(model, site, lambda h, sigma, images: fn(h, progress(sigma), images), node)
+    return edit_site(model, site, lambda h, sigma, images: fn(h, progress(sigma), images), node, conditioning)
+
+
+def empty_latents(model: ModelPatcher, positive: list, latent: dict) -> Tensor:
+    """The latents that a sampler starts from, with the channels of the model. Refuses empty inputs."""
+    if not positive:
+        raise DiffLensError("the positive conditioning is empty. Connect one, such as Load Unconditional Model's.")
+    if len(latent["samples"]) == 0:
+        raise DiffLensError("the latent image holds no picture. Set the batch size of Empty Latent Image to 1 or more.")
+    keys = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], *(latent.get(key) for key in keys))
+
+
+class Watch:
+    """Keeps what `sites` put out at the noise levels `sigmas` while `model`, a clone, samples one batch."""
+
+    def __init__(self, model: ModelPatcher, sites: tuple[str, ...], sigmas: Tensor, dtype: torch.dtype):
+        self.sites, self.sigmas, self.dtype = sites, sigmas, dtype
+        for site in sites:
+            model = edit_site(model, site, functools.partial(self.keep, site), "Capture Activations")
+        self.model = model
+        self.clear()
+
+    def clear(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.seen: set[tuple[str, int]] = set()
+
+    def keep(self, site: str, h: Tensor, sigma: float, images: Tensor) -> Tensor:
+        step = int((self.sigmas - sigma).abs().argmin())
+        if abs(float(self.sigmas[step]) - sigma) <= 1e-4 * sigma:
+            by_position = h.movedim(1, -1)
+            if site not in self.values:
+                self.values[site] = torch.empty(len(self.sigmas), *by_position.shape, dtype=self.dtype)
+            self.values[site][step] = by_position
+            self.seen.add((site, step))
+        return h
+
+    def take(self) -> dict[str, Tensor]:
+        """S x b x H x W x C of every site. Raises `DiffLensError` if a step was not seen."""
+        for site in self.sites:
+            steps = sum(site == seen for seen, _ in self.seen)
+            if steps < len(self.sigmas):
+                raise DiffLensError(
+                    f"{site} was read at {steps} of {len(self.sigmas)} steps: either the sampler leaves the schedule "
+                    "or the model does not run this module. Use sampler euler and site middle_block."
+                )
+        values = self.values
+        self.clear()
+        return values
+
+
+def digest(*tensors: Tensor) -> str:
+    """Twelve hex digits that tell one set of tensors from another."""
+    found = sha256()
+    for tensor in tensors:
+        found.update(f"{tuple(tensor.shape)}".encode() + tensor.cpu().float().numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+def conditioning_tensors(conditioning: list) -> list[Tensor]:
+    """The tensors of a CONDITIONING, in order."""
+    return [t for main, more in conditioning for t in (main, *more.values()) if isinstance(t, Tensor)]
 
 
 def capture(
@@ -384,59 +486,91 @@ def capture(
     sampler_name: str,
     scheduler: str,
     seed: int,
-    site: str,
-) -> tuple[Activations, Tensor]:
-    """Sample `pictures` pictures (cfg 1) in batches as large as `latent`, keeping what `site` puts out at each step.
+    sites: tuple[str, ...],
+    span: tuple[float, float] = (0.0, 1.0),
+    dtype: str = "float16",
+    folder: Path | None = None,
+) -> Store:
+    """Sample `pictures` pictures (cfg 1) in batches as large as `latent`, keeping what `sites` put out.
 
-    Returns the activations (fp16) and the finished latents. Picture k starts from the noise that a stock KSampler
-    draws for place k of a batch of `pictures`, so the batch size changes nothing (samplers that add noise on the
-    way excepted).
+    Kept are the steps whose progress lies in `span`, in memory or in `folder`, where a capture that was cut off is
+    gone on with (`record`). The store's samples are the finished latents. Picture k starts from the noise that a stock
+    KSampler draws for place k of a batch of `pictures`, so the batch size changes nothing (samplers that add noise on
+    the way excepted).
     """
-    if not positive:
-        raise DiffLensError("the positive conditioning is empty. Connect one, such as Load Unconditional Model's.")
-    batch = len(latent["samples"])
-    if batch == 0:
-        raise DiffLensError("the latent image holds no picture. Set the batch size of Empty Latent Image to 1 or more.")
-    keys = ("downscale_ratio_spacial", "downscale_ratio_temporal")
-    start = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *(latent.get(key) for key in keys))
-    start = comfy.utils.repeat_to_batch_size(start, pictures)
-    noise = comfy.sample.prepare_noise(start, seed)
+    start, batch = empty_latents(model, positive, latent), len(latent["samples"])
     schedule = comfy.samplers.KSampler(model, steps, "cpu", sampler_name, scheduler, model_options=model.model_options)
-    sigmas = schedule.sigmas[:-1]
-    values: list[Tensor] = []
-    kept: set[int] = set()  # steps of the batch that runs
-
-    def keep(h: Tensor, sigma: float, images: Tensor) -> Tensor:
-        step = int((sigmas - sigma).abs().argmin())
-        if abs(float(sigmas[step]) - sigma) <= 1e-4 * sigma:
-            if not values:
-                values.append(torch.empty(len(sigmas), pictures, *h.shape[1:], dtype=torch.float16))
-            values[0][step, first : first + len(h)] = h.to("cpu", torch.float16)
-            kept.add(step)
-        return h
-
-    watched = edit_site(model, site, keep, "Capture Activations")
+    passed = [*map(progress_of(model), schedule.sigmas[:-1].tolist())]
+    kept = [step for step, progress in enumerate(passed) if span[0] <= progress <= span[1]]
+    if not kept:
+        raise DiffLensError(f"no step lies between {span[0]} and {span[1]} of the sampling. Widen the span.")
+    inputs = digest(start, *conditioning_tensors(positive))
+    info = {"steps": steps, "sampler": sampler_name, "scheduler": scheduler, "latent and conditioning": inputs}
+    progress = tuple(passed[step] for step in kept)
+    index = Index(sites, progress, pictures, min(batch, pictures), seed, model_fingerprint(model), dtype, info)
+    watch = Watch(model, sites, schedule.sigmas[kept], DTYPES[dtype])
     report = progress_bar(pictures * steps)
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
 
-    def on_step(step: int, x0: Tensor, x: Tensor, total: int) -> None:
-        done = first * steps + len(x0) * (step + 1)
-        report(done, previewer and previewer.decode_latent_to_preview_image("JPEG", x0))
+    def draw(first: int, noise: Tensor) -> Shard:
+        def on_step(step: int, x0: Tensor, x: Tensor, total: int) -> None:
+            done = first * steps + len(x0) * (step + 1)
+            report(done, previewer and previewer.decode_latent_to_preview_image("JPEG", x0))
 
-    samples = []
-    for first in range(0, pictures, batch):
-        rows = slice(first, first + batch)
-        kept.clear()
-        samples.append(
-            comfy.sample.sample(
-                watched, noise[rows], steps, 1.0, sampler_name, scheduler, positive, positive, start[rows],
-                callback=on_step, disable_pbar=True, seed=(seed + first) % 2**64,
-            )
+        samples = comfy.sample.sample(
+            watch.model, noise.to(start.dtype), steps, 1.0, sampler_name, scheduler, positive, positive,
+            start[: len(noise)], callback=on_step, disable_pbar=True, seed=(seed + first) % 2**64,
         )  # fmt: skip
-        if len(kept) < len(sigmas):
-            raise DiffLensError(
-                f"{site} was read at {len(kept)} of {len(sigmas)} steps: either sampler {sampler_name} "
-                "leaves the schedule or the model does not run this module. Use sampler euler and site middle_block."
-            )
-    progress = torch.tensor([*map(progress_of(model), sigmas.tolist())])
-    return Activations(values[0], progress, site), torch.cat(samples)
+        return watch.take() | {SAMPLES: samples.cpu()}
+
+    return record(index, noise_batches(start.shape[1:], pictures, seed, batch), draw, folder)
+
+
+def drawer(
+    model: ModelPatcher, positive: list, latent: dict, vae: comfy.sd.VAE, pictures: int, steps: int, sampler_name: str,
+    scheduler: str, seed: int, node: str,
+) -> Draw:  # fmt: skip
+    """`Draw` that samples (cfg 1) from the noises of a run of `pictures`; Cancel works at every step.
+
+    Errors that come up while sampling begin with the name `node`.
+    """
+    start = comfy.utils.repeat_to_batch_size(empty_latents(model, positive, latent), pictures)
+    noise = comfy.sample.prepare_noise(start, seed)
+
+    def draw(edits: Sequence[SiteEdit], which: Tensor) -> Tensor:
+        edited = model
+        for edit in edits:
+            edited = apply_site(edited, edit.site, edit, node)
+        samples = comfy.sample.sample(
+            edited, noise[which], steps, 1.0, sampler_name, scheduler, positive, positive, start[which],
+            callback=lambda *_: comfy.model_management.throw_exception_if_processing_interrupted(),
+            disable_pbar=True, seed=seed,
+        )  # fmt: skip
+        return vae.decode(samples).float().cpu()
+
+    return draw
+
+
+def some_sites(model: ModelPatcher) -> list[str]:
+    """Sites of a network worth a scan, from its input to its output.
+
+    Of a U-Net as ComfyUI builds it the last module of three blocks before and after the middle; of other networks
+    the modules right below it that put out a map, as far as their type tells, with the first of each stack. The first
+    and the last convolution only touch pixels.
+    """
+    network = model.model.diffusion_model
+    if hasattr(network, "input_blocks") and hasattr(network, "output_blocks"):
+
+        def three(name: str) -> list[str]:
+            blocks = getattr(network, name)
+            chosen = sorted({len(blocks) // 4, len(blocks) // 2, len(blocks) - 1})
+            return [f"{name}.{i}.{len(blocks[i]) - 1}" for i in chosen]
+
+        return [*three("input_blocks"), MIDDLE_BLOCK, *three("output_blocks")]
+    found = []
+    for name, module in network.named_children():
+        if isinstance(module, Stack):
+            found.append(f"{name}.0")
+        if isinstance(module, (Stack, ResBlock, nn.Conv2d)) and name not in ("conv_in", "conv_out"):
+            found.append(name)
+    return found

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.recipes import MODES, Recipe, with_settings
+from ..difflens_core.sae import SparseAutoencoder
 from ..difflens_core.steering import Steering
 from ..difflens_core.targets import Targets, parse_target
 from . import host
-from .sockets import CATEGORY, RecipeSocket, TargetsSocket
+from .sockets import CATEGORY, SAE, RecipeSocket, TargetsSocket
 
 AS_RECIPE = "from recipe"
 
@@ -48,8 +50,10 @@ class Steer(io.ComfyNode):
                     options=[AS_RECIPE, *MODES],
                     default=AS_RECIPE,
                     tooltip="How the features are changed. shift: from the class a picture heads for to the asked one; "
-                    "add: towards the asked class, always; move: to the asked class's level, never beyond; scale: "
-                    "multiply the asked class's features.",
+                    "add: towards the asked class, always; add own: only by the asked class's features; add fixed: by "
+                    "the strength itself, the others down; add own fixed: the asked class's features alone, by the "
+                    "strength itself; move: to the asked class's level, never beyond; clamp: down to that level; "
+                    "scale: multiply the asked class's features; ablate: take them away.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -82,6 +86,27 @@ class Steer(io.ComfyNode):
                     advanced=True,
                     tooltip="Number of the batch's first picture, to go on where another batch ended.",
                 ),
+                io.Combo.Input(
+                    "conditioning",
+                    options=list(host.CONDITIONINGS),
+                    default="positive",
+                    advanced=True,
+                    tooltip="Which half of the guidance to steer: what the positive conditioning draws, the negative, "
+                    "or both. At cfg 1 there is only the positive.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where in the picture to steer: white fully, black not at all. One for all pictures or one "
+                    "each.",
+                ),
+                SAE.Input(
+                    "sae",
+                    optional=True,
+                    tooltip="The SAE that the recipe was made from: a feature then counts as active exactly where it "
+                    "is among the SAE's k, not where the recipe's fitted threshold says so. Slower; matters to move, "
+                    "clamp, scale and ablate.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The steered model. The model that came in stays as it was."),
@@ -96,7 +121,8 @@ class Steer(io.ComfyNode):
     @host.clear_errors
     def execute(
         cls, model: Any, recipe: Recipe, target: str, strength: float, mode: str, start_percent: float,
-        end_percent: float, seed: int, first_image: int,
+        end_percent: float, seed: int, first_image: int, conditioning: str, mask: Tensor | None = None,
+        sae: SparseAutoencoder | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         check_model(model, recipe)
         if start_percent > end_percent:
@@ -110,7 +136,8 @@ class Steer(io.ComfyNode):
         )
         shares = tuple(parse_target(target, recipe.classes).tolist())
         targets = Targets(recipe.attribute, recipe.classes, shares, seed, first_image)
-        steered = host.apply_site(model, recipe.site, Steering(recipe, targets.of), cls.define_schema().display_name)
+        steering = Steering(recipe, targets.of, sae, mask)
+        steered = host.apply_site(model, recipe.site, steering, cls.define_schema().display_name, conditioning)
         return io.NodeOutput(steered, targets)
 
 

@@ -8,15 +8,26 @@ from hashlib import sha256
 import numpy as np
 import torch
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..difflens_core.activations import Activations as CapturedActivations
 from ..difflens_core.plots import line_chart
 from ..difflens_core.sae import save_sae
-from ..difflens_core.training import TrainingOptions, hold_out, measure_sae, train_sae
+from ..difflens_core.training import (
+    ACTIVATIONS,
+    PRECISIONS,
+    Quality,
+    TrainingOptions,
+    hold_out,
+    measure_sae,
+    train_sae,
+    training_bytes,
+)
 from . import host
 from .sockets import CATEGORY, SAE, Activations
 
 CHART_EVERY = 50  # steps
+VALIDATION_PICTURES = 32  # of those held out, for the curve drawn during training
 
 
 class TrainSAE(io.ComfyNode):
@@ -53,6 +64,22 @@ class TrainSAE(io.ComfyNode):
                     tooltip="Name of a file in models/difflens_saes; a file of that name is replaced. "
                     "Empty: not saved.",
                 ),
+                io.Combo.Input(
+                    "activation",
+                    options=list(ACTIVATIONS),
+                    default="topk",
+                    advanced=True,
+                    tooltip="topk: k active latents at every position. batchtopk: k on average, more where there is "
+                    "more to explain.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="fp32",
+                    advanced=True,
+                    tooltip="bf16 finds the active latents in half precision, which is faster on processors that "
+                    "support it; their values stay exact.",
+                ),
             ],
             outputs=[
                 SAE.Output(display_name="sae", tooltip="The trained SAE."),
@@ -69,22 +96,27 @@ class TrainSAE(io.ComfyNode):
     @host.clear_errors
     def execute(
         cls, activations: CapturedActivations, latents: int, k: int, steps: int, batch_size: int, learning_rate: float,
-        seed: int, save_as: str,
+        seed: int, save_as: str, activation: str = "topk", precision: str = "fp32",
     ) -> io.NodeOutput:  # fmt: skip
         train, held_out = hold_out(activations)
         path = host.new_file(host.SAES, save_as)[0] if save_as.strip() else None
-        options = TrainingOptions(latents, k, steps, batch_size, learning_rate, seed=seed)
+        options = TrainingOptions(latents, k, steps, batch_size, learning_rate, activation, precision, seed=seed)
         checkpoint = host.temporary_file(f"difflens_sae_{digest(options, activations)}.pt")
-        report, curve = host.progress_bar(steps), []
+        report = host.progress_bar(steps)
+        curves: dict[str, list[tuple[float, float]]] = {"training": [], "held out": []}
 
-        def on_step(step: int, loss: float) -> None:
-            if step % CHART_EVERY == 0 or step in (1, steps):
-                curve.append((step, loss))
-            charted = step % CHART_EVERY == 0
-            report(step, host.preview(loss_chart(curve)) if charted else None)
+        def on_step(step: int, loss: Tensor, seen: Quality | None) -> None:
+            charted = step % CHART_EVERY == 0 or seen is not None
+            if charted or step in (1, steps):
+                curves["training"].append((step, float(loss)))
+            if seen:
+                curves["held out"].append((step, seen.fvu))
+            report(step, host.preview(loss_chart(curves)) if charted else None)
 
         with host.training():
-            sae = train_sae(train, options, on_step, checkpoint)
+            some = held_out.part(0, VALIDATION_PICTURES)
+            device = host.training_device(training_bytes(options, activations.width))
+            sae = train_sae(train, options, on_step, checkpoint, some, device)
         quality = measure_sae(sae, held_out)
         sae = replace(sae, info={**sae.info, "held_out": asdict(quality)})
         if path:
@@ -94,17 +126,20 @@ class TrainSAE(io.ComfyNode):
             f"FVU {quality.fvu:.3f}, L0 {quality.l0:.1f}, dead latents {quality.dead:.1%} "
             f"(on {held_out.pictures} of {activations.pictures} pictures, kept out of training)"
         )
-        image = host.to_image(loss_chart(curve))
+        image = host.to_image(loss_chart(curves))
         return host.drawn(cls, image, sae, image, text, text=text)
 
 
-def loss_chart(curve: list[tuple[float, float]]) -> np.ndarray:
-    return line_chart("Training the SAE", {"loss": curve}, "step", "loss (share of variance not explained)")
+def loss_chart(curves: dict[str, list[tuple[float, float]]]) -> np.ndarray:
+    shown = {name: curve for name, curve in curves.items() if curve}
+    return line_chart("Training the SAE", shown, "step", "share of variance not explained")
 
 
 def digest(options: TrainingOptions, activations: CapturedActivations) -> str:
     """Twelve hex digits that tell one training run from another."""
-    found = sha256(f"{options}{activations.site}{activations.values.shape}".encode())
-    for step in activations.values:
-        found.update(step.contiguous().view(torch.uint8).numpy())
+    shape = (len(activations.progress), activations.pictures, activations.width, activations.positions)
+    found = sha256(f"{options}{activations.site}{activations.model}{shape}".encode())
+    # Some rows tell captures apart; all of them may be more than one wants to read from the disk.
+    some = activations.rows(activations.draw(2**14, options.seed, step=0))
+    found.update(some.view(torch.uint8).numpy())
     return found.hexdigest()[:12]

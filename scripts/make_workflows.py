@@ -102,7 +102,7 @@ def sampler(graph: Graph, title: str, model: Link, unconditional: Link, latent: 
 def steer(graph: Graph, title: str, model: Link, recipe: Link, target: str = "uniform", strength: float = 1.0) -> Node:
     return graph.add(
         "DiffLensSteer", title, model=model, recipe=recipe, target=target, strength=strength, mode="from recipe",
-        start_percent=0.0, end_percent=1.0, seed=0, first_image=0,
+        start_percent=0.0, end_percent=1.0, seed=0, first_image=0, conditioning="positive",
     )  # fmt: skip
 
 
@@ -193,6 +193,7 @@ def find_the_bias_features() -> Graph:
     captured = graph.add(
         "DiffLensCapture", None, model=model[0], positive=model[1], latent_image=batch[0], vae=model[2],
         pictures=256, steps=20, sampler_name="euler", scheduler="simple", seed=0, site="middle_block",
+        start_percent=0.0, end_percent=1.0, dtype="float16", save_as="",
     )  # fmt: skip
     labels = graph.add("DiffLensClassify", None, images=captured[1], classifier=classifier[0], attribute="presentation")
     graph.group("2 Learn the features")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from scipy.integrate import quad
 
 from difflens_core.attribution import (
     METHODS,
+    activation_gradient,
     attribute_features,
     balancing_weights,
     class_levels,
@@ -84,10 +87,10 @@ def test_path_integral_equals_adaptive_quadrature(toys, size):
 
 def test_class_sum_and_class_levels_equal_loops(toys):
     latents = toys.sae().encode(toys.activations().values[0], 0)
-    sums, levels, weights = torch.zeros(3, 20), torch.zeros(3, 20, 4), 1 + torch.arange(12) / 4
+    sums, levels, weights = torch.zeros(3, 20, 4), torch.zeros(3, 20, 4), 1 + torch.arange(12) / 4
     for b, p, j in np.ndindex(12, 4, 4):
         n, value = latents.indices[b, p, j], latents.values[b, p, j]
-        sums[LABELS[b], n] += value
+        sums[LABELS[b], n, p] += value
         levels[LABELS[b], n, p] += value * weights[b] / weights[LABELS[b] == LABELS].sum()
     torch.testing.assert_close(class_sum(latents.values, latents, LABELS, 3, 20), sums)
     torch.testing.assert_close(class_levels(latents, LABELS, 3, 20, weights), levels)
@@ -124,6 +127,57 @@ def test_ig_scores_are_the_mean_over_the_pictures_of_the_class_summed_over_steps
     found = attribute_features(activations, sae, probes, LABELS, METHODS[1], temperature=2.0, on_step=steps.append)
     torch.testing.assert_close(found.scores.double(), expected, atol=1e-6, rtol=0)
     assert found.completeness < 1e-6 and steps == [1, 2, 3] and found.levels.shape == (3, 3, 20, 4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_activation_times_gradient_equals_autograd_on_the_dense_sae(toys, temperature):
+    sae, probes, target = toys.sae(), toys.probes(0.5), LABELS[:6]
+    latents = sae.encode(toys.activations(pictures=6).values[1], 1)
+    z = torch.zeros(6, 4, 20).scatter_(-1, latents.indices, latents.values).double().requires_grad_()
+    pooled = (z @ sae.decoder.double() + sae.decoder_bias.double()).mean(dim=1)
+    logits = pooled @ probes.weight[1].double().T + probes.bias[1].double()
+    p = (logits / temperature).softmax(dim=1).gather(1, target[:, None])[:, 0]
+    (p / (1 - p)).log().sum().backward()
+    found = activation_gradient(latents, sae, probes, 1, target, temperature)
+    torch.testing.assert_close(found.double(), (z * z.grad).gather(-1, latents.indices).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_activation_times_gradient_survives_a_probe_that_is_sure(toys):
+    latents = toys.sae().encode(toys.activations(pictures=6).values[1], 1)
+    sure = toys.probes(1000.0)
+    for target in range(3):
+        found = activation_gradient(latents, toys.sae(), sure, 1, torch.full((6,), target))
+        assert torch.isfinite(found).all() and float(found.abs().amax(dim=(1, 2)).min()) > 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_by_step_and_by_position_add_up_to_the_scores(toys, method):
+    activations, sae, probes = toys.activations(), toys.sae(), toys.probes()
+    found = attribute_features(activations, sae, probes, LABELS, method)
+    assert found.by_step.shape == (3, 3, 20) and found.by_position.shape == (3, 20, 4)
+    torch.testing.assert_close(found.by_step.sum(dim=0), found.scores)
+    torch.testing.assert_close(found.by_position.float().sum(dim=2), found.scores, atol=1e-2, rtol=1e-2)
+    alone = replace(activations, shards=activations.values[1:2], progress=activations.progress[1:2])
+    torch.testing.assert_close(found.by_step[1], attribute_features(alone, sae, probes, LABELS, method).scores)
+    at = replace(activations, shards=activations.values.repeat_interleave(2, dim=4))  # each position twice
+    doubled = attribute_features(at, sae, probes, LABELS, method)
+    torch.testing.assert_close(
+        doubled.by_position.view(3, 20, 4, 2).float().sum(dim=3), found.by_position.float(), atol=1e-2, rtol=1e-2
+    )
+    assert (found.completeness is None) == (method != "integrated gradients")
+
+
+def test_class_mean_difference_is_the_contrast_of_the_mean_activity(toys):
+    activations, sae = toys.activations(), toys.sae()
+    found = attribute_features(activations, sae, toys.probes(), LABELS, "class mean difference")
+    expected = torch.zeros(3, 20)
+    for s in range(3):
+        latents = sae.encode(activations.values[s], s)
+        dense = torch.zeros(12, 4, 20).scatter_(-1, latents.indices, latents.values).mean(dim=1)
+        for c in range(3):
+            others = [dense[i == LABELS].mean(dim=0) for i in range(3) if i != c]
+            expected[c] += dense[c == LABELS].mean(dim=0) - (others[0] + others[1]) / 2
+    torch.testing.assert_close(found.scores, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_contrastive_scores_multiply_probe_and_activity_contrasts(toys):

@@ -101,7 +101,7 @@ def test_settings_change_a_copy(toys):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"mode": "clamp"}, "'clamp' is unknown"), ({"strength": (1.0,)}, "1 strengths for 3 classes")],
+    [({"mode": "push"}, "'push' is unknown"), ({"strength": (1.0,)}, "1 strengths for 3 classes")],
 )
 def test_a_recipe_that_cannot_steer_is_refused(toys, change, message):
     with pytest.raises(DiffLensError, match=message):

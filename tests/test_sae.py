@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from difflens_core.activations import Activations
 from difflens_core.attribution import attribute_features
 from difflens_core.files import DiffLensError, load_tensors, save_tensors
 from difflens_core.probes import train_probes
@@ -67,7 +68,7 @@ def test_a_sampling_step_uses_the_nearest_row(toys, at, row):
 
 def test_fit_normalisation_is_the_mean_and_the_rms_distance_of_every_step(toys):
     values = toys.activations(pictures=5).values
-    fitted = fit_normalisation(values, torch.tensor([0.0, 0.5, 0.9]))
+    fitted = fit_normalisation(Activations(values, torch.tensor([0.0, 0.5, 0.9]), "middle"))
     for s in range(3):
         rows = values[s].double().movedim(1, -1).reshape(-1, 6)
         torch.testing.assert_close(fitted.mean[s].double(), rows.mean(dim=0), atol=1e-6, rtol=0)
@@ -78,14 +79,14 @@ def test_fit_normalisation_is_the_mean_and_the_rms_distance_of_every_step(toys):
 
 def test_a_step_without_variation_gets_a_twentieth_of_the_largest_scale(toys):
     values = torch.cat([torch.ones(1, 5, 6, 2, 2), toys.random(0)(1, 5, 6, 2, 2)])
-    fitted = fit_normalisation(values, torch.tensor([0.0, 0.5]))
+    fitted = fit_normalisation(Activations(values, torch.tensor([0.0, 0.5]), "middle"))
     assert float(fitted.scale[0]) == pytest.approx(float(fitted.scale[1]) / 20)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 123.4])
 def test_constant_activations_are_refused(value):
     with pytest.raises(DiffLensError, match="nothing to train on"):
-        fit_normalisation(torch.full((2, 5, 3, 4, 4), value).half(), torch.tensor([0.0, 0.5]))
+        fit_normalisation(Activations(torch.full((2, 5, 3, 4, 4), value).half(), torch.tensor([0.0, 0.5]), "middle"))
 
 
 def test_activations_of_another_width_are_refused(toys):

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from difflens_core.files import DiffLensError
 from difflens_core.recipes import MODES, Recipe
-from difflens_core.steering import Steering
+from difflens_core.sae import SparseAutoencoder
+from difflens_core.sampling import sample, start_noise
+from difflens_core.steering import READING, WITHOUT_LEVELS, Steering, kth_largest
 
 TARGETS = torch.tensor([0, 1, 2, 2, 1, 0, 2, 1])
 IMAGES = torch.arange(8)
 
 
-def steer(recipe: Recipe, h: torch.Tensor, progress: float = 0.4, images: torch.Tensor = IMAGES) -> torch.Tensor:
-    return Steering(recipe, lambda i: TARGETS[i])(h, progress, images)
+def steer(recipe: Recipe, h: torch.Tensor, progress: float = 0.4, images: torch.Tensor = IMAGES, **more):
+    return Steering(recipe, lambda i: TARGETS[i], **more)(h, progress, images)
 
 
-def reference_change(recipe: Recipe, h: torch.Tensor, progress: float, targets: list[int]) -> np.ndarray:
-    """h' - h (B x C x H x W) by loops over pictures, positions and latents."""
+def made_from(sae: SparseAutoencoder, recipe: Recipe) -> Recipe:
+    """The recipe on latents of the SAE; its thresholds let nothing through."""
+    rows = {"encoder": sae.encoder, "bias": sae.encoder_bias, "decoder": sae.decoder}
+    features = torch.tensor([1, 4, 7, 11, 19])
+    rows = {name: rows[name][features] for name in rows}
+    return replace(recipe, features=features, threshold=torch.full((5,), 1e9), **rows)
+
+
+def reference_change(
+    recipe: Recipe, h: torch.Tensor, progress: float, targets: list[int], sae: SparseAutoencoder | None = None
+) -> np.ndarray:
+    """h' - h (B x C x H x W) by loops over pictures, positions and latents, through the whole `sae` if given."""
     norm, classes = recipe.normalisation, range(len(recipe.classes))
     s = int(np.argmin(np.abs(norm.progress.numpy() - progress)))
     mean, scale = norm.mean[s].double().numpy(), float(norm.scale[s])
@@ -35,12 +49,22 @@ def reference_change(recipe: Recipe, h: torch.Tensor, progress: float, targets: 
             for f in range(len(decoder)):
                 level = [levels[k, f, min(p, levels.shape[2] - 1)] for k in classes]
                 pre = encoder[f] @ x[:, p] + float(recipe.bias[f])
-                z = pre if pre > float(recipe.threshold[f]) else 0.0
+                on = pre > float(recipe.threshold[f])
+                if sae is not None:
+                    every = sae.encoder.double().numpy() @ x[:, p] + sae.encoder_bias.double().numpy()
+                    on = pre > 0 and recipe.features[f] in np.argsort(-every)[: sae.k]
+                z, own = pre if on else 0.0, bool(recipe.member[c, f])
+                difference = level[c] - np.mean([level[k] for k in classes if k != c])
                 new = {
                     "shift": z + strength * (level[c] - sum(guess[k] * level[k] for k in classes)),
-                    "add": z + strength * (level[c] - np.mean([level[k] for k in classes if k != c])),
-                    "move": z + strength * (level[c] - z),
-                    "scale": (1 + strength * bool(recipe.member[c, f])) * z,
+                    "add": z + strength * difference,
+                    "add own": z + strength * difference * own,
+                    "add fixed": z + (strength if own else -strength),
+                    "add own fixed": z + strength * own,
+                    "move": z + min(1, strength) * (level[c] - z),
+                    "clamp": z + min(1, strength) * (min(z, level[c]) - z),
+                    "scale": (1 + strength * own) * z,
+                    "ablate": (1 - min(1, strength) * own) * z,
                 }[recipe.mode]
                 change[b, :, p] += scale * decoder[f] * (new - z)
     return change.reshape(h.shape)
@@ -102,7 +126,7 @@ def test_a_batch_of_eight_equals_eight_batches_of_one(toys, mode):
     torch.testing.assert_close(steer(recipe, h[order], images=order), steer(recipe, h)[order], atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("strength", [0.3, 1.0])
+@pytest.mark.parametrize("strength", [0.3, 1.0, 2.5])
 def test_move_brings_every_latent_nearer_to_its_level_and_not_beyond(toys, strength):
     recipe = toys.recipe(mode="move", strength=(strength,) * 3)
     # With an orthonormal decoder the latents can be read back from the edited state.
@@ -113,7 +137,7 @@ def test_move_brings_every_latent_nearer_to_its_level_and_not_beyond(toys, stren
     level = recipe.levels[1].float()[TARGETS].transpose(1, 2)
     active = before > 0
     gap = (level - before.relu())[active]
-    torch.testing.assert_close((level - after)[active], (1 - strength) * gap, atol=1e-4, rtol=0)
+    torch.testing.assert_close((level - after)[active], max(0, 1 - strength) * gap, atol=1e-4, rtol=0)
 
 
 def test_shift_leaves_alone_what_already_heads_for_its_class(toys):
@@ -131,7 +155,121 @@ def test_a_site_of_another_width_or_size_is_refused(toys):
         steer(toys.recipe(), torch.zeros(8, 6, 3, 3))
 
 
-def test_scale_works_at_any_size_as_the_refusal_promises(toys):
-    recipe, h = toys.recipe(mode="scale"), toys.random(0)(8, 6, 3, 3)
+@pytest.mark.parametrize("mode", WITHOUT_LEVELS)
+def test_modes_without_levels_work_at_any_size_as_the_refusal_promises(toys, mode):
+    recipe, h = toys.recipe(mode=mode), toys.random(0)(8, 6, 3, 3)
     expected = reference_change(recipe, h, 0.4, TARGETS.tolist())
     np.testing.assert_allclose((steer(recipe, h) - h).double().numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", READING)
+def test_with_the_sae_a_latent_counts_only_where_it_is_among_the_k(toys, mode):
+    sae, h = toys.sae(), toys.activations(pictures=8).values[1]
+    recipe = made_from(sae, toys.recipe(mode=mode))
+    expected = reference_change(recipe, h, 0.4, TARGETS.tolist(), sae)
+    found = steer(recipe, h, sae=sae)
+    np.testing.assert_allclose((found.double() - h.double()).numpy(), expected, atol=1e-5)
+    assert np.abs(expected).max() > 0.1 and not torch.allclose(found, steer(recipe, h))
+
+
+def test_the_full_sae_is_read_in_chunks_with_the_same_result(toys, monkeypatch):
+    sae, h = toys.sae(), toys.activations(pictures=8).values[1]
+    recipe = made_from(sae, toys.recipe(mode="scale"))
+    whole = steer(recipe, h, sae=sae)
+    monkeypatch.setattr("difflens_core.steering.CHUNK", 3 * sae.latents)
+    torch.testing.assert_close(steer(recipe, h, sae=sae), whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1024, 32), (1024, 1), (1024, 33), (1000, 5), (64, 2), (20, 20)])
+def test_kth_largest_equals_sorting(toys, n, k):
+    rows = toys.random(n + k)(50, n).mul(4).round()  # with many ties
+    assert torch.equal(kth_largest(rows, k), rows.sort(dim=1, descending=True).values[:, k - 1 : k])
+
+
+@pytest.mark.parametrize("mode", WITHOUT_LEVELS)
+def test_steering_by_chosen_latents_of_an_sae_needs_no_recipe(toys, mode):
+    sae, h = toys.sae(), toys.activations(pictures=8).values[1]
+    features = {"young": [3, 8], "adult": [0], "senior": [8, 12, 17]}
+    found = Steering.from_sae(sae, "age", features, lambda i: TARGETS[i], mode, 0.5)(h, 0.4, IMAGES)
+    norm, own = sae.normalisation, [*features.values()]
+    latents = sae.encode(h, 1)
+    z = torch.zeros(8, 4, 20).scatter_(-1, latents.indices, latents.values)
+    change = torch.zeros_like(z)
+    for b, c in enumerate(TARGETS.tolist()):
+        for n in {n for numbers in own for n in numbers}:
+            change[b, :, n] = {
+                "add fixed": torch.full((4,), 0.5 if n in own[c] else -0.5),
+                "add own fixed": torch.full((4,), 0.5 * (n in own[c])),
+                "scale": 0.5 * (n in own[c]) * z[b, :, n],
+                "ablate": -0.5 * (n in own[c]) * z[b, :, n],
+            }[mode]
+    expected = h + (change @ sae.decoder * norm.scale[1]).transpose(1, 2).reshape(h.shape)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_an_sae_or_latents_that_do_not_fit_are_refused(toys):
+    recipe = made_from(toys.sae(), toys.recipe())
+    for other in (toys.sae(seed=9), toys.sae(latents=10), toys.sae(width=7)):
+        with pytest.raises(DiffLensError, match="was made from another SAE"):
+            steer(recipe, toys.activations(pictures=8).values[1], sae=other)
+    with pytest.raises(DiffLensError, match="mode 'shift' needs a recipe's class levels"):
+        Steering.from_sae(toys.sae(), "age", {"young": [1]}, lambda i: i, "shift")
+    for numbers in ([], [20], [-1]):
+        with pytest.raises(DiffLensError, match="latents 0 to 19"):
+            Steering.from_sae(toys.sae(), "age", {"young": numbers}, lambda i: i)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_mask_weighs_the_edit_position_by_position(toys, mode):
+    recipe, h = toys.recipe(mode=mode), toys.activations(pictures=8).values[1]
+    full = steer(recipe, h) - h
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :4, :4], mask[:, 4:, 4:6] = 1.0, 1.0  # the site's map is 2 x 2: left top all, right bottom half
+    weight = torch.tensor([[1.0, 0.0], [0.0, 0.5]])
+    found = steer(recipe, h, mask=mask)
+    torch.testing.assert_close(found - h, full * weight, atol=1e-5, rtol=0)
+    assert torch.equal(found[..., 0, 1], h[..., 0, 1]) and torch.equal(found[..., 1, 0], h[..., 1, 0])
+
+
+def test_each_picture_has_its_own_mask_if_there_are_several(toys):
+    recipe, h = toys.recipe(), toys.activations(pictures=8).values[1]
+    mask = torch.stack([torch.ones(2, 2), torch.zeros(2, 2)])
+    order = torch.tensor([3, 6, 0])
+    found, full = steer(recipe, h[order], images=order, mask=mask), steer(recipe, h[order], images=order)
+    assert torch.equal(found[0], h[3]) and torch.equal(found[1:], full[1:]) and not torch.equal(full[0], h[3])
+
+
+def test_steering_twice_gives_the_same_when_maps_are_kept_and_when_they_are_not(toys, monkeypatch):
+    recipe, h = toys.recipe(), toys.activations(pictures=8).values[1]
+    kept = Steering(recipe, lambda i: TARGETS[i])
+    first = [kept(h, at, IMAGES) for at in (0.0, 0.4, 0.7)]
+    assert all(torch.equal(kept(h, at, IMAGES), x) for at, x in zip((0.0, 0.4, 0.7), first, strict=True))
+    assert len(kept._maps) == 3
+    monkeypatch.setattr("difflens_core.steering.CACHE_BYTES", 4 * 3 * 6 * 4)  # room for one step
+    small = Steering(recipe, lambda i: TARGETS[i])
+    assert all(torch.equal(small(h, at, IMAGES), x) for at, x in zip((0.0, 0.4, 0.7), first, strict=True))
+    assert len(small._maps) == 1
+
+
+def at_site(toys, site: str, seed: int, positions: int) -> Steering:
+    width = {"middle_block": 32, "decoder.0": 16}[site]
+    recipe = toys.recipe(width=width, steps=4, seed=seed, positions=positions, strength=(5.0,) * 3)
+    return Steering(replace(recipe, site=site, mode="move"), lambda i: i % 3)
+
+
+def test_recipes_at_one_site_and_at_two_compose_in_order(toys):
+    """One network pass by hand against sampling with three steerings, two at the same site."""
+    model, noise = toys.denoiser(), start_noise(4, 3, 16)
+    first, second, later = (
+        at_site(toys, *how) for how in (("middle_block", 5, 4), ("middle_block", 6, 4), ("decoder.0", 7, 16))
+    )
+    images = torch.arange(4)
+    h, emb = model.encode(noise, torch.ones(4))
+    h = second(first(model.middle_block(h, emb), 0.0, images), 0.0, images)
+    h = torch.pixel_shuffle(model.up(model.after_middle(h, emb)), 2)
+    h = model.decoder[1](later(model.decoder[0](h, emb), 0.0, images), emb)
+    x0 = torch.pixel_shuffle(model.conv_out(torch.nn.functional.silu(model.norm_out(h))), 4).clamp(-1, 1)
+    found = sample(model, noise, 1, [first, second, later])[0]
+    torch.testing.assert_close(found, x0, atol=1e-5, rtol=0)
+    for fewer in ([second, first, later], [first, later], [first, second]):
+        assert not torch.allclose(sample(model, noise, 1, fewer)[0], found, atol=1e-3)

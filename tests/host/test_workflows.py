@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.parse
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,13 +18,18 @@ from make_workflows import FOLDER, GRAPHS, Graph, Node, sampler, steer, to_api, 
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from difflens_core.denoiser import load_denoiser, save_denoiser
+from difflens_core.denoiser import fingerprint, load_denoiser, save_denoiser
 from difflens_core.recipes import load_recipe, save_recipe
+from difflens_core.sae import load_sae
+from difflens_core.sampling import capture_pictures, sample, start_noise
+from difflens_core.steering import Steering
+from difflens_core.store import open_store
+from difflens_core.targets import Targets
 
 AVATARS = FOLDER.parent / "models" / "avatars"
 NODES = (
-    "LoadModel", "LoadSAE", "LoadClassifier", "LoadRecipe", "SaveRecipe", "Capture", "TrainSAE", "Classify",
-    "TrainProbes", "Attribute", "Steer", "Report", "Compare",
+    "LoadModel", "LoadSAE", "LoadClassifier", "LoadRecipe", "SaveRecipe", "Capture", "LoadActivations", "TrainSAE",
+    "Classify", "TrainProbes", "Attribute", "SiteScan", "RankByEffect", "Steer", "Report", "Compare",
 )  # fmt: skip
 NAMES = ("01 debias the avatars", "02 find the bias features", "03 dose response")
 
@@ -321,6 +327,127 @@ def test_an_sae_of_another_program_is_listed_by_its_folder_and_loads(server):
 
 
 @pytest.fixture(scope="session")
+def other_site(server):
+    """The recipe for age, moved to a site behind the middle block where it does something else."""
+    folder = server.base / "models" / "difflens_recipes"
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = load_recipe(AVATARS / "difflens_recipes" / "avatars_age.safetensors")
+    save_recipe(folder / "behind.safetensors", replace(recipe, site="after_middle.0", mode="add"))
+
+
+def sampled_by_the_core(recipes: list, pictures: int, seed: int, **more: object) -> torch.Tensor:
+    """What Small.sample draws with those recipes for the first targets of a uniform mix, without ComfyUI."""
+    model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
+    edits = []
+    for recipe in recipes:
+        shares = (1 / len(recipe.classes),) * len(recipe.classes)
+        edits.append(Steering(recipe, Targets(recipe.attribute, recipe.classes, shares).of, **more))
+    return sample(model, start_noise(pictures, seed), 4, edits)[0]
+
+
+def shipped(attribute: str, **settings: object):
+    recipe = load_recipe(AVATARS / "difflens_recipes" / f"avatars_{attribute}.safetensors")
+    return replace(recipe, **settings)
+
+
+def test_recipes_compose_in_node_order_at_one_site_and_at_two(server, other_site):
+    graph = Small(pictures=4)
+    model = graph.model[0]
+    for name in ("avatars_age", "avatars_skin_tone", "behind"):
+        recipe = graph.add("DiffLensLoadRecipe", recipe_name=f"{name}.safetensors")
+        model = steer(graph, None, model, recipe[0])[0]
+    drawn = sampler(graph, None, model, graph.model[1], graph.latent, 3)
+    drawn.inputs["steps"] = 4
+    saved = graph.save(drawn)
+    found = latents(server, server.run(to_api(graph)), saved).clamp(-1, 1)
+    recipes = [shipped("age"), shipped("skin_tone"), shipped("age", site="after_middle.0", mode="add")]
+    torch.testing.assert_close(found, sampled_by_the_core(recipes, 4, 3), atol=2e-3, rtol=0)
+    for fewer in (recipes[:2], recipes[1:]):
+        assert float((found - sampled_by_the_core(fewer, 4, 3)).abs().max()) > 0.1
+
+
+def test_the_sae_and_a_mask_on_steer_do_what_the_core_does(server):
+    graph = Small(pictures=3)
+    sae = graph.add("DiffLensLoadSAE", sae_name="avatars.safetensors")
+    left = graph.add("SolidMask", value=1.0, width=32, height=64)
+    black = graph.add("SolidMask", value=0.0, width=64, height=64)
+    mask = graph.add("MaskComposite", destination=black[0], source=left[0], x=0, y=0, operation="add")
+    full = graph.save(graph.sample(steered=True, mode="move", sae=sae[0]))
+    masked = graph.save(graph.sample(steered=True, mode="move", sae=sae[0], mask=mask[0]))
+    nothing = graph.save(graph.sample(steered=True, mode="move", mask=black[0]))
+    plain = graph.save(graph.sample())
+    entry = server.run(to_api(graph))
+    full, masked, nothing, plain = (latents(server, entry, node) for node in (full, masked, nothing, plain))
+    assert torch.equal(nothing, plain)
+    recipe, more = [shipped("age", mode="move")], {"sae": load_sae(AVATARS / "difflens_saes" / "avatars.safetensors")}
+    torch.testing.assert_close(full.clamp(-1, 1), sampled_by_the_core(recipe, 3, 3, **more), atol=2e-3, rtol=0)
+    half = torch.zeros(1, 64, 64)
+    half[..., :32] = 1
+    expected = sampled_by_the_core(recipe, 3, 3, mask=half, **more)
+    torch.testing.assert_close(masked.clamp(-1, 1), expected, atol=2e-3, rtol=0)
+    assert float((masked - full).abs().max()) > 0.1
+
+
+def test_the_conditioning_to_steer_can_be_chosen(server):
+    """Positive and negative are the same here: steering both at cfg 2 is steering the one at cfg 1."""
+    graph = Small(pictures=2)
+    saved = {}
+    for name, cfg in (("positive", 1.0), ("negative", 1.0), ("positive", 2.0), ("negative", 2.0), ("both", 2.0)):
+        drawn = graph.sample(steered=True, conditioning=name)
+        drawn.inputs["cfg"] = cfg
+        saved[name, cfg] = graph.save(drawn)
+    saved["none", 1.0] = graph.save(graph.sample())
+    entry = server.run(to_api(graph))
+    found = {key: latents(server, entry, node) for key, node in saved.items()}
+    assert torch.equal(found["negative", 1.0], found["none", 1.0])
+    torch.testing.assert_close(found["both", 2.0], found["positive", 1.0], atol=2e-3, rtol=0)
+    for other in (("positive", 2.0), ("negative", 2.0)):
+        assert float((found[other] - found["positive", 1.0]).abs().max()) > 0.1
+    assert not torch.equal(found["positive", 2.0], found["negative", 2.0])
+
+
+def experiment(graph: Small, type: str, **settings: object) -> Node:
+    return graph.add(
+        type, model=graph.model[0], positive=graph.model[1], latent_image=graph.latent[0], vae=graph.model[2],
+        classifier=graph.classifier()[0], steps=3, sampler_name="euler", scheduler="simple", seed=0, **settings,
+    )  # fmt: skip
+
+
+def test_the_site_scan_finds_sites_by_itself_and_shows_that_they_steer(server):
+    graph = Small(pictures=16)
+    scan = experiment(graph, "DiffLensSiteScan", attribute="age", sites="", pictures=48, per_class=1, strength=1.0)
+    words, numbers = graph.add("PreviewAny", source=scan[0]), graph.add("PreviewAny", source=scan[1])
+    entry = server.run(to_api(graph))
+    rows = json.loads(entry["outputs"][str(numbers.id)]["text"][0])["rows"]
+    sites = list(dict.fromkeys(row["site"] for row in rows))
+    assert sites == [
+        "encoder", "down", "middle_block.0", "middle_block", "after_middle.0", "after_middle", "up", "decoder.0",
+        "decoder",
+    ]  # fmt: skip
+    whole = {row["site"]: row["success"] for row in rows if row["part"] == "whole"}
+    assert whole["middle_block"] >= 0.5
+    assert all(row["success"] <= 0.5 for row in rows if row["part"] == "reversed")
+    assert len(entry["outputs"][str(words.id)]["text"][0].splitlines()) == 2 + len(rows) == 2 + 5 * 9
+    assert read_image(server, entry, str(scan.id)).shape == (440, 720, 3)
+
+
+def test_features_are_ranked_by_their_effect(server):
+    graph = Small(pictures=32, recipe="avatars_presentation")
+    recipe = graph.add("DiffLensLoadRecipe", recipe_name=graph.recipe_name)
+    ranked = experiment(
+        graph, "DiffLensRankByEffect", recipe=recipe[0], change="amplify", strength=5.0, pictures=2,
+        features_per_class=7,
+    )  # fmt: skip
+    graph.add("DiffLensSaveRecipe", recipe=ranked[0], name="by_effect")
+    table = graph.add("PreviewAny", source=ranked[2])
+    entry = server.run(to_api(graph), timeout=600)
+    assert len(entry["outputs"][str(table.id)]["text"][0].splitlines()) == 2 + 120
+    kept = load_recipe(server.base / "models" / "difflens_recipes" / "by_effect.safetensors")
+    assert kept.member.sum(dim=1).tolist() == [7, 7] and kept.info["ranking"] == "amplify, 2 pictures a feature"
+    assert set(kept.features.tolist()) < set(shipped("presentation").features.tolist())
+
+
+@pytest.fixture(scope="session")
 def bad_files(server):
     """Files that do not fit, in the user's folders."""
     models, recipes = (server.base / "models" / f"difflens_{kind}" for kind in ("models", "recipes"))
@@ -339,6 +466,8 @@ def bad_files(server):
     save_recipe(recipes / "narrow.safetensors", replace(recipe, normalisation=normalisation, **narrow))
     foreign_sae(server, "nameless")
     model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
+    model.position.data *= 1.1
+    save_denoiser(models / "other.safetensors", model, {})
     model.position.data[0, 0] = torch.nan
     save_denoiser(models / "nan.safetensors", model, {})
 
@@ -412,6 +541,23 @@ def one_picture() -> Graph:
     return graph
 
 
+def another_model() -> Graph:
+    graph = Small(pictures=64, model="other")
+    captured = graph.capture(pictures=64, steps=2)
+    sae = graph.add("DiffLensLoadSAE", sae_name="avatars.safetensors")
+    labels = graph.add(
+        "DiffLensClassify", images=captured[1], classifier=graph.classifier()[0], attribute="presentation"
+    )
+    probes = graph.add("DiffLensTrainProbes", activations=captured[0], sae=sae[0], labels=labels[0])
+    avatars = graph.add("DiffLensLoadModel", model_name="avatars.safetensors")
+    found = graph.add(
+        "DiffLensAttribute", model=avatars[0], activations=captured[0], sae=sae[0], probes=probes[0],
+        labels=labels[0], method="contrastive", features_per_class=5,
+    )  # fmt: skip
+    graph.add("PreviewAny", source=found[2])
+    return graph
+
+
 def bad_save(name: str):
     def make() -> Graph:
         graph = Small()
@@ -434,11 +580,20 @@ BAD = {
     "an empty span": (bad_settings(start_percent=0.8, end_percent=0.2), ("Steer: ", "0.8", "0.2")),
     "another picture size": (bad_size, ("64 x 64", "128")),
     "NaN in the weights": (bad_weights, ("Load Unconditional Model: nan.safetensors", "NaN")),
+    "a capture of no step": (
+        bad_capture(start_percent=0.7, end_percent=0.9),
+        ("Capture Activations: ", "no step lies between 0.7 and 0.9"),
+    ),
+    "a capture of one site twice": (
+        bad_capture(site="middle_block, middle_block"),
+        ("Capture Activations: ", "each only once"),
+    ),
     "an unknown attribute": (bad_report(attribute="height"), ("Fairness Report: ", "'height'", "presentation, age")),
     "an unknown target": (bad_report(target="1, 2"), ("Fairness Report: ", '"1, 2" is not understood')),
     "unequal batches": (unequal_report, ("Fairness Report: ", "2 pictures", "1 pictures")),
     "an SAE of an unknown site": (nameless_sae, ("Load SAE: nameless does not say", "into site", "8 latents")),
     "a capture without site": (bad_capture(site="cellar"), ("Capture Activations: ", "no module cellar")),
+    "activations of another model": (another_model, ("Attribute Features: ", "captured on another model")),
     "too little to train on": (one_picture, ("Train SAE: ", "got one picture, expected at least 2")),
     "a way out of the folder": (bad_save("../../escaped"), ("Save Recipe: ", "cannot be a file name")),
 }  # fmt: skip
@@ -482,7 +637,77 @@ def cancel_in(server: Server, graph: Graph, node: Node) -> None:
     canceller.join()
 
 
-def test_cancel_in_the_middle_of_training_and_of_capture(server):
+def stored(server: Server, name: str) -> dict[str, bytes]:
+    """The files of a store in the user's folder."""
+    folder = server.base / "models" / "difflens_activations" / name
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+
+def test_a_cancelled_capture_goes_on_to_the_store_of_an_uninterrupted_one(server):
+    def graph(name: str, **settings: object) -> tuple[Graph, Node]:
+        graph = Small(pictures=4)
+        inputs = {"pictures": 150, "steps": 6, "seed": 8, "site": "middle_block, up", "save_as": name}
+        captured = graph.capture(**{**inputs, **settings})
+        graph.add("PreviewImage", images=captured[1])
+        return graph, captured
+
+    cancel_in(server, *graph("cut"))
+    begun = stored(server, "cut")
+    assert 0 < len(begun) < 39, "38 shards and the index"
+    server.run(to_api(graph("cut")[0]))
+    server.run(to_api(graph("whole")[0]))
+    cut, whole = stored(server, "cut"), stored(server, "whole")
+    assert cut == whole and len(whole) == 39 and all(cut[name] == content for name, content in begun.items())
+    with pytest.raises(HostError, match="Capture Activations: cut was begun with other settings: seed 8, now 9"):
+        server.run(to_api(graph("cut", seed=9)[0]))
+
+
+def test_a_store_holds_the_pictures_of_a_ksampler_and_is_loaded_again(server):
+    graph = Small(pictures=3)
+    captured = graph.capture(pictures=3, steps=4, seed=3, save_as="sub/some", start_percent=0.5)
+    graph.add("PreviewImage", images=captured[1])
+    plain = graph.save(graph.sample(seed=3))
+    entry = server.run(to_api(graph))
+    name = str(Path("sub", "some"))
+    store = open_store(server.base / "models" / "difflens_activations" / name)
+    assert torch.equal(store.samples(), latents(server, entry, plain))
+    assert store.index.progress == (0.5, 0.75)
+    model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
+    assert store.index.model == fingerprint(model.state_dict())
+    expected = capture_pictures(model, 3, 3, 4, 3).activations().values[2:]
+    torch.testing.assert_close(store.activations().values, expected, atol=2e-2, rtol=1e-2)
+
+    options = server.object_info()["DiffLensLoadActivations"]["input"]["required"]["store_name"][1]["options"]
+    assert {name, "whole"} <= set(options)
+    graph = Small()
+    loaded = graph.add("DiffLensLoadActivations", store_name=name, site="")
+    saved = graph.add("SaveLatent", samples=loaded[1], filename_prefix="latents/test")
+    assert torch.equal(latents(server, server.run(to_api(graph)), saved), store.samples())
+    graph = Small()
+    loaded = graph.add("DiffLensLoadActivations", store_name=name, site="attic")
+    graph.add("SaveLatent", samples=loaded[1], filename_prefix="latents/test")
+    with pytest.raises(HostError, match="Load Activations: site attic was not captured. There is: middle_block"):
+        server.run(to_api(graph))
+
+
+def test_training_and_attribution_take_a_store(server):
+    graph = Small(pictures=32)
+    captured = graph.capture(pictures=96, steps=3, save_as="labelled")
+    labels = graph.add(
+        "DiffLensClassify", images=captured[1], classifier=graph.classifier()[0], attribute="presentation"
+    )
+    sae = graph.train(captured, 30)
+    probes = graph.add("DiffLensTrainProbes", activations=captured[0], sae=sae[0], labels=labels[0])
+    found = graph.add(
+        "DiffLensAttribute", model=graph.model[0], activations=captured[0], sae=sae[0], probes=probes[0],
+        labels=labels[0], method="contrastive", features_per_class=5,
+    )  # fmt: skip
+    shown = graph.add("PreviewAny", source=found[2])
+    (text,) = server.run(to_api(graph))["outputs"][str(shown.id)]["text"]
+    assert text.startswith("presentation, by contrastive")
+
+
+def test_cancel_in_the_middle_of_training_capture_and_a_scan(server):
     graph = Small()
     sae = graph.train(graph.capture(), 1_000_000, save_as="never")
     graph.add("PreviewAny", source=sae[2])
@@ -493,6 +718,12 @@ def test_cancel_in_the_middle_of_training_and_of_capture(server):
     captured = graph.capture(pictures=2000, steps=20, seed=5)
     graph.add("PreviewImage", images=captured[1])
     cancel_in(server, graph, captured)
+
+    graph = Small()
+    scan = experiment(
+        graph, "DiffLensSiteScan", attribute="age", sites="middle_block", pictures=2000, per_class=2, strength=1.0
+    )
+    cancel_in(server, graph, scan)
 
     graph, began = Small(), time.monotonic()
     saved = graph.save(graph.sample(seed=21))

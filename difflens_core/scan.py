@@ -1,0 +1,241 @@
+"""Which sites of a model control an attribute, and when: class means of the activations, before any SAE exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .fairness import kept_attributes, pixel_change
+from .files import DiffLensError
+from .plots import bar_chart
+from .sae import nearest_step
+from .sampling import Draw
+
+# Part of the sampling: (start, end, sign of the strength).
+PARTS = {
+    "whole": (0.0, 1.0, 1),
+    "first third": (0.0, 1 / 3, 1),
+    "middle third": (1 / 3, 2 / 3, 1),
+    "last third": (2 / 3, 1.0, 1),
+    "reversed": (0.0, 1.0, -1),
+}
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Edit that changes nothing and sums what the site puts out, by progress and by the picture's class.
+
+    labels: B, the classes of the batch's pictures. sums: K x C x H x W and counts: K for every progress met.
+    """
+
+    site: str
+    labels: Tensor
+    sums: dict[float, Tensor]
+    counts: dict[float, Tensor]
+    classes: int
+
+    def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
+        if h.ndim != 4:
+            raise DiffLensError(f"{self.site} puts out {h.ndim} dimensions, expected 4. Leave this site out.")
+        own = self.labels[images]
+        total = self.sums.setdefault(progress, h.new_zeros(self.classes, *h.shape[1:], dtype=torch.float32))
+        total.index_add_(0, own.to(h.device), h.float())
+        self.counts[progress] = self.counts.get(progress, 0) + torch.bincount(own, minlength=self.classes)
+        return h
+
+
+@dataclass(frozen=True)
+class ClassMeans:
+    """Mean output of a site in the pictures of each class: means[s] is K x C x H x W, at progress[s]."""
+
+    site: str
+    progress: Tensor
+    means: list[Tensor]
+
+    @classmethod
+    def of(cls, collector: Collector) -> ClassMeans:
+        """From a finished collection."""
+        if not collector.sums:
+            raise DiffLensError(f"{collector.site} was never run while the model sampled. Leave this site out.")
+        means = [
+            total / collector.counts[at].to(total.device)[:, None, None, None] for at, total in collector.sums.items()
+        ]
+        return cls(collector.site, torch.tensor([*collector.sums]), means)
+
+
+@dataclass(frozen=True)
+class MeanShift:
+    """Edit h' = h + strength (1 - way) d with d = mean_target - mean_own, between `start` and `end` of the sampling.
+
+    way = <h - mean_own, d> / <d, d>, kept to 0..1, is how far the picture has come: what earlier steps have done is
+    not done again, or classes in the middle would be overshot. own, target: B, classes.
+    """
+
+    means: ClassMeans
+    own: Tensor
+    target: Tensor
+    strength: float
+    start: float
+    end: float
+
+    @property
+    def site(self) -> str:
+        return self.means.site
+
+    def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
+        if not self.start <= progress <= self.end:
+            return h
+        means = self.means.means[nearest_step(self.means.progress, progress)]
+        target, own = (classes[images].to(h.device) for classes in (self.target, self.own))
+        step = means[target] - means[own]
+        way = ((h.float() - means[own]) * step).flatten(1).sum(dim=1) / step.square().flatten(1).sum(dim=1).clamp(1e-12)
+        return h + (self.strength * (1 - way.clamp(0, 1))[:, None, None, None] * step).to(h.dtype)
+
+
+@dataclass(frozen=True)
+class SiteEffect:
+    """What mean-difference steering at `site` in a part of the sampling does to pictures of the other classes.
+
+    success: share that shows the class asked for (none did before), the mean over classes; per_class: of each class,
+    None for one that was too rare to have means; kept: share that keeps its class, mean over the other attributes,
+    None if there are none; change: mean pixel difference, of 1.
+    """
+
+    site: str
+    part: str
+    success: float
+    per_class: tuple[float | None, ...]
+    kept: float | None
+    change: float
+
+
+def scan_sites(
+    sites: Sequence[str],
+    draw: Draw,
+    classify: Callable[[Tensor], dict[str, Tensor]],
+    attribute: str,
+    classes: tuple[str, ...],
+    pictures: int = 128,
+    per_class: int = 8,
+    strength: float = 1.0,
+    batch: int = 32,
+    on_picture: Callable[[int, int], None] = lambda done, total: None,
+) -> list[SiteEffect]:
+    """Try every site and part of the sampling: one row each, site by site.
+
+    classify(images) gives the class probabilities (B x K) of every attribute. The `pictures` first noises of `draw`
+    are sampled twice, to read their classes and then to take each site's class means (all sites at once; a site
+    takes steps x K x C x H x W numbers). Then up to `per_class` pictures that do not show a class are steered to it.
+    Classes that fewer than two pictures show are left out. on_picture(done, total) may raise to cancel.
+    """
+    run = Run(draw, batch, 2 * pictures + len(sites) * len(PARTS) * len(classes) * per_class, on_picture)
+    numbers = torch.arange(pictures)
+    base = run.draw(numbers, lambda rows: [])
+    labels = classify(base)[attribute].argmax(dim=1).cpu()
+    tried = shown_classes(labels, attribute, classes)
+    collections = [({}, {}) for _ in sites]
+
+    def collectors(rows: Tensor) -> list[Collector]:
+        pairs = zip(sites, collections, strict=True)
+        return [Collector(site, labels[rows], *kept, len(classes)) for site, kept in pairs]
+
+    run.draw(numbers, collectors)
+    others = {c: (labels != c).nonzero().flatten()[:per_class] for c in tried}
+    chosen, before = torch.cat([*others.values()]), base[torch.cat([*others.values()])]
+    target = torch.cat([torch.full_like(pictures, c) for c, pictures in others.items()])
+    run.total = run.done + len(sites) * len(PARTS) * len(chosen)
+    first = before, classify(before)
+    found = []
+    for collector in collectors(numbers):
+        means = ClassMeans.of(collector)
+        for part, (start, end, sign) in PARTS.items():
+            settings = sign * strength, start, end
+
+            def shift(rows: Tensor, means=means, settings=settings) -> list[MeanShift]:
+                return [MeanShift(means, labels[chosen[rows]], target[rows], *settings)]
+
+            after = run.draw(chosen, shift)
+            found.append(site_effect(means.site, part, first, (after, classify(after)), target, attribute, classes))
+    return found
+
+
+Read = tuple[Tensor, dict[str, Tensor]]  # pictures, and the class probabilities of every attribute
+
+
+def site_effect(
+    site: str, part: str, before: Read, after: Read, target: Tensor, attribute: str, classes: tuple[str, ...]
+) -> SiteEffect:
+    """What steering pictures to `target` (B, classes) at `site` did, from the pictures before and after."""
+    hit = (after[1][attribute].argmax(dim=1).cpu() == target).float()
+    rates = {c: float(hit[target == c].mean()) for c in target.unique().tolist()}
+    kept = kept_attributes(before[1], after[1], attribute)
+    return SiteEffect(
+        site,
+        part,
+        sum(rates.values()) / len(rates),
+        tuple(rates.get(c) for c in range(len(classes))),
+        sum(kept.values()) / len(kept) if kept else None,
+        pixel_change(before[0].numpy(), after[0].numpy()),
+    )
+
+
+@dataclass
+class Run:
+    """Draws in batches and tells how many of `total` pictures are done."""
+
+    sample: Draw
+    batch: int
+    total: int
+    on_picture: Callable[[int, int], None]
+    done: int = field(default=0)
+
+    def draw(self, which: Tensor, edits: Callable[[Tensor], list]) -> Tensor:
+        """Pictures of noises `which`; `edits(rows)` gives the edits of a batch that holds `rows` of them."""
+        parts = []
+        for rows in torch.arange(len(which)).split(self.batch):
+            parts.append(self.sample(edits(rows), which[rows]))
+            self.done += len(rows)
+            self.on_picture(self.done, self.total)
+        return torch.cat(parts)
+
+
+def shown_classes(labels: Tensor, attribute: str, classes: tuple[str, ...]) -> list[int]:
+    """Classes that at least two pictures show. Raises `DiffLensError` if there are not two of them."""
+    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    shown = [c for c, count in enumerate(counts) if count >= 2]
+    if len(shown) < 2:
+        seen = ", ".join(f"{name} {count}" for name, count in zip(classes, counts, strict=True))
+        raise DiffLensError(
+            f"{attribute}: among {len(labels)} pictures are {seen}; two classes must be shown by at least 2 pictures "
+            "each. Draw more pictures."
+        )
+    return shown
+
+
+def scan_table(found: Sequence[SiteEffect], attribute: str, classes: tuple[str, ...]) -> str:
+    """The rows as text, shares in percent."""
+    width = max(len(row.site) for row in found)
+    lines = [
+        f"{attribute}: pictures of other classes steered to each class by the class means of one site",
+        f"{'site':{width}}  {'part':12}  success  others kept  change  " + "  ".join(f"{c:>9.9}" for c in classes),
+    ]
+    for row in found:
+        kept = "-" if row.kept is None else f"{100 * row.kept:.0f}"
+        hits = "  ".join(f"{'too rare' if share is None else f'{100 * share:.0f}':>9}" for share in row.per_class)
+        lines.append(
+            f"{row.site:{width}}  {row.part:12}  {100 * row.success:7.0f}  {kept:>11}  {row.change:6.3f}  {hits}"
+        )
+    return "\n".join(lines)
+
+
+def scan_chart(found: Sequence[SiteEffect], attribute: str) -> np.ndarray:
+    """Success of every site by part of the sampling (440 x 720 x 3, uint8)."""
+    groups: dict[str, dict[str, float]] = {}
+    for row in found:
+        short = row.site if len(row.site) <= 12 else f"..{row.site[-10:]}"  # names differ most at their end
+        groups.setdefault(short, {})[row.part] = row.success
+    return bar_chart(f"{attribute}: share that shows the class asked for", groups)

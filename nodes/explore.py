@@ -1,0 +1,223 @@
+"""Nodes that find out by sampling: which sites control an attribute, and which features do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..difflens_core.causal import EFFECTS, Effects, causal_effect, keep_effective
+from ..difflens_core.classifier import AttributeClassifier
+from ..difflens_core.files import DiffLensError
+from ..difflens_core.plots import bar_chart
+from ..difflens_core.recipes import Recipe
+from ..difflens_core.scan import scan_chart, scan_sites, scan_table
+from . import host
+from .measure import classes_of
+from .sockets import CATEGORY, Classifier, RecipeSocket
+
+CHARTED = 10  # features of every class in the bar chart
+
+
+def sampling_inputs() -> list[io.Input]:
+    """The inputs of a node that samples pictures of its own."""
+    return [
+        io.Model.Input("model", tooltip="The model to look into. It stays as it was."),
+        io.Conditioning.Input(
+            "positive", tooltip="What to draw: a prompt, or Load Unconditional Model's conditioning."
+        ),
+        io.Latent.Input(
+            "latent_image",
+            tooltip="An empty latent of the size of the pictures. Its batch size tells how many are drawn at once.",
+        ),
+        io.Vae.Input("vae", tooltip="Turns the finished latents into images."),
+        Classifier.Input("classifier", tooltip="From Load Attribute Classifier; it tells the class of the pictures."),
+    ]
+
+
+def schedule_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps."),
+        io.Combo.Input("sampler_name", options=host.SAMPLERS, default="euler", tooltip="As for KSampler."),
+        io.Combo.Input("scheduler", options=host.SCHEDULERS, default="simple", tooltip="As for KSampler."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**64 - 1,
+            control_after_generate=True,
+            tooltip="Seed of the pictures' noise. All experiments start from the same noise.",
+        ),
+    ]
+
+
+class SiteScan(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffLensSiteScan",
+            display_name="Site Scan",
+            category=CATEGORY,
+            description="Tells which modules of a model control an attribute, and in which part of the sampling, "
+            "before any SAE is trained.",
+            search_aliases=["where", "layer search", "mean difference"],
+            inputs=[
+                *sampling_inputs(),
+                io.String.Input("attribute", default="presentation", tooltip="One of the classifier's attributes."),
+                io.String.Input(
+                    "sites",
+                    default="",
+                    multiline=True,
+                    tooltip="Names of the modules to try, divided by commas or lines. Empty: the middle block and a "
+                    "few before and after it.",
+                ),
+                io.Int.Input(
+                    "pictures",
+                    default=128,
+                    min=4,
+                    max=65536,
+                    tooltip="Pictures to take the class means from; all are drawn twice. More make rare classes clear.",
+                ),
+                io.Int.Input(
+                    "per_class",
+                    default=8,
+                    min=1,
+                    max=4096,
+                    tooltip="Pictures to steer to each class, for every site and five parts of the sampling.",
+                ),
+                io.Float.Input(
+                    "strength", default=1.0, min=0.0, max=10.0, step=0.1, tooltip="Times the difference of the means."
+                ),
+                *schedule_inputs(),
+            ],
+            outputs=[
+                io.String.Output(display_name="table", tooltip="A line for every site and part of the sampling."),
+                io.String.Output(display_name="json", tooltip="The same numbers for programs."),
+                io.Image.Output(
+                    display_name="chart",
+                    tooltip="Share of the steered pictures that show the class asked for, also drawn on the node.",
+                ),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    @host.clear_errors
+    def execute(
+        cls, model: Any, positive: list, latent_image: dict, vae: Any, classifier: AttributeClassifier, attribute: str,
+        sites: str, pictures: int, per_class: int, strength: float, steps: int, sampler_name: str, scheduler: str,
+        seed: int,
+    ) -> io.NodeOutput:  # fmt: skip
+        classes = classes_of(classifier, attribute)
+        names = list(dict.fromkeys(sites.replace(",", " ").split())) or host.some_sites(model)
+        for name in names:
+            host.site_width(model, name)
+        draw = host.drawer(
+            model, positive, latent_image, vae, pictures, steps, sampler_name, scheduler, seed,
+            cls.define_schema().display_name,
+        )  # fmt: skip
+        found = scan_sites(
+            names, draw, classifier.classify, attribute, classes, pictures, per_class, strength,
+            len(latent_image["samples"]), host.progress_of_total(),
+        )  # fmt: skip
+        image = host.to_image(scan_chart(found, attribute))
+        text = scan_table(found, attribute, classes)
+        numbers = {"attribute": attribute, "classes": classes, "rows": [asdict(row) for row in found]}
+        return host.drawn(cls, image, text, json.dumps(numbers, indent=2), image, text=text)
+
+
+class RankByEffect(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffLensRankByEffect",
+            display_name="Rank by Effect",
+            category=CATEGORY,
+            description="Changes every feature of a recipe alone while pictures are sampled, and keeps those that "
+            "change the class most.",
+            search_aliases=["causal effect", "ablation"],
+            inputs=[
+                *sampling_inputs(),
+                RecipeSocket.Input("recipe", tooltip="A recipe of this model with a short list of features."),
+                io.Combo.Input(
+                    "change",
+                    options=list(EFFECTS),
+                    default=EFFECTS[0],
+                    tooltip="amplify: add what the class that uses the feature most has more of than the others. "
+                    "ablate: take the feature away.",
+                ),
+                io.Float.Input("strength", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="How much to amplify."),
+                io.Int.Input(
+                    "pictures",
+                    default=8,
+                    min=2,
+                    max=4096,
+                    tooltip="Pictures for every feature: a recipe of 100 features and 8 pictures draws 808.",
+                ),
+                io.Int.Input(
+                    "features_per_class", default=30, min=1, max=4096, tooltip="Best features of each class to keep."
+                ),
+                *schedule_inputs(),
+            ],
+            outputs=[
+                RecipeSocket.Output(display_name="recipe", tooltip="The recipe with the features that are kept."),
+                io.Image.Output(
+                    display_name="chart",
+                    tooltip=f"The {CHARTED} strongest of each class with their standard error, also drawn on the node.",
+                ),
+                io.String.Output(display_name="table", tooltip="Every feature's effect on each class, in percent."),
+            ],
+        )
+
+    @classmethod
+    @host.clear_errors
+    def execute(
+        cls, model: Any, positive: list, latent_image: dict, vae: Any, classifier: AttributeClassifier, recipe: Recipe,
+        change: str, strength: float, pictures: int, features_per_class: int, steps: int, sampler_name: str,
+        scheduler: str, seed: int,
+    ) -> io.NodeOutput:  # fmt: skip
+        if classes_of(classifier, recipe.attribute) != recipe.classes:
+            raise DiffLensError(
+                f"the classifier's classes of {recipe.attribute} are not those of the recipe "
+                f"({', '.join(recipe.classes)}). Use the classifier that the recipe's labels came from."
+            )
+        draw = host.drawer(
+            model, positive, latent_image, vae, pictures, steps, sampler_name, scheduler, seed,
+            cls.define_schema().display_name,
+        )  # fmt: skip
+        effects = causal_effect(
+            recipe, draw, lambda images: classifier.classify(images)[recipe.attribute], pictures, change, strength,
+            len(latent_image["samples"]), host.progress_of_total(),
+        )  # fmt: skip
+        image = host.to_image(effect_chart(effects, recipe))
+        text = effect_table(effects, recipe)
+        return host.drawn(cls, image, keep_effective(recipe, effects, features_per_class), image, text, text=text)
+
+
+def effect_chart(effects: Effects, recipe: Recipe):
+    """Bar chart of the features that change each class most (H x W x 3, uint8), with their standard error."""
+    groups, errors = {}, {}
+    for c, name in enumerate(recipe.classes):
+        best = effects.carried[:, c].topk(min(CHARTED, len(effects.features))).indices.tolist()
+        rows = {f"#{int(effects.features[f])}": (float(effects.effect[f, c]), float(effects.error[f, c])) for f in best}
+        groups[name] = {label: effect for label, (effect, _) in rows.items()}
+        errors[name] = {label: (effect - error, effect + error) for label, (effect, error) in rows.items()}
+    title = f"{recipe.attribute}: change of each class's probability ({effects.mode})"
+    return bar_chart(title, groups, None, errors)
+
+
+def effect_table(effects: Effects, recipe: Recipe) -> str:
+    """A line a feature: change of each class's probability and its standard error, in percent."""
+    lines = [
+        f"{recipe.attribute}, {effects.mode}, {effects.pictures} pictures a feature: change of probability in % "
+        "(standard error)",
+        "feature " + "".join(f"{name:>18.17}" for name in recipe.classes),
+    ]
+    order = effects.carried.amax(dim=1).argsort(descending=True).tolist()
+    for f in order:
+        pairs = zip((100 * effects.effect[f]).tolist(), (100 * effects.error[f]).tolist(), strict=True)
+        cells = [f"{effect:+.2f} ({error:.2f})" for effect, error in pairs]
+        lines.append(f"#{int(effects.features[f]):<7}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines)
