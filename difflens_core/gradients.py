@@ -34,7 +34,7 @@ def integrated_gradients_of(
         values, indices = (part.clone() for part in sae.encode(h, step))
         decoder = sae.decoder * sae.normalisation.scale[step]
         decoded = sparse_decode(Latents(values.requires_grad_(), indices), decoder)
-        explained = decoded.detach().transpose(1, 2).reshape(h.shape)
+        explained = sae.unflat(decoded.detach(), h.shape)
         gradient = torch.zeros_like(explained)
         nodes, weights = (torch.tensor(x, dtype=torch.float32, device=h.device) / 2 for x in leggauss(points))
         for rows in torch.arange(points * len(h), device=h.device).split(batch):
@@ -44,7 +44,7 @@ def integrated_gradients_of(
             (slope,) = torch.autograd.grad(objective(at, who).sum(), at)
             gradient.index_add_(0, who, slope.float() * weights[node, None, None, None])
         # The derivative of D z by z_n at a position is D_n, so this is <D_n, gradient> for the active latents alone.
-        (along,) = torch.autograd.grad(decoded, values, gradient.flatten(2).transpose(1, 2))
+        (along,) = torch.autograd.grad(decoded, values, sae.flat(gradient))
     ig = (values * along).detach()
 
     @torch.no_grad()

@@ -169,15 +169,13 @@ class SparseAutoencoder:
             raise DiffLensError(
                 f"SAE for {self.site}: got activations of width {h.shape[1]}, expected {self.channels}."
             )
-        rows = self.normalisation.apply(h, step)
-        if self.kernel == 1:
-            return rows
-        if tuple(h.shape[2:]) != (self.kernel, self.kernel):
+        if self.kernel > 1 and tuple(h.shape[2:]) != (self.kernel, self.kernel):
             raise DiffLensError(
                 f"SAE for {self.site}: got a map of {' x '.join(map(str, h.shape[2:]))}, expected {self.kernel} x "
                 f"{self.kernel}, all of which it reads at once. Sample at the size it was trained on."
             )
-        return rows.transpose(1, 2).flatten(1)[:, None]
+        rows = self.normalisation.apply(h, step)
+        return rows if self.kernel == 1 else rows.transpose(1, 2).flatten(1)[:, None]
 
     def encode(self, h: Tensor, step: int) -> Latents:
         """Latents (B x P x k) of activations B x C x H x W taken at row `step` of the normalisation."""
@@ -193,10 +191,16 @@ class SparseAutoencoder:
 
     def reconstruct(self, h: Tensor, step: int) -> Tensor:
         """h^ of activations h, both B x C x H x W."""
-        x = self.decode(self.encode(h, step))
-        x = x.transpose(1, 2) if self.kernel == 1 else x.view(len(h), self.channels, -1)
-        rows = x * self.normalisation.scale[step] + self.normalisation.mean[step][:, None]
-        return rows.reshape(h.shape)
+        x = self.unflat(self.decode(self.encode(h, step)), h.shape)
+        return x * self.normalisation.scale[step] + self.normalisation.mean[step][:, None, None]
+
+    def flat(self, h: Tensor) -> Tensor:
+        """Maps B x C x H x W as rows B x P x width."""
+        return h.flatten(2).transpose(1, 2) if self.kernel == 1 else h.flatten(1)[:, None]
+
+    def unflat(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """Rows B x P x width as maps of `shape`, B x C x H x W."""
+        return (rows.transpose(1, 2) if self.kernel == 1 else rows).reshape(shape)
 
     def to(self, device: torch.device | str) -> SparseAutoencoder:
         moved = {name: getattr(self, name).to(device) for name in TENSORS}

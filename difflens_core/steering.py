@@ -85,10 +85,16 @@ class Steering:
         chosen = torch.cat([*wanted.values()]).unique()
         if len(chosen) == 0 or not 0 <= int(chosen[0]) <= int(chosen[-1]) < sae.latents:
             raise DiffLensError(f"{attribute}: the features must be some of the SAE's latents 0 to {sae.latents - 1}.")
+        if sae.kernel > 1 or (sae.reads == "update" and mode in READING):
+            what = "the whole map at once" if sae.kernel > 1 else f"the update of {sae.site} (output minus input)"
+            raise DiffLensError(
+                f"{attribute}: the SAE reads {what}, mode {mode} needs the output, position by position."
+            )
+        member = torch.stack([torch.isin(chosen, own) for own in wanted.values()])
         steps, k, count = len(sae.normalisation.progress), len(wanted), len(chosen)
         recipe = Recipe(
             attribute, tuple(wanted), sae.site, "", chosen, sae.encoder[chosen], sae.encoder_bias[chosen],
-            torch.zeros(count), sae.decoder[chosen], torch.stack([torch.isin(chosen, own) for own in wanted.values()]),
+            sae.gate.expand(sae.latents)[chosen], sae.decoder[chosen], member,
             torch.zeros(steps, k, count, 0), torch.zeros(steps, k, sae.width), torch.zeros(steps, k),
             sae.normalisation, mode, (float(strength),) * k,
         )  # fmt: skip
@@ -97,6 +103,11 @@ class Steering:
     @property
     def site(self) -> str:
         return self.recipe.site
+
+    @property
+    def rivals(self) -> bool:
+        """Whether the latents compete with the others of a full SAE; without TopK their own thresholds decide."""
+        return self.sae is not None and self.sae.activation == "topk"
 
     def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
         """Edited copy of h (B x C x H x W, any float type); images: B, indices in the run, on the CPU."""
@@ -157,7 +168,7 @@ class Steering:
 
     def active(self, x: Tensor, t: dict[str, Tensor]) -> Tensor:
         """Activity of the recipe's latents (B x F x P) in normalised x (B x C x P)."""
-        if self.sae is None:
+        if not self.rivals:
             pre = torch.matmul(t["encoder"], x) + t["bias"][:, None]
             return torch.where(pre > t["threshold"][:, None], pre, 0.0)
         parts, count = [], len(self.recipe.features)
@@ -194,7 +205,7 @@ class Steering:
             moved |= {"mean": self.recipe.normalisation.mean.to(device)}
             moved |= {"scale": self.recipe.normalisation.scale.to(device)}
             moved |= {"strength": torch.tensor(self.recipe.strength, device=device)}
-            if self.sae is not None:
+            if self.rivals:
                 # The recipe's latents first, so that one product gives them and their rivals for the k places.
                 others = torch.ones(self.sae.latents, dtype=torch.bool)
                 others[self.recipe.features] = False

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from ..difflens_core.activations import find_site
 from ..difflens_core.denoiser import Denoiser, DenoiserConfig, ResBlock, Stack, fingerprint, load_denoiser_weights
 from ..difflens_core.files import DiffLensError
+from ..difflens_core.formats import CONFIGS, WEIGHTS
 from ..difflens_core.sampling import Draw, noise_batches
 from ..difflens_core.sampling import Edit as SiteEdit
 from ..difflens_core.store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, record
@@ -52,11 +53,13 @@ SHIPPED = Path(__file__).resolve().parent.parent / "models" / "avatars"
 
 def register_folders() -> None:
     """Make the pack's kinds of file known: the user's folder, then extra_model_paths.yaml's, then the shipped one."""
-    endings = dict.fromkeys((MODELS, SAES, CLASSIFIERS, RECIPES), ".safetensors") | {STORES: Path(INDEX).suffix}
+    endings = {kind: {".safetensors"} for kind in (MODELS, CLASSIFIERS, RECIPES)}
+    # A folder of activations is known by its index, one of another program's SAE by its configuration.
+    endings |= {STORES: {Path(INDEX).suffix}, SAES: {*WEIGHTS, Path(CONFIGS[0]).suffix}}
     for kind, ending in endings.items():
         extra, _ = folder_paths.folder_names_and_paths.get(kind, ([], set()))
         user = str(Path(folder_paths.models_dir) / kind)
-        folder_paths.folder_names_and_paths[kind] = ([user, *extra, str(SHIPPED / kind)], {ending})
+        folder_paths.folder_names_and_paths[kind] = ([user, *extra, str(SHIPPED / kind)], ending)
 
 
 def list_files(kind: str) -> list[str]:
@@ -70,6 +73,22 @@ def find_file(kind: str, name: str) -> str:
     except FileNotFoundError:
         folder = folder_paths.get_folder_paths(kind)[0]
         raise DiffLensError(f"{name} was not found. Put it into {folder} or choose another file.") from None
+
+
+def list_saes() -> list[str]:
+    """Names that `find_sae` takes: folders with a configuration, and the files that lie in none of those."""
+    paths = [Path(name) for name in list_files(SAES)]
+    folders = {path.parent for path in paths if path.name in CONFIGS and path.parent.name}
+    files = {path for path in paths if path.suffix in WEIGHTS and not folders & set(path.parents)}
+    return sorted(map(str, folders | files))
+
+
+def find_sae(name: str) -> str:
+    """Path of a listed SAE, a file or a folder. Raises `DiffLensError` if it is gone."""
+    for config in CONFIGS:
+        if path := folder_paths.get_full_path(SAES, str(Path(name) / config)):
+            return str(Path(path).parent)
+    return find_file(SAES, name)
 
 
 def new_file(kind: str, name: str) -> tuple[Path, str]:

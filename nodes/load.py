@@ -5,8 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..difflens_core.classifier import load_classifier
+from ..difflens_core.files import DiffLensError
+from ..difflens_core.formats import load_any_sae
 from ..difflens_core.recipes import Recipe, load_recipe, save_recipe
-from ..difflens_core.sae import load_sae
 from . import host
 from .sockets import CATEGORY, SAE, Classifier, RecipeSocket
 
@@ -52,22 +53,49 @@ class LoadSAE(io.ComfyNode):
             node_id="DiffLensLoadSAE",
             display_name="Load SAE",
             category=CATEGORY,
-            description="Loads a sparse autoencoder that was trained on a model's activations.",
-            search_aliases=["sparse autoencoder"],
+            description="Loads a sparse autoencoder that was trained on a model's activations, by this pack or by "
+            "another program.",
+            search_aliases=[
+                "sparse autoencoder",
+                "sparsify",
+                "SAeUron",
+                "sdxl-unbox",
+                "dictionary_learning",
+                "SAELens",
+            ],
             inputs=[
                 io.Combo.Input(
                     "sae_name",
-                    options=host.list_files(host.SAES),
-                    tooltip="A file in models/difflens_saes, or the one that comes with the pack.",
-                )
+                    options=host.list_saes(),
+                    tooltip="A file in models/difflens_saes, or a folder there with a cfg.json or config.json, as "
+                    "other programs write them; or the one that comes with the pack.",
+                ),
+                io.String.Input(
+                    "site",
+                    default="",
+                    optional=True,
+                    tooltip="Module that the SAE was trained on, for files of other programs that do not name it, such "
+                    "as middle_block. Empty: what the file says.",
+                ),
             ],
-            outputs=[SAE.Output(display_name="sae", tooltip="The SAE, for Train Probes and Attribute Features.")],
+            outputs=[
+                SAE.Output(display_name="sae", tooltip="The SAE, for Train Probes and Attribute Features."),
+                io.String.Output(
+                    display_name="report", tooltip="What was loaded: format, activation, size, site, what was assumed."
+                ),
+            ],
         )
 
     @classmethod
     @host.clear_errors
-    def execute(cls, sae_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_sae(host.find_file(host.SAES, sae_name)))
+    def execute(cls, sae_name: str, site: str = "") -> io.NodeOutput:
+        sae, report = load_any_sae(host.find_sae(sae_name), site)
+        if not sae.site:
+            raise DiffLensError(
+                f"{sae_name} does not say which module it was trained on. Type its name into site, such as "
+                "middle_block. (" + report.replace("\n", "; ") + ")"
+            )
+        return io.NodeOutput(sae, report)
 
 
 class LoadClassifier(io.ComfyNode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import warnings
@@ -406,9 +407,9 @@ def test_dictionary_learning_itself(toys, tmp_path, kind):
     """Trains for three steps, saves as its trainSAE does and loads by its own loader."""
     peer("dictionary_learning")
     module, name, settings = DICTIONARY[kind]
-    trainers = __import__(f"dictionary_learning.trainers.{module}", fromlist=[name])
+    trainers = importlib.import_module(f"dictionary_learning.trainers.{module}")
     trainer = getattr(trainers, name)(
-        steps=9, activation_dim=C, dict_size=N, layer=0, lm_name="none", device="cpu", seed=1, lr=1e-2, **settings
+        steps=9999, activation_dim=C, dict_size=N, layer=0, lm_name="none", device="cpu", seed=1, lr=1e-2, **settings
     )
     shaken(trainer.ae)
     for step in range(3):
@@ -424,6 +425,18 @@ def test_dictionary_learning_itself(toys, tmp_path, kind):
     sae, text = load_any_sae(tmp_path)
     check(sae, h, z.view(5, 6, N), rows.view(5, 6, C))
     assert "format: dictionary_learning" in text
+
+
+def test_the_newer_standard_sae_of_dictionary_learning_itself(toys, tmp_path):
+    peer("dictionary_learning")
+    theirs = shaken(importlib.import_module("dictionary_learning.dictionary").AutoEncoderNew(C, N))
+    torch.save(theirs.state_dict(), tmp_path / "ae.pt")
+    (tmp_path / "config.json").write_text(json.dumps(dictionary("AutoEncoderNew")))
+    h = toys.random(8)(5, C, 3, 2) * 2
+    with torch.no_grad():
+        z = theirs.encode(rows_of(h))
+        rows = theirs.decode(z)
+    check(load_any_sae(tmp_path)[0], h, z, rows)
 
 
 SAELENS = {

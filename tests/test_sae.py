@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from difflens_core.activations import Activations
-from difflens_core.files import DiffLensError
+from difflens_core.attribution import attribute_features
+from difflens_core.files import DiffLensError, load_tensors, save_tensors
+from difflens_core.gradients import integrated_gradients_of
+from difflens_core.probes import train_probes
+from difflens_core.recipes import build_recipe
 from difflens_core.sae import Latents, fit_normalisation, load_sae, save_sae, sparse_decode, top_k
+from difflens_core.steering import Steering
 from difflens_core.training import measure_sae
 
 
@@ -116,7 +121,7 @@ def test_quality_equals_dense_sums(toys):
     assert found.dead > 0
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0), (torch.float16, 1e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
 def test_round_trip(toys, tmp_path, dtype, tolerance):
     sae, path = toys.sae(), tmp_path / "s.safetensors"
     save_sae(path, sae, dtype)
@@ -126,3 +131,136 @@ def test_round_trip(toys, tmp_path, dtype, tolerance):
     for name in ("progress", "mean", "scale"):
         assert torch.equal(getattr(found.normalisation, name), getattr(sae.normalisation, name))
     assert (found.k, found.site, found.info) == (sae.k, sae.site, {})
+
+
+KINDS = {
+    "batchtopk": {"threshold": torch.tensor(0.8)},
+    "jumprelu": {"k": 0, "threshold": torch.linspace(-1, 2, 20)},
+    "relu": {"k": 0},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_with_a_threshold_keep_what_exceeds_it(toys, kind):
+    sae, h = replace(toys.sae(), activation=kind, **KINDS[kind]), toys.activations(pictures=5).values[1]
+    x = sae.normalisation.apply(h, 1).double()
+    pre = x @ sae.encoder.double().T + sae.encoder_bias
+    z = torch.where(pre > KINDS[kind].get("threshold", 0.0), pre, 0.0).clamp(min=0)
+    latents = sae.encode(h, 1)
+    torch.testing.assert_close(dense(latents, 20).double(), z, atol=1e-5, rtol=1e-5)
+    active = (z > 0).sum(dim=-1)
+    assert latents.values.shape[-1] == active.max() > active.min() and (latents.values.diff(dim=-1) <= 0).all()
+    assert all(len(set(row.tolist())) == len(row) for row in latents.indices.flatten(0, 1))
+    rows = (z @ sae.decoder.double() + sae.decoder_bias) * sae.normalisation.scale[1] + sae.normalisation.mean[1]
+    expected = rows.transpose(1, 2).reshape(h.shape)
+    torch.testing.assert_close(sae.reconstruct(h, 1).double(), expected, atol=1e-5, rtol=1e-5)
+    alone = torch.cat([sae.reconstruct(picture[None], 1) for picture in h])
+    torch.testing.assert_close(alone, sae.reconstruct(h, 1), atol=1e-6, rtol=1e-6)
+
+
+def test_a_position_without_active_latents_decodes_to_the_bias(toys):
+    sae = replace(toys.sae(), activation="batchtopk", threshold=torch.tensor(1e9))
+    latents = sae.encode(toys.activations().values[0], 0)
+    assert latents.values.shape[-1] == 1 and not latents.values.any()
+    assert torch.equal(sae.decode(latents), sae.decoder_bias.expand(12, 4, 6))
+
+
+def whole_map(toys):
+    """An SAE of rows of 6 channels x 2 x 2 positions."""
+    return replace(toys.sae(width=24), normalisation=toys.normalisation(), kernel=2)
+
+
+def test_a_whole_map_is_one_position(toys):
+    sae, h = whole_map(toys), toys.activations(pictures=3).values[1]
+    norm = sae.normalisation
+    x = ((h - norm.mean[1][:, None, None]) / norm.scale[1]).flatten(1)
+    latents = sae.encode(h, 1)
+    expected = top_k(x @ sae.encoder.T + sae.encoder_bias, 4)
+    torch.testing.assert_close(dense(latents, 20)[:, 0], dense(expected, 20))
+    rows = (dense(expected, 20) @ sae.decoder + sae.decoder_bias).view(h.shape)
+    torch.testing.assert_close(sae.reconstruct(h, 1), rows * norm.scale[1] + norm.mean[1][:, None, None])
+    assert (sae.channels, sae.width, latents.values.shape) == (6, 24, (3, 1, 4))
+    assert measure_sae(sae, toys.activations()).l0 <= 4
+    for wrong, message in ((h[:, :5], "width 5, expected 6"), (h[..., :1], "map of 2 x 1, expected 2 x 2")):
+        with pytest.raises(DiffLensError, match=message):
+            sae.encode(wrong, 1)
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "relu", "whole map"])
+def test_probes_and_attribution_work_with_every_kind(toys, kind):
+    sae = whole_map(toys) if kind == "whole map" else replace(toys.sae(), activation=kind, **KINDS[kind])
+    activations, labels = toys.activations(), torch.arange(12) % 3
+    probes = train_probes(activations, sae, labels, "age", toys.classes)
+    found = attribute_features(activations, sae, probes, labels, "integrated gradients")
+    assert found.completeness < 1e-5 and found.scores.any()
+    _, ig, error = integrated_gradients_of(lambda h, _: h.square().sum(dim=(1, 2, 3)), activations.values[1], sae, 1)
+    assert ig.abs().max() > 0.1 and float(error.max()) < 1e-3
+    if kind == "whole map":
+        with pytest.raises(DiffLensError, match="reads the whole 2 x 2 map of middle at once"):
+            build_recipe(found, sae, probes, activations, 3)
+        return
+    recipe = build_recipe(found, sae, probes, activations, 3)
+    assert recipe.info["gate_agreement"] == 1.0
+    assert torch.equal(recipe.threshold, sae.gate.expand(20)[recipe.features]) and (recipe.threshold >= 0).all()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "whole map"])
+def test_every_kind_survives_a_file_and_a_move(toys, tmp_path, kind):
+    sae = whole_map(toys) if kind == "whole map" else replace(toys.sae(), activation=kind, **KINDS[kind])
+    sae = replace(sae, reads="update")
+    save_sae(tmp_path / "s.safetensors", sae)
+    h = toys.activations().values[0]
+    for found in (load_sae(tmp_path / "s.safetensors"), sae.to("cpu")):
+        assert torch.equal(found.reconstruct(h, 0), sae.reconstruct(h, 0))
+        assert (found.activation, found.kernel, found.reads, found.k) == (sae.activation, sae.kernel, "update", sae.k)
+
+
+def test_files_of_version_0_1_load(toys, tmp_path):
+    sae, path = toys.sae(), tmp_path / "s.safetensors"
+    save_sae(path, sae)
+    tensors, info = load_tensors(path, "sae")
+    save_tensors(path, "sae", tensors, {name: info[name] for name in ("k", "site", "info")})
+    found = load_sae(path)
+    assert (found.activation, found.threshold, found.kernel, found.reads) == ("topk", None, 1, "output")
+    save_tensors(path, "sae", tensors, info | {"k": 99})
+    with pytest.raises(DiffLensError, match="s.safetensors: SAE: k is 99"):
+        load_sae(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "gated"}, "activation is 'gated'"),
+        ({"reads": "input"}, "reads the 'input'"),
+        ({"activation": "jumprelu"}, "need a threshold, found none for jumprelu"),
+        ({"threshold": torch.ones(20)}, "need a threshold, found one for topk"),
+        ({"activation": "jumprelu", "threshold": torch.ones(3)}, r"threshold has shape \(3,\), expected \(20,\)"),
+        ({"kernel": 2}, "a row of 6 numbers is no map of 2 x 2"),
+        ({"kernel": 0}, "no map of 0 x 0"),
+    ],
+)
+def test_kinds_that_do_not_fit_together_are_refused(toys, change, message):
+    with pytest.raises(DiffLensError, match=message):
+        replace(toys.sae(), **change)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steering_by_a_kind_with_a_threshold_changes_what_exceeds_it(toys, kind):
+    sae, h = replace(toys.sae(), activation=kind, **KINDS[kind]), toys.activations(pictures=3).values[0]
+    steering = Steering.from_sae(sae, "age", {"old": [2, 7, 11]}, lambda images: images * 0, strength=0.5)
+    z = dense(sae.encode(h, 0), 20)
+    z[..., [n for n in range(20) if n not in (2, 7, 11)]] = 0
+    assert (z > 0).any()
+    change = (0.5 * z @ sae.decoder * sae.normalisation.scale[0]).transpose(1, 2).reshape(h.shape)
+    torch.testing.assert_close(steering(h, 0.0, torch.arange(3)), h + change)
+
+
+def test_steering_refuses_saes_that_do_not_read_the_output_of_a_position(toys):
+    update = replace(toys.sae(), reads="update")
+    for sae, message in ((whole_map(toys), "the whole map at once"), (update, "the update of middle")):
+        with pytest.raises(DiffLensError, match=f"reads {message}"):
+            Steering.from_sae(sae, "age", {"old": [2]}, lambda images: images * 0)
+    h = toys.activations(pictures=1).values[0]
+    steering = Steering.from_sae(update, "age", {"old": [2]}, lambda images: images * 0, "add fixed")
+    expected = h + (update.decoder[2] * update.normalisation.scale[0])[:, None, None]
+    torch.testing.assert_close(steering(h, 0.0, torch.arange(1)), expected)

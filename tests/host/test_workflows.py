@@ -16,7 +16,7 @@ import torch
 from host import PACK_NAME, HostError, Server
 from make_workflows import FOLDER, GRAPHS, Graph, Node, sampler, steer, to_api, to_ui
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from difflens_core.denoiser import fingerprint, load_denoiser, save_denoiser
 from difflens_core.recipes import load_recipe, save_recipe
@@ -298,6 +298,34 @@ def test_strength_0_is_bit_identical_to_no_node(server):
     assert torch.equal(plain, zero) and not torch.equal(plain, one)
 
 
+def foreign_sae(server: Server, name: str) -> None:
+    """An SAE as sparsify writes it, in a folder of the user's."""
+    folder = server.base / "models" / "difflens_saes" / name
+    folder.mkdir(parents=True)
+    tensors = {"encoder.weight": torch.ones(8, 256), "encoder.bias": torch.ones(8)}
+    tensors |= {"W_dec": torch.ones(8, 256), "b_dec": torch.ones(256)}
+    save_file(tensors, folder / "sae.safetensors")
+    (folder / "cfg.json").write_text('{"expansion_factor": 32, "num_latents": 8, "k": 2, "d_in": 256}')
+
+
+def test_an_sae_of_another_program_is_listed_by_its_folder_and_loads(server):
+    foreign_sae(server, "mine/middle_block.0")
+    foreign_sae(server, "named by the user")
+    options = server.object_info()["DiffLensLoadSAE"]["input"]["required"]["sae_name"][1]["options"]
+    assert {"mine/middle_block.0", "named by the user", "avatars.safetensors"} <= set(options)
+    assert not [name for name in options if name.endswith(("sae.safetensors", ".json"))]
+    graph = Graph("saes")
+    graph.group("all")
+    shown = []
+    for name, site in (("mine/middle_block.0", ""), ("named by the user", "middle_block"), ("avatars.safetensors", "")):
+        loaded = graph.add("DiffLensLoadSAE", sae_name=name, site=site)
+        shown.append(graph.add("PreviewAny", source=loaded[1]))
+    entry = server.run(to_api(graph))
+    texts = [entry["outputs"][str(node.id)]["text"][0] for node in shown]
+    assert "sparsify" in texts[0] and "topk, k 2" in texts[0] and "the output of middle_block.0" in texts[0]
+    assert "the output of middle_block\n" in texts[1] + "\n" and "format: DiffLens" in texts[2]
+
+
 @pytest.fixture(scope="session")
 def other_site(server):
     """The recipe for age, moved to a site behind the middle block where it does something else."""
@@ -436,6 +464,7 @@ def bad_files(server):
     narrow = {name: getattr(recipe, name)[..., :100] for name in ("encoder", "decoder", "probe_weight")}
     normalisation = replace(recipe.normalisation, mean=recipe.normalisation.mean[:, :100])
     save_recipe(recipes / "narrow.safetensors", replace(recipe, normalisation=normalisation, **narrow))
+    foreign_sae(server, "nameless")
     model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
     model.position.data *= 1.1
     save_denoiser(models / "other.safetensors", model, {})
@@ -459,6 +488,12 @@ def bad_settings(**settings: object):
         return graph
 
     return make
+
+
+def nameless_sae() -> Graph:
+    graph = Small()
+    graph.add("PreviewAny", source=graph.add("DiffLensLoadSAE", sae_name="nameless", site="")[1])
+    return graph
 
 
 def bad_size() -> Graph:
@@ -556,6 +591,7 @@ BAD = {
     "an unknown attribute": (bad_report(attribute="height"), ("Fairness Report: ", "'height'", "presentation, age")),
     "an unknown target": (bad_report(target="1, 2"), ("Fairness Report: ", '"1, 2" is not understood')),
     "unequal batches": (unequal_report, ("Fairness Report: ", "2 pictures", "1 pictures")),
+    "an SAE of an unknown site": (nameless_sae, ("Load SAE: nameless does not say", "into site", "8 latents")),
     "a capture without site": (bad_capture(site="cellar"), ("Capture Activations: ", "no module cellar")),
     "activations of another model": (another_model, ("Attribute Features: ", "captured on another model")),
     "too little to train on": (one_picture, ("Train SAE: ", "got one picture, expected at least 2")),
