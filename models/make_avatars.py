@@ -309,8 +309,8 @@ The {r[per_class]} best latents of every class by the contrastive score. Strengt
 {recipes}
 
 `difflens_probes/` holds the linear probes behind them, one a step and attribute (`difflens_core.probes.load_probes`).
-`difflens_recipes/controls/` holds what the recipes are compared with: random latents of the same count and edit norm, and the mean
-difference of the raw activations.
+`difflens_recipes/controls/` holds what the recipes are compared with: random latents of the same count and edit norm,
+and the mean difference of the raw activations.
 
 ## Limits
 - Portraits are aligned and centred. Levels per position, which the recipes use, need that.
