@@ -89,6 +89,7 @@ class Steer(io.ComfyNode):
                 io.Combo.Input(
                     "conditioning",
                     options=list(host.CONDITIONINGS),
+                    optional=True,
                     default="positive",
                     advanced=True,
                     tooltip="Which half of the guidance to steer: what the positive conditioning draws, the negative, "
@@ -121,7 +122,7 @@ class Steer(io.ComfyNode):
     @host.clear_errors
     def execute(
         cls, model: Any, recipe: Recipe, target: str, strength: float, mode: str, start_percent: float,
-        end_percent: float, seed: int, first_image: int, conditioning: str, mask: Tensor | None = None,
+        end_percent: float, seed: int, first_image: int, conditioning: str = "positive", mask: Tensor | None = None,
         sae: SparseAutoencoder | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         check_model(model, recipe)

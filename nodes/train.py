@@ -67,6 +67,7 @@ class TrainSAE(io.ComfyNode):
                 io.Combo.Input(
                     "activation",
                     options=list(ACTIVATIONS),
+                    optional=True,
                     default="topk",
                     advanced=True,
                     tooltip="topk: k active latents at every position. batchtopk: k on average, more where there is "
@@ -75,6 +76,7 @@ class TrainSAE(io.ComfyNode):
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
+                    optional=True,
                     default="fp32",
                     advanced=True,
                     tooltip="bf16 finds the active latents in half precision, which is faster on processors that "

@@ -199,7 +199,7 @@ def find_the_bias_features() -> Graph:
     graph.group("2 Learn the features")
     sae = graph.add(
         "DiffLensTrainSAE", None, activations=captured[0], latents=1024, k=32, steps=1500, batch_size=2048,
-        learning_rate=0.001, seed=0, save_as="",
+        learning_rate=0.001, seed=0, save_as="", activation="topk", precision="fp32",
     )  # fmt: skip
     graph.add("PreviewAny", "Quality of the SAE", source=sae[2])
     graph.group("3 Find those that decide the attribute")
