@@ -8,7 +8,6 @@ import torch
 
 from difflens_core.activations import Activations, edit_site
 from difflens_core.classifier import load_classifier
-from difflens_core.controls import mean_difference
 from difflens_core.denoiser import fingerprint, load_denoiser
 from difflens_core.fairness import kept_share
 from difflens_core.recipes import load_recipe, with_settings
@@ -81,11 +80,10 @@ def test_swapping_the_site_output_swaps_every_attribute(model, classifier, captu
 
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
-def test_mean_difference_without_an_sae_moves_the_attribute(model, classifier, captured, attribute):
+def test_mean_difference_without_an_sae_moves_the_attribute(model, classifier, attribute):
     """Plain class means of the raw activations, added at the site: the site obeys before any SAE exists."""
-    recipe = recipe_of(attribute)
-    labels = read(classifier, captured[0])[attribute]
-    raw = with_settings(mean_difference(recipe, captured[1], labels, torch.ones(96)), mode="add", strength=1.0)
+    recipe = load_recipe(AVATARS / "difflens_recipes" / "controls" / f"{attribute}_mean_difference.safetensors")
+    raw = with_settings(recipe, mode="add", strength=1.0)
     ends = [0, len(recipe.classes) - 1]  # adding a difference overshoots the middle classes of an ordered attribute
     for wanted in ends:
         shares = tuple(float(c == wanted) for c in range(len(recipe.classes)))
