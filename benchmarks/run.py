@@ -4,7 +4,13 @@
     python benchmarks/run.py --only training  one of: training, attribution, steering, overhead, capture
     python benchmarks/run.py --json FILE      the rows as JSON too
 
-Peers (sae-lens, eai-sparsify, dictionary-learning, captum, diffusers) are left out where they are not installed.
+Peers that are not installed are left out. To have all, in an environment of their own (about 4 GB):
+
+    pip install torch sae-lens==6.54.12 eai-sparsify==1.3.3 captum diffusers
+    pip install --no-deps dictionary-learning==0.1.0 nnsight==0.3.7
+    pip install python-socketio pillow pytest hypothesis
+
+tests/test_formats.py then also checks SAEs against the libraries that wrote them.
 Times are seconds (peak memory: MB). ratio is peer / ours, so above 1 we are faster; for the rows against the same work
 without us (unsteered, plain sampling, all activations) it is ours / theirs.
 """
