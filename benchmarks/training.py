@@ -47,13 +47,17 @@ class Trainer:
 
 
 def make_rows(width: int, latents: int, count: int, seed: int) -> Tensor:
-    """Rows that are sparse by construction: 24 of `latents` / 2 directions with positive amounts, and noise."""
+    """Rows that are sparse by construction: 24 of `latents` / 2 directions with positive amounts, and noise.
+
+    Centred, and scaled to a mean square of 1, as our trainer does with every capture: all trainers get the same.
+    """
     directions = F.normalize(torch.randn(latents // 2, width, generator=torch.Generator().manual_seed(0)), dim=1)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(directions), (count, 24), generator=generator)
     amounts = torch.rand(count, 24, generator=generator) + 0.5
     rows = F.embedding_bag(chosen, directions, per_sample_weights=amounts, mode="sum")
-    return rows + 0.02 * torch.randn(count, width, generator=generator)
+    rows += 0.02 * torch.randn(count, width, generator=generator)
+    return (rows - directions.mean(dim=0) * 24) / (24 / width * 13 / 12) ** 0.5
 
 
 def ours(width: int, latents: int, rows: Tensor, device: str, precision: str = "fp32") -> Trainer:

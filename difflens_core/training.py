@@ -105,14 +105,15 @@ class BatchLoss(nn.Module):
         with torch.no_grad(), torch.autocast(rows.device.type, torch.bfloat16, enabled=o.precision == "bf16"):
             pre = F.linear(rows, self.encoder, self.encoder_bias)
         active = self.encode(rows, batch_top_k(pre, o.k) if o.activation == "batchtopk" else top_k_active(pre, o.k))
-        residual = rows - decode_active(active, self.decoder) - self.decoder_bias
+        rebuilt = decode_active(active, self.decoder) + self.decoder_bias
         scale = processes() / total_variance(rows)
-        loss = residual.square().sum() * scale
+        loss = F.mse_loss(rebuilt, rows, reduction="sum") * scale
         candidates = dead.nonzero()[:, 0]
         if len(candidates) and o.aux_k:
             chosen = top_k_active(pre[:, candidates], min(o.aux_k, len(candidates)))
             aux = self.encode(rows, chosen._replace(indices=candidates[chosen.indices]))
-            loss = loss + (decode_active(aux, self.decoder) - residual.detach()).square().sum() * scale / 32
+            residual = rows - rebuilt.detach()
+            loss = loss + F.mse_loss(decode_active(aux, self.decoder), residual, reduction="sum") * scale / 32
         fired = torch.zeros_like(dead)
         positive = active.values.detach() > 0
         fired[active.indices[positive]] = True
