@@ -22,7 +22,7 @@ from difflens_core.denoiser import load_denoiser
 from difflens_core.sampling import capture_pictures, sample, start_noise
 from difflens_core.store import SAMPLES, Index, record
 
-BATCH, PAIRS = 8, 7
+BATCH, PAIRS = 32, 7
 PICTURES, SHARD = (1_000, 10_000, 50_000), 64
 SHAPE = (1, SHARD, 8, 8, 256)  # steps, pictures, map, channels
 
