@@ -105,7 +105,7 @@ class TrainSAE(io.ComfyNode):
         options = TrainingOptions(latents, k, steps, batch_size, learning_rate, activation, precision, seed=seed)
         checkpoint = host.temporary_file(f"difflens_sae_{digest(options, activations)}.pt")
         report = host.progress_bar(steps)
-        curves: dict[str, list[tuple[float, float]]] = {"training": [], "held out": []}
+        curves: dict[str, list[tuple[float, float]]] = {"training": [], "held out": [], "dead latents": []}
 
         def on_step(step: int, loss: Tensor, seen: Quality | None) -> None:
             charted = step % CHART_EVERY == 0 or seen is not None
@@ -113,6 +113,7 @@ class TrainSAE(io.ComfyNode):
                 curves["training"].append((step, float(loss)))
             if seen:
                 curves["held out"].append((step, seen.fvu))
+                curves["dead latents"].append((step, seen.dead))
             report(step, host.preview(loss_chart(curves)) if charted else None)
 
         with host.training():
@@ -134,7 +135,7 @@ class TrainSAE(io.ComfyNode):
 
 def loss_chart(curves: dict[str, list[tuple[float, float]]]) -> np.ndarray:
     shown = {name: curve for name, curve in curves.items() if curve}
-    return line_chart("Training the SAE", shown, "step", "share of variance not explained")
+    return line_chart("Training the SAE", shown, "step", "share of variance not explained, of latents dead")
 
 
 def digest(options: TrainingOptions, activations: CapturedActivations) -> str:
