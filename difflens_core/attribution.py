@@ -183,6 +183,7 @@ def attribute_features(
     totals = torch.bincount(labels, weights, minlength=classes)
     positions = activations.positions // sae.kernel**2
     levels, by_step, by_position = [], [], torch.zeros(classes, size, positions, device=device)
+    by_gradient = method in ("integrated gradients", "activation x gradient")
     worst = None if method != "integrated gradients" else torch.zeros((), device=device)
     for s, progress in enumerate(activations.progress):
         step, level = probes.step_at(float(progress)), torch.zeros_like(by_position)
@@ -192,14 +193,15 @@ def attribute_features(
             latents = sae.encode(values.to(device), sae.normalisation.step_at(float(progress)))
             share = torch.bincount(labels[own], weights[own], minlength=classes) / totals
             level += class_levels(latents, labels[own], classes, size, weights[own]) * share[:, None, None]
+            if not by_gradient:
+                continue
             if method == "integrated gradients":
                 rows, error = integrated_gradients(latents, sae, probes, step, labels[own], temperature)
                 worst = torch.maximum(worst, error.max())
-                part += class_sum(rows, latents, labels[own], classes, size) / counts[:, None, None]
-            elif method == "activation x gradient":
+            else:
                 rows = activation_gradient(latents, sae, probes, step, labels[own], temperature)
-                part += class_sum(rows, latents, labels[own], classes, size) / counts[:, None, None]
-        if method in ("contrastive", "class mean difference"):
+            part += class_sum(rows, latents, labels[own], classes, size) / counts[:, None, None]
+        if not by_gradient:
             part = contrast(level) / positions
         if method == "contrastive":
             part *= contrast(probes.weight[step] @ sae.decoder.T)[:, :, None]
