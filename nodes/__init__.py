@@ -1,4 +1,4 @@
-"""The nodes, a file per stage. host.py alone touches ComfyUI's internals."""
+"""The nodes, a file per stage. host*.py alone touch ComfyUI's internals."""
 
 from comfy_api.latest import ComfyExtension, io
 
@@ -9,11 +9,12 @@ from .load import LoadClassifier, LoadModel, LoadRecipe, LoadSAE, SaveRecipe
 from .measure import ClassifyImages, CompareImages, FairnessReport
 from .steer import Steer
 from .train import TrainSAE
+from .zero_shot import ZeroShot
 
 NODES: list[type[io.ComfyNode]] = [
     LoadModel, LoadSAE, LoadClassifier, LoadRecipe, SaveRecipe,
     CaptureActivations, LoadActivations, TrainSAE, ClassifyImages, TrainProbes, AttributeFeatures,
-    SiteScan, RankByEffect,
+    SiteScan, RankByEffect, ZeroShot,
     Steer, FairnessReport, CompareImages,
 ]  # fmt: skip
 

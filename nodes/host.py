@@ -53,7 +53,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "models" / "avatars"
 
 def register_folders() -> None:
     """Make the pack's kinds of file known: the user's folder, then extra_model_paths.yaml's, then the shipped one."""
-    endings = {kind: {".safetensors"} for kind in (MODELS, CLASSIFIERS, RECIPES)}
+    endings = {kind: {".safetensors"} for kind in (MODELS, RECIPES)} | {CLASSIFIERS: {*WEIGHTS}}
     # A folder of activations is known by its index, one of another program's SAE by its configuration.
     endings |= {STORES: {Path(INDEX).suffix}, SAES: {*WEIGHTS, Path(CONFIGS[0]).suffix}}
     for kind, ending in endings.items():
