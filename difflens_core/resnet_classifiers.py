@@ -58,8 +58,8 @@ class Readout:
         return logits[:, slice(*self.outputs)].softmax(dim=1)[:, self.missing].sum(dim=1)
 
 
-# FairFace (Karkkainen and Joo 2021), the model with seven races. Outputs: 0-6 White, Black, Latino_Hispanic, East Asian,
-# Southeast Asian, Indian, Middle Eastern; 7-8 Male, Female; 9-17 ages 0-2, 3-9, 10-19, ... 60-69, 70 and more.
+# FairFace (Karkkainen and Joo 2021), the model with seven races. Outputs: 0-6 White, Black, Latino_Hispanic, East
+# Asian, Southeast Asian, Indian, Middle Eastern; 7-8 Male, Female; 9-17 ages 0-2, 3-9, 10-19, ... 60-69, 70 and more.
 RACES = ("white", "black", "asian", "indian")
 FAIRFACE = {
     "gender": Readout(("male", "female"), (7, 9), ((0,), (1,))),
@@ -139,8 +139,8 @@ def load_any_classifier(path: str | Path, faces: FaceFinder | None = None) -> tu
         return model, "\n".join([*lines, *attribute_lines(model)])
     if not {"conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight", "fc.weight", "fc.bias"} <= tensors.keys():
         raise DiffLensError(
-            f"{path.name}: not a classifier of a known format. Tensors: {', '.join(list(tensors)[:6]) or 'none'}. Known "
-            "are DiffLens's own, FairFace's ResNet-34 and ResNets in torchvision's layout."
+            f"{path.name}: not a classifier of a known format. Tensors: {', '.join(list(tensors)[:6]) or 'none'}. "
+            "Known are DiffLens's own, FairFace's ResNet-34 and ResNets in torchvision's layout."
         )
     try:
         network, name = build_resnet(tensors)

@@ -31,9 +31,9 @@ class HostedClassifier:
 
 
 PAIRS = (
-    "Pairs that fit: a CLIP-L file with its text projection, such as clip_l.safetensors, in Load CLIP, and CLIP ViT-L/14 "
-    "in Load CLIP Vision (768 numbers); the CLIP of Stable Diffusion 2 and CLIP-ViT-H-14 (1024); the CLIP of SDXL and "
-    "CLIP-ViT-bigG-14 (1280)."
+    "Pairs that fit: a CLIP-L file with its text projection, such as clip_l.safetensors, in Load CLIP, and CLIP "
+    "ViT-L/14 in Load CLIP Vision (768 numbers); the CLIP of Stable Diffusion 2 and CLIP-ViT-H-14 (1024); the CLIP of "
+    "SDXL and CLIP-ViT-bigG-14 (1280)."
 )
 
 
@@ -45,8 +45,8 @@ def text_embeddings(clip: CLIP, prompts: Sequence[str]) -> Tensor:
     """
     if files := files_without_projection(clip):
         raise DiffLensError(
-            f"the CLIP comes from {files}, which lacks CLIP's text projection, as checkpoints of Stable Diffusion 1 do. "
-            f"Without it texts cannot be compared with pictures. {PAIRS}"
+            f"the CLIP comes from {files}, which lacks CLIP's text projection, as checkpoints of Stable Diffusion 1 "
+            f"do. Without it texts cannot be compared with pictures. {PAIRS}"
         )
     model, found = clip.cond_stage_model, []
     for prompt in prompts:

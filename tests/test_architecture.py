@@ -1,4 +1,4 @@
-"""Who may import whom: the core knows no host, and the host files of the nodes hold all that touches ComfyUI's insides."""
+"""Who may import whom: the core knows no host, and only the nodes' host files touch ComfyUI's insides."""
 
 from __future__ import annotations
 
