@@ -125,10 +125,7 @@ class FairnessReport(io.ComfyNode):
         if after is not None:
             steered = classify(classifier, after, report, len(before))
             second = measure(steered, attribute, classes, shares, assigned)
-            both = decided(seen) & decided(steered)
-            others = other_attributes(classifier.attributes, attribute) if both.any() else []
-            pairs = ({name: read[name][both] for name in others} for read in (seen, steered))
-            kept = kept_attributes(*pairs, attribute)
+            kept = kept_attributes(seen, steered, attribute)
             change = pixel_change(before.numpy(), after.numpy())
         numbers = summary(first, second, kept, change)
         for side, read in (("before", seen), ("after", steered)):

@@ -52,7 +52,7 @@ TINY_T5 = {"d_model": 32, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 1
 
 def random_weights(module: torch.nn.Module) -> None:
     torch.manual_seed(0)
-    for weight in module.parameters():
+    for weight in (weight for weight in module.parameters() if weight.ndim):
         weight.copy_(torch.randn(weight.shape) * weight[0].numel() ** -0.5)
 
 
