@@ -46,7 +46,7 @@ from difflens_pack.difflens_core.files import DiffLensError  # noqa: E402
 from difflens_pack.nodes.zero_shot import ZeroShot  # noqa: E402
 
 CLASSES = "young: a small child | somebody young\nold: an (old) person"
-TINY = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+TINY = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
 TINY_T5 = {"d_model": 32, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 1}
 
 
