@@ -159,7 +159,7 @@ def debias_the_avatars() -> Graph:
     graph.group("Model, recipe and classifier")
     model = graph.add("DiffLensLoadModel", None, model_name="avatars.safetensors")
     recipe = graph.add("DiffLensLoadRecipe", None, recipe_name="avatars_presentation.safetensors")
-    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors")
+    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors", face_detector="none")
     latent = graph.add("EmptyLatentImage", "How many pictures", width=64, height=64, batch_size=16)
     graph.group("Draw the same pictures without and with steering")
     before_and_after(graph, model, recipe, classifier, latent, 8)
@@ -188,7 +188,7 @@ def find_the_bias_features() -> Graph:
     graph.group("1 Draw and record")
     model = graph.add("DiffLensLoadModel", None, model_name="avatars.safetensors")
     batch = graph.add("EmptyLatentImage", "Pictures in a batch", width=64, height=64, batch_size=32)
-    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors")
+    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors", face_detector="none")
     graph.column()
     captured = graph.add(
         "DiffLensCapture", None, model=model[0], positive=model[1], latent_image=batch[0], vae=model[2],
@@ -236,7 +236,7 @@ def dose_response() -> Graph:
     graph.group("Model, recipe and classifier")
     model = graph.add("DiffLensLoadModel", None, model_name="avatars.safetensors")
     recipe = graph.add("DiffLensLoadRecipe", None, recipe_name="avatars_age.safetensors")
-    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors")
+    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors", face_detector="none")
     latent = graph.add("EmptyLatentImage", "How many pictures", width=64, height=64, batch_size=8)
     graph.group("One row for each strength")
     names = [f"Strength {strength:g}" for strength in strengths]
