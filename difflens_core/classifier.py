@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,6 +104,11 @@ def by_batches(
                 "sampled."
             )
         parts.append({name: value.float().cpu() for name, value in read(chunk).items()})
+    return join_readings(parts)
+
+
+def join_readings(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What was read off all pictures from what was read off consecutive parts of them."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

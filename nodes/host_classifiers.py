@@ -13,7 +13,10 @@ from comfy.sd import CLIP
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..difflens_core.classifier import join_readings
 from ..difflens_core.files import DiffLensError
+
+BATCH = 16
 
 
 class HostedClassifier:
@@ -26,8 +29,13 @@ class HostedClassifier:
         self.patcher = comfy.model_patcher.ModelPatcher(classifier, load_device=device, offload_device=offload)
 
     def classify(self, images: Tensor) -> dict[str, Tensor]:
+        """See `ImageClassifier.classify`; Cancel works between batches."""
         comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
-        return self.classifier.classify(images)
+        parts = []
+        for batch in images.split(BATCH):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            parts.append(self.classifier.classify(batch))
+        return join_readings(parts)
 
 
 PAIRS = (
@@ -64,12 +72,10 @@ def text_embeddings(clip: CLIP, prompts: Sequence[str]) -> Tensor:
 
 def files_without_projection(clip: CLIP) -> str:
     """Names of the files that a CLIP was loaded from if they are known and none holds a text projection, else ""."""
-    made_by = clip.patcher.cached_patcher_init
-    if not made_by:
-        return ""
-    paths = made_by[1][0]  # a checkpoint, or a list of text encoders
-    paths = [Path(path) for path in ([paths] if isinstance(paths, str) else paths)]
-    if not all(path.suffix in (".safetensors", ".sft") and path.is_file() for path in paths):
+    _, arguments, *_ = clip.patcher.cached_patcher_init or (None, ())  # how ComfyUI would load it once more
+    first = arguments[0] if arguments else None  # a checkpoint, or a list of text encoders
+    paths = [Path(path) for path in (first if isinstance(first, list) else [first]) if isinstance(path, str)]
+    if not paths or not all(path.suffix in (".safetensors", ".sft") and path.is_file() for path in paths):
         return ""
     names = [name for path in paths for name in tensor_names(path)]
     found = any(name.endswith(("text_projection", "text_projection.weight")) for name in names)
@@ -95,4 +101,9 @@ def image_embedder(clip_vision: ClipVisionModel, width: int) -> Callable[[Tensor
             f"the CLIP's embeddings have {width} numbers, the CLIP vision model's {found}. Both must be halves of one "
             f"CLIP. {PAIRS}"
         )
-    return lambda images: clip_vision.encode_image(images)["image_embeds"]
+
+    def embed(images: Tensor) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return clip_vision.encode_image(images)["image_embeds"]
+
+    return embed

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..difflens_core.classifier import (
     ImageClassifier,
     decided,
+    join_readings,
     label_table,
     labels_of,
     other_attributes,
@@ -26,7 +27,7 @@ from ..difflens_core.targets import Targets, parse_target
 from . import host
 from .sockets import CATEGORY, Classifier, Labels, LabelsSocket, TargetsSocket
 
-BATCH = 64
+BATCH = 16
 MEASURED = ("n", "shares", "fd", "fd_ci", "fd_hard", "fd_hard_ci", "threshold")
 
 
@@ -193,7 +194,7 @@ def classify(classifier: ImageClassifier, images: Tensor, report: Any, done: int
         parts.append(classifier.classify(chunk))
         done += len(chunk)
         report(done)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return join_readings(parts)
 
 
 def measure(

@@ -94,3 +94,21 @@ def test_zero_shot_on_comfyuis_own_clip():
     result = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert result.stdout.splitlines()[-3:] == ["SD1 ok", "SDXL ok", "refusals ok"]
+
+
+def test_pictures_without_a_face_are_told_apart(server: Server, fairface: Path):
+    detection = pytest.importorskip("kornia.contrib.face_detection")
+    blind = {name: torch.zeros_like(t) for name, t in detection.YuNet("train", pretrained=False).state_dict().items()}
+    torch.save(blind, fairface.with_name("blind.pth"))
+    graph, classifier = loaded(NAME)
+    classifier.inputs["face_detector"] = "blind.pth"
+    picture = graph.add("EmptyImage", width=64, height=48, batch_size=2, color=0x804020)
+    labels = graph.add("DiffLensClassify", images=picture[0], classifier=classifier[0], attribute="age")
+    shown = [graph.add("PreviewAny", source=link) for link in (labels[1], classifier[1])]
+    entry = server.run(to_api(graph))
+    table, loaded_as = (entry["outputs"][str(node.id)]["text"][0] for node in shown)
+    assert "input: the largest face, or the whole picture where there is none" in loaded_as
+    assert [(row["age"], row["no face"]) for row in csv.DictReader(io.StringIO(table))] == [("", "1.0000")] * 2
+    graph.add("DiffLensReport", classifier=classifier[0], attribute="age", target="uniform", before=picture[0])
+    with pytest.raises(HostError, match="Fairness Report: no face was found in any of the 2 pictures"):
+        server.run(to_api(graph))
