@@ -107,16 +107,16 @@ class ResNetClassifier(nn.Module):
 
         def read(x: Tensor) -> dict[str, Tensor]:
             if self.faces is None:
-                found, extra = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True), {}
+                found, told = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True), {}
             else:
                 boxes = largest_faces(self.faces(x))
-                found, extra = cut_out(x, boxes, self.size), {NO_FACE: boxes.isnan().any(dim=1)}
+                found, told = cut_out(x, boxes, self.size), {NO_FACE: boxes.isnan().any(dim=1)}
             logits = self.network((found - self.mean) / self.std).float()
             for name, readout in self.readouts.items():
-                extra[name] = readout.probabilities(logits)
+                told[name] = readout.probabilities(logits)
                 if readout.missing:
-                    extra[left_out(name)] = readout.share_left_out(logits)
-            return extra
+                    told[left_out(name)] = readout.share_left_out(logits)
+            return told
 
         return by_batches(images, batch, self.mean.device, read)
 
@@ -144,7 +144,7 @@ def load_any_classifier(path: str | Path, faces: FaceFinder | None = None) -> tu
         )
     try:
         network, name = build_resnet(tensors)
-        outputs = len(tensors["fc.bias"])
+        outputs = tensors["fc.bias"].numel()
         notes, settings = (), {}
         if info:
             readouts, settings = described(info, outputs)
@@ -182,7 +182,7 @@ def build_resnet(weights: Mapping[str, Tensor]) -> tuple[nn.Module, str]:
     blocks = [len({m[1] for name in weights if (m := re.match(rf"layer{i}\.(\d+)\.", name))}) for i in range(1, 5)]
     with torch.device("meta"):  # no time for random weights
         kind = resnet.Bottleneck if bottleneck else resnet.BasicBlock
-        network = resnet.ResNet(kind, blocks, num_classes=len(weights["fc.bias"]))
+        network = resnet.ResNet(kind, blocks, num_classes=weights["fc.bias"].numel())
     name = f"ResNet-{sum(blocks) * (3 if bottleneck else 2) + 2}"
     full = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
     try:
@@ -197,7 +197,7 @@ def description(path: Path) -> dict[str, Any]:
     """What `<file>.json`, or else the metadata of a safetensors file, says about a classifier. Empty if nothing."""
     beside = path.with_name(f"{path.name}.json")
     if beside.is_file():
-        source, text = beside.name, beside.read_text(encoding="utf-8")
+        source, text = beside.name, beside.read_bytes()
     else:
         try:
             with safe_open(path, framework="pt") as file:
@@ -206,7 +206,7 @@ def description(path: Path) -> dict[str, Any]:
             return {}  # a PyTorch file, which has no metadata
     try:
         info = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise DiffLensError(f"{source} is not readable JSON ({error}).") from error
     if not isinstance(info, dict):
         raise DiffLensError(f"{source} holds a {type(info).__name__}, expected an object with attributes.")

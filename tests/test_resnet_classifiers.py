@@ -226,7 +226,8 @@ def write_small(small, path: Path, description: object = None, **changes: torch.
     else:
         path.hardlink_to(small[1])
     if description is not None:
-        Path(f"{path}.json").write_text(description if isinstance(description, str) else json.dumps(description))
+        text = description if isinstance(description, (str, bytes)) else json.dumps(description)
+        Path(f"{path}.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
 
@@ -245,6 +246,7 @@ BAD_DESCRIPTIONS = {
     "nothing": (None, "ResNet-18 with 5 outputs.*nothing says what they mean.*c.safetensors.json"),
     "too few classes": (TOO_FEW, "5 outputs, but its description has 2 classes"),
     "no JSON": ("{attributes", "c.safetensors.json is not readable JSON"),
+    "no UTF-8": (b"\xff\xfe\xfa", "c.safetensors.json is not readable JSON"),
     "a list": ("[1]", "holds a list, expected an object"),
     "no attributes": ({"classes": ["a", "b"]}, "lacks attributes"),
     "one class": ({"attributes": {"mood": ["glad"]}}, "two different classes"),
