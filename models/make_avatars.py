@@ -11,11 +11,13 @@ from __future__ import annotations
 import copy
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "benchmarks")]
@@ -66,8 +68,8 @@ def to_tensor(images) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def denoiser_loss(model: Denoiser, x0: torch.Tensor) -> torch.Tensor:
-    """Clean-picture loss under x_t = (1 - sigma) x0 + sigma noise, sigma uniform.
+def denoiser_loss(predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x0: torch.Tensor) -> torch.Tensor:
+    """Clean-picture loss of `predict(noisy, sigma)` under x_t = (1 - sigma) x0 + sigma noise, sigma uniform.
 
     The weight 1 / (sigma^2 + 0.02) lies between the x0 loss and the velocity loss, so that details count.
     """
@@ -75,20 +77,16 @@ def denoiser_loss(model: Denoiser, x0: torch.Tensor) -> torch.Tensor:
     s = sigma[:, None, None, None]
     noisy = (1 - s) * x0 + s * torch.randn_like(x0)
     with torch.autocast("cpu", torch.bfloat16):
-        predicted = model(noisy, sigma)
+        predicted = predict(noisy, sigma)
     error = (predicted.float() - x0).square().mean(dim=(1, 2, 3))
     return (error / (sigma.square() + 0.02)).mean()
 
 
-def train_denoiser() -> None:
-    c = DENOISER
-    images, _ = portraits.render(c["images"], seed=c["seed"], balanced=False)
-    torch.manual_seed(c["seed"])
-    model = Denoiser()
+def train_network(model: nn.Module, loss_at: Callable[[], torch.Tensor], c: dict, checkpoint: Path) -> nn.Module:
+    """Train `model` by the options `c`; `loss_at()` draws a batch. Returns the average of its weights (EMA)."""
     ema = copy.deepcopy(model).requires_grad_(False)
     optimiser = torch.optim.AdamW(model.parameters(), lr=c["lr"], betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     parts = {"model": model, "ema": ema, "optimiser": optimiser}
-    checkpoint = WORK / "denoiser.pt"
     start = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -98,10 +96,9 @@ def train_denoiser() -> None:
     began, running = time.time(), 0.0
     for step in range(start, c["steps"]):
         torch.manual_seed(c["seed"] * 1_000_003 + step)  # a resumed run sees the same batches and noise
-        batch = to_tensor(images[torch.randint(len(images), (c["batch"],)).numpy()])
         for group in optimiser.param_groups:
             group["lr"] = c["lr"] * learning_rate_share(step, c["steps"])
-        loss = denoiser_loss(model, batch)
+        loss = loss_at()
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -117,8 +114,19 @@ def train_denoiser() -> None:
             state = {name: part.state_dict() for name, part in parts.items()}
             torch.save({"step": step + 1, **state}, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
+    return ema
 
-    save_denoiser(DENOISER_FILE, ema, {"training": c})
+
+def train_denoiser() -> None:
+    c = DENOISER
+    images, _ = portraits.render(c["images"], seed=c["seed"], balanced=False)
+    torch.manual_seed(c["seed"])
+    model = Denoiser()
+
+    def loss_at() -> torch.Tensor:
+        return denoiser_loss(model, to_tensor(images[torch.randint(len(images), (c["batch"],)).numpy()]))
+
+    save_denoiser(DENOISER_FILE, train_network(model, loss_at, c, WORK / "denoiser.pt"), {"training": c})
 
 
 def augment(x: torch.Tensor) -> torch.Tensor:
@@ -329,14 +337,14 @@ STAGES = {
 }
 
 
-def main() -> None:
+def build(stages: dict[str, tuple[Callable[[], None], Path]], work: Path, asked: list[str]) -> None:
+    """Run the stages asked for by name, or all those whose result is not there yet."""
     torch.set_flush_denormal(True)  # tiny Adam moments would slow the CPU many times over
-    WORK.mkdir(parents=True, exist_ok=True)
-    asked = sys.argv[1:]
-    for name, (make, result) in STAGES.items():
+    work.mkdir(parents=True, exist_ok=True)
+    for name, (make, result) in stages.items():
         if name in asked or (not asked and not result.exists()):
             make()
 
 
 if __name__ == "__main__":
-    main()
+    build(STAGES, WORK, sys.argv[1:])
