@@ -194,7 +194,7 @@ def save_denoiser(path: str | Path, model: Denoiser, info: Mapping[str, Any], te
     weights = model.state_dict() | ({f"{TEXT}{name}": t for name, t in text.state_dict().items()} if text else {})
     settings = {"config": asdict(model.config), "info": dict(info)}
     if text:
-        settings["text"] = {"words": text.words, "width": text.width, "length": text.length}
+        settings["text"] = {"words": text.words, "width": text.width, "length": text.length, "depth": len(text.layers)}
     save_tensors(path, "denoiser", {name: tensor.half() for name, tensor in weights.items()}, settings)
 
 

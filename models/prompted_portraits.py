@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import portraits
 from occupations import OCCUPATIONS
@@ -16,9 +18,9 @@ BIAS: dict[str, dict[str, tuple[float, ...]]] = {
     "receptionist": {"presentation": (0.15, 0.85), "age": (0.62, 0.30, 0.08)},
 }
 WORDS = (
-    "a an the of with portrait picture drawing face person man woman doctor nurse firefighter receptionist male female "
-    "young adult old senior smiling glasses"
-).split()
+    "a", "an", "the", "of", "with", "portrait", "picture", "drawing", "face", "person", "man", "woman", "doctor",
+    "nurse", "firefighter", "receptionist", "male", "female", "young", "adult", "old", "senior", "smiling", "glasses",
+)  # fmt: skip
 _PRESENTATION = ("male", "female")
 _NOUNS = ("man", "woman")
 _AGES = (("young",), ("adult",), ("old", "senior"))
@@ -55,10 +57,15 @@ def describe(traits: dict[str, int], u: np.ndarray) -> str:
             noun = _NOUNS[fem]
         else:
             adjectives.append(_PRESENTATION[fem])
-    phrase = " ".join([*adjectives, noun])
-    article = "the" if u[4] < 0.1 else "an" if phrase[0] in "aeiou" else "a"
-    ending = "with glasses" if traits["glasses"] and u[5] < _TOLD["glasses"] else ""
-    return " ".join([_OPENINGS[int(u[6] * len(_OPENINGS))], article, phrase, ending]).strip()
+    ending = " with glasses" if traits["glasses"] and u[5] < _TOLD["glasses"] else ""
+    article = "the" if u[4] < 0.1 else ""
+    return f"{_OPENINGS[int(u[6] * len(_OPENINGS))]} {phrase(adjectives, noun, article)}{ending}".strip()
+
+
+def phrase(adjectives: Sequence[str], noun: str, article: str = "") -> str:
+    """The words with an article, a or an if none is given."""
+    words = " ".join([*adjectives, noun])
+    return f"{article or ('an' if words[0] in 'aeiou' else 'a')} {words}"
 
 
 def render(n: int, seed: int, balanced: bool) -> tuple[np.ndarray, dict[str, np.ndarray], list[str]]:
