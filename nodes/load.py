@@ -50,6 +50,39 @@ class LoadModel(io.ComfyNode):
         return io.NodeOutput(model, host.unconditional_conditioning(), host.pixel_space_vae())
 
 
+class LoadPromptedModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffLensLoadPromptedModel",
+            display_name="Load Prompted Model",
+            category=CATEGORY,
+            description="Loads a small diffusion model that draws by prompt, such as the avatars at work, with all "
+            "that CLIP Text Encode and a KSampler need.",
+            search_aliases=["avatars", "prompt", "occupations"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=host.list_files(host.MODELS),
+                    tooltip="A file in models/difflens_models, or the prompted avatars that come with the pack.",
+                )
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model, for Steer, Capture Activations or a KSampler; cfg 2 suits it."),
+                io.Clip.Output(
+                    tooltip="Reads prompts such as: portrait of a doctor. It knows a few words only, those of the "
+                    "drawings it was trained on."
+                ),
+                io.Vae.Output(tooltip="Pixel space: turns the model's latents, which are pixels, into images."),
+            ],
+        )
+
+    @classmethod
+    @host.clear_errors
+    def execute(cls, model_name: str) -> io.NodeOutput:
+        return io.NodeOutput(*host.load_prompted(host.find_file(host.MODELS, model_name)), host.pixel_space_vae())
+
+
 class LoadSAE(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
