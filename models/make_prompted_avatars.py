@@ -224,9 +224,9 @@ Words: {words}.
 
 ## Denoiser
 {parameters:.1f} M parameters, and {text:.1f} M of the text encoder, which is in the same file. The avatars' network
-with attention to the text in its `middle_block` (256 x 8 x 8) and nowhere else: all that a prompt asks for passes through
-that site. Training begins with the avatars' weights: {d[steps]} steps of {d[batch]} drawings, about 30 minutes on 2 CPU
-cores. One prompt in ten is left empty, for guidance. Stored in fp16.
+with attention to the text in its `middle_block` (256 x 8 x 8) and nowhere else: all that a prompt asks for passes
+through that site. Training begins with the avatars' weights: {d[steps]} steps of {d[batch]} drawings, about 30 minutes
+on 2 CPU cores. One prompt in ten is left empty, for guidance. Stored in fp16.
 
 Bias, measured on {count} pictures of each occupation, guidance (cfg) {cfg:g}, seeds from {seed}; *recognised* is the
 share of pictures in which the classifier sees the occupation:
