@@ -1,4 +1,4 @@
-"""The nodes, a file per stage. host.py alone touches ComfyUI's internals."""
+"""The nodes, a file per stage. host*.py alone touch ComfyUI's internals."""
 
 from comfy_api.latest import ComfyExtension, io
 
@@ -7,6 +7,7 @@ from .capture import CaptureActivations, LoadActivations
 from .explore import RankByEffect, SiteScan
 from .load import LoadClassifier, LoadModel, LoadRecipe, LoadSAE, SaveRecipe
 from .measure import ClassifyImages, CompareImages, FairnessReport
+from .sampling import DDIMSigmas, ReferenceSampler
 from .steer import Steer
 from .train import TrainSAE
 
@@ -15,6 +16,7 @@ NODES: list[type[io.ComfyNode]] = [
     CaptureActivations, LoadActivations, TrainSAE, ClassifyImages, TrainProbes, AttributeFeatures,
     SiteScan, RankByEffect,
     Steer, FairnessReport, CompareImages,
+    DDIMSigmas, ReferenceSampler,
 ]  # fmt: skip
 
 
