@@ -29,7 +29,8 @@ from difflens_core.targets import Targets
 AVATARS = FOLDER.parent / "models" / "avatars"
 NODES = (
     "LoadModel", "LoadSAE", "LoadClassifier", "LoadRecipe", "SaveRecipe", "Capture", "LoadActivations", "TrainSAE",
-    "Classify", "TrainProbes", "Attribute", "SiteScan", "RankByEffect", "Steer", "Report", "Compare",
+    "Classify", "TrainProbes", "Attribute", "SiteScan", "RankByEffect", "Steer", "Report", "Compare", "DDIMSigmas",
+    "ReferenceSampler",
 )  # fmt: skip
 NAMES = ("01 debias the avatars", "02 find the bias features", "03 dose response")
 
