@@ -51,6 +51,10 @@ def look_at(path: str) -> dict:
     for site in sites:
         edited = host.apply_site(model, site, lambda h, progress, images: h * 1.5, "test")
         moved[site] = not torch.equal(draw(edited), plain)
+    # As a LoRA changes weights, which the mark of the model is not to tell.
+    patched, last = model.clone(), list(network.state_dict())[-1]
+    assert patched.add_patches({f"diffusion_model.{last}": ("diff", (torch.ones(network.get_parameter(last).shape),))})
+    lora = not torch.equal(draw(patched), plain) and host.model_fingerprint(patched) == host.model_fingerprint(model)
     with torch.inference_mode(False):
         copy = model.clone(force_deepcopy=True)
     assert copy.model.diffusion_model is not network and torch.equal(draw(copy), plain)
@@ -61,6 +65,7 @@ def look_at(path: str) -> dict:
     sampling = model.get_model_object("model_sampling")
     return {
         "sites": moved,
+        "patched": lora,
         "widths": [host.site_width(model, site) for site in sites],
         "width": host.site_width(model, "middle_block"),
         "fingerprint": host.model_fingerprint(model),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from host import HostError, Server
-from make_workflows import Graph, Node, sampler, steer, to_api
+from make_workflows import Graph, Node, steer, to_api
 from safetensors.torch import load_file, save_file
 
 from difflens_core.activations import edit_site
@@ -178,7 +178,7 @@ def test_the_model_behaves_inside_comfyui(server, adm, unet2ds, folder, toys):
     assert theirs["fingerprint"] == fingerprint(unet2ds["epsilon"].state_dict())
     for found in (ours, theirs):
         assert all(found["sites"].values()), found["sites"]
-        assert found["half"] == "torch.float16" and found["dtype"] == "torch.float32"
+        assert found["patched"] and found["half"] == "torch.float16" and found["dtype"] == "torch.float32"
         assert found["middle"] in (499, 500) and found["ends"] == [True, 0.0]
         assert 2 * 64 * 64 * 4 * 100 < found["memory"] < 2 * 64 * 64 * 4 * 1000
 
@@ -248,56 +248,64 @@ def test_the_reference_sampling_of_a_flow_model_without_noise_is_euler(server):
 # --- the whole way ---
 
 
+SAMPLE = {"prediction_type": "sample"}  # a random network's noise would make every picture black and white
+
+
 @pytest.fixture(scope="session")
 def classifier(server, toys) -> str:
     """A random classifier that splits the pictures of `plain.pt` in two halves."""
     torch.manual_seed(3)
-    model = AttributeClassifier({"look": ("one", "other")}, size=32).eval()
-    network = toys.adm(SMALL)
-    x = ddim(lambda x, t: network(x, t.expand(16))[:, :3], noise(16, 64, 0), 3, DDIMScheduler())
-    with torch.no_grad():
-        logits = model(torch.nn.functional.interpolate(x.clamp(-1, 1), (32, 32), mode="bilinear", antialias=True))
-        model.heads["look"].bias[1] += (logits["look"][:, 0] - logits["look"][:, 1]).median()
+    model, network = (
+        AttributeClassifier({"look": ("one", "other")}, size=32).eval().requires_grad_(False),
+        toys.adm(SMALL),
+    )
+    x = ddim(lambda x, t: network(x, t.expand(16))[:, :3], noise(16, 64, 0), 3, DDIMScheduler(**SAMPLE))
+    logits = model(torch.nn.functional.interpolate(x, (32, 32), mode="bilinear", antialias=True))["look"]
+    model.heads["look"].bias[1] += (logits[:, 0] - logits[:, 1]).median()
     save_classifier(server.base / "models" / "difflens_classifiers" / "look.safetensors", model, {})
     return "look.safetensors"
 
 
 def test_an_adm_can_be_captured_attributed_and_steered(server, folder, toys, classifier):
-    torch.save(toys.adm(SMALL).state_dict(), folder / "plain.pt")
-    graph = Custom(pictures=16, size=64)
-    model = graph.load("plain.pt")
-    vae = model[2]
-    reads = graph.add("DiffLensLoadClassifier", classifier_name=classifier)
+    """Up to a recipe, which then changes the pictures as the core says."""
+    network = toys.adm(SMALL)
+    torch.save(network.state_dict(), folder / "plain.pt")
+    graph = Custom(pictures=4, size=64)
+    model = graph.load("plain.pt", prediction="sample")
     captured = graph.add(
-        "DiffLensCapture", model=model[0], positive=model[1], latent_image=graph.latent[0], vae=vae, pictures=16,
+        "DiffLensCapture", model=model[0], positive=model[1], latent_image=graph.latent[0], vae=model[2], pictures=16,
         steps=3, sampler_name="euler", scheduler="ddim_uniform", seed=0, site="middle_block",
     )  # fmt: skip
     sae = graph.add(
         "DiffLensTrainSAE", activations=captured[0], latents=128, k=8, steps=60, batch_size=256, learning_rate=0.001,
         seed=0, save_as="",
     )  # fmt: skip
+    reads = graph.add("DiffLensLoadClassifier", classifier_name=classifier)
     labels = graph.add("DiffLensClassify", images=captured[1], classifier=reads[0], attribute="look")
     probes = graph.add("DiffLensTrainProbes", activations=captured[0], sae=sae[0], labels=labels[0])
     found = graph.add(
         "DiffLensAttribute", model=model[0], activations=captured[0], sae=sae[0], probes=probes[0], labels=labels[0],
         method="contrastive", features_per_class=10,
     )  # fmt: skip
-    pictures = {}
-    for target in ("one", "other"):
-        steered = steer(graph, None, model[0], found[0], target, 10.0)
-        steered.inputs["mode"] = "add"
-        drawn = sampler(graph, None, steered[0], model[1], graph.latent, 7)
-        drawn.inputs |= {"steps": 3, "scheduler": "ddim_uniform"}
-        pictures[target] = graph.add("VAEDecode", samples=drawn[0], vae=vae)
-    report = graph.add(
-        "DiffLensReport", classifier=reads[0], attribute="look", target="one", before=pictures["other"][0],
-        after=pictures["one"][0],
-    )  # fmt: skip
-    words = graph.add("PreviewAny", source=report[1])
-    entry = server.run(to_api(graph), timeout=900)
-    read = json.loads(entry["outputs"][str(words.id)]["text"][0])
-    assert read["pixel_change"] > 0.02
-    assert read["after"]["shares"][0] > read["before"]["shares"][0] and read["after"]["fd"] < read["before"]["fd"]
+    graph.add("DiffLensSaveRecipe", recipe=found[0], name="from_adm")
+    steered = steer(graph, None, model[0], found[0], "other", 5.0)
+    steered.inputs["mode"] = "add"
+    saved = [graph.sample(model, 4, "leading", model=m) for m in (model[0], steered[0])]
+    plain, edited = run(server, graph, *saved)
+
+    recipe = load_recipe(server.base / "models" / "difflens_recipes" / "from_adm.safetensors")
+    assert (recipe.site, recipe.width, recipe.model) == ("middle_block", 64, fingerprint(network.state_dict()))
+    assert recipe.classes == ("one", "other") and recipe.member.sum(dim=1).tolist() == [10, 10]
+    edit = Steering(replace(recipe, mode="add", strength=(5.0, 5.0)), Targets("look", recipe.classes, (0.0, 1.0)).of)
+
+    def predict(x, t):
+        at = round(1 - float(t) / 999, 6)
+        with edit_site(network, "middle_block", lambda h: edit(h, at, torch.arange(4))):
+            return network(x, t.expand(4))[:, :3]
+
+    expected = ddim(predict, noise(4, 64), 4, DDIMScheduler(**SAMPLE))
+    torch.testing.assert_close(edited, expected, atol=1e-3, rtol=0)
+    assert float((edited - plain).abs().max()) > 0.05
 
 
 # --- bad input ---
