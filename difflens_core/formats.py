@@ -9,7 +9,6 @@ the mean of our normalisation. Only tensors are read, never pickled code.
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -17,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .files import DiffLensError
+from .files import DiffLensError, read_content
 from .sae import Normalisation, SparseAutoencoder, load_sae
 
 WEIGHTS = (".safetensors", ".pt", ".pth")
@@ -118,24 +116,7 @@ def report(sae: SparseAutoencoder, name: str, notes: Iterable[str]) -> str:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors or PyTorch file, told apart by content; nothing in it is run."""
-    try:
-        with path.open("rb") as file:
-            if file.read(9)[8:] == b"{":
-                with safe_open(path, framework="pt") as tensors:
-                    return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
-            file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's own message advises to load it unsafely
-        raise DiffLensError(
-            f"{path.name}: holds pickled objects that are not plain tensors, or is damaged. Such objects can run code "
-            "and are never loaded. Save the state_dict alone."
-        ) from None
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0] or "it ends too soon"
-        raise DiffLensError(
-            f"{path.name}: not a readable safetensors or PyTorch file ({reason}). It may be cut off: copy or download "
-            "it again."
-        ) from error
+    content = read_content(path)
     if isinstance(content, Tensor):
         return {"": content}
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):

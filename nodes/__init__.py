@@ -7,6 +7,7 @@ from .capture import CaptureActivations, LoadActivations
 from .explore import RankByEffect, SiteScan
 from .load import LoadClassifier, LoadModel, LoadPromptedModel, LoadRecipe, LoadSAE, SaveRecipe
 from .measure import ClassifyImages, CompareImages, FairnessReport
+from .sampling import DDIMSigmas, ReferenceSampler
 from .steer import Steer
 from .train import TrainSAE
 from .zero_shot import ZeroShot
@@ -16,6 +17,7 @@ NODES: list[type[io.ComfyNode]] = [
     CaptureActivations, LoadActivations, TrainSAE, ClassifyImages, TrainProbes, AttributeFeatures,
     SiteScan, RankByEffect, ZeroShot,
     Steer, FairnessReport, CompareImages,
+    DDIMSigmas, ReferenceSampler,
 ]  # fmt: skip
 
 

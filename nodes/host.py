@@ -33,6 +33,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor, nn
 
+from ..difflens_core import checkpoints
 from ..difflens_core.activations import find_site
 from ..difflens_core.denoiser import Denoiser, DenoiserConfig, ResBlock, Stack, fingerprint, load_denoiser_weights
 from ..difflens_core.files import DiffLensError
@@ -57,6 +58,8 @@ def register_folders() -> None:
     """Make the pack's kinds of file known: the user's folder, then extra_model_paths.yaml's, then the shipped ones."""
     endings = {kind: {".safetensors"} for kind in (MODELS, RECIPES)} | {CLASSIFIERS: {*WEIGHTS}}
     # A folder of activations is known by its index, one of another program's SAE by its configuration.
+    # Models of other programs come as files, or as folders that are known by their configuration.
+    endings[MODELS] |= {*checkpoints.WEIGHTS, Path(checkpoints.CONFIG).suffix}
     endings |= {STORES: {Path(INDEX).suffix}, SAES: {*WEIGHTS, Path(CONFIGS[0]).suffix}}
     for kind, ending in endings.items():
         extra, _ = folder_paths.folder_names_and_paths.get(kind, ([], set()))
@@ -215,6 +218,19 @@ def training_device(needed: int) -> torch.device:
 TIMESTEPS = 1000  # what ComfyUI's flow models multiply sigma by
 
 
+def after_middle(
+    h: Tensor, x: Tensor, emb: Tensor, context: Any, y: Tensor | None, timesteps: Tensor, transformer_options: dict
+) -> Tensor:
+    """h, the middle block's output, after the `middle_block_after_patch`es, called as ComfyUI's own UNet calls them."""
+    transformer_options["block"] = ("middle", 0)
+    for patch in transformer_options.get("patches", {}).get("middle_block_after_patch", ()):
+        h = patch({
+            "h": h, "x": x, "emb": emb, "context": context, "y": y, "timesteps": timesteps,
+            "transformer_options": transformer_options,
+        })["h"]  # fmt: skip
+    return h
+
+
 class HostedDenoiser(Denoiser):
     """The denoiser as a ComfyUI diffusion model: it tells the velocity (x - x0) / sigma, as flow models do.
 
@@ -247,13 +263,8 @@ class HostedDenoiser(Denoiser):
     def _forward(self, x, timesteps, context, control, transformer_options, **kwargs):
         sigma = timesteps / TIMESTEPS
         h, emb = self.encode(x, sigma)
-        transformer_options["block"] = ("middle", 0)
-        h = self.middle_block(h, emb, context if self.config.context_width else None)
-        for patch in transformer_options.get("patches", {}).get("middle_block_after_patch", ()):
-            h = patch({
-                "h": h, "x": x, "emb": emb, "context": context, "y": None, "timesteps": timesteps,
-                "transformer_options": transformer_options,
-            })["h"]  # fmt: skip
+        middle = self.middle_block(h, emb, context if self.config.context_width else None)
+        h = after_middle(middle, x, emb, context, None, timesteps, transformer_options)
         return (x - self.decode(h, emb)) / sigma[:, None, None, None]
 
 
@@ -351,11 +362,17 @@ def pixel_space_vae() -> comfy.sd.VAE:
     return comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
 
 
+FINGERPRINT = "difflens_fingerprint"  # attachment of a MODEL
+
+
 def model_fingerprint(model: ModelPatcher) -> str:
     """Tells the weights of a MODEL from others': all of a denoiser's, the first eight by name of larger models.
 
-    Those of its file, without LoRAs: they are in the network only while it is loaded, and would change the mark.
+    Those of its file, without LoRAs: they are in the network only while it is loaded, and would change the mark. Our
+    loader leaves the mark of models that it may load in fp16, taken before they were rounded.
     """
+    if mark := model.get_attachment(FINGERPRINT):
+        return mark
     module = model.model.diffusion_model
     prefix, weights = "diffusion_model.", module.state_dict()
     weights |= {key[len(prefix) :]: kept.weight for key, kept in model.backup.items() if key.startswith(prefix)}
@@ -384,6 +401,8 @@ def progress_of(model: ModelPatcher) -> Callable[[float], float]:
     return progress
 
 
+UNEDITED = "difflens_unedited"  # entry of transformer_options: in this evaluation all sites stay as they are
+
 # Which conditioning an edit is for: entries of `cond_or_uncond`, in which 0 is the positive.
 CONDITIONINGS = {"positive": (0,), "negative": (1,), "both": (0, 1)}
 
@@ -392,8 +411,11 @@ def edit_rows(h: Tensor, options: dict, edit: Edit, conditioning: str) -> Tensor
     """Let `edit(rows, sigma, images)` change the rows of h that follow a conditioning (one of CONDITIONINGS).
 
     h holds a chunk of the latent batch for every entry of `cond_or_uncond`. Returns h itself if every chunk comes
-    back as it was. Reads one sigma, which on a GPU waits for the device once an evaluation.
+    back as it was, or if the sampler asks for the unedited model (UNEDITED). Reads one sigma, which on a GPU waits for
+    the device once an evaluation.
     """
+    if options.get(UNEDITED):
+        return h
     if not isinstance(h, Tensor) or h.ndim != 4:
         found = f"{h.ndim} dimensions" if isinstance(h, Tensor) else type(h).__name__
         raise DiffLensError(f"the site's output is {found}, expected batch x channels x height x width.")
@@ -624,9 +646,9 @@ def drawer(
 def some_sites(model: ModelPatcher) -> list[str]:
     """Sites of a network worth a scan, from its input to its output.
 
-    Of a U-Net as ComfyUI builds it the last module of three blocks before and after the middle; of other networks
-    the modules right below it that put out a map, as far as their type tells, with the first of each stack. The first
-    and the last convolution only touch pixels.
+    Of a U-Net as ComfyUI builds it the last module of three blocks before and after the middle; of diffusers' the last
+    residual block of every level; of other networks the modules right below it that put out a map, as far as their type
+    tells, with the first of each stack. The first and the last convolution only touch pixels.
     """
     network = model.model.diffusion_model
     if hasattr(network, "input_blocks") and hasattr(network, "output_blocks"):
@@ -637,6 +659,12 @@ def some_sites(model: ModelPatcher) -> list[str]:
             return [f"{name}.{i}.{len(blocks[i]) - 1}" for i in chosen]
 
         return [*three("input_blocks"), MIDDLE_BLOCK, *three("output_blocks")]
+    if hasattr(network, "down_blocks"):  # diffusers
+        down, up = (
+            [f"{name}.{i}.resnets.{len(block.resnets) - 1}" for i, block in enumerate(getattr(network, name))]
+            for name in ("down_blocks", "up_blocks")
+        )
+        return [*down, MIDDLE_BLOCK, *up]
     found = []
     for name, module in network.named_children():
         if isinstance(module, Stack):

@@ -30,8 +30,9 @@ AVATARS = FOLDER.parent / "models" / "avatars"
 NODES = (
     "LoadModel", "LoadSAE", "LoadClassifier", "LoadRecipe", "SaveRecipe", "Capture", "LoadActivations", "TrainSAE",
     "Classify", "TrainProbes", "Attribute", "SiteScan", "RankByEffect", "Steer", "Report", "Compare", "ZeroShot",
+    "DDIMSigmas", "ReferenceSampler", "LoadPromptedModel",
 )  # fmt: skip
-NAMES = ("01 debias the avatars", "02 find the bias features", "03 dose response")
+NAMES = ("01 debias the avatars", "02 find the bias features", "03 dose response", "04 debias a prompt")
 
 
 def ui_file(name: str) -> dict:
