@@ -80,7 +80,8 @@ def integrated_gradients(
     pictures, positions, _ = latents.values.shape
     index, values = latents.indices.flatten(1), latents.values.flatten(1).double() / positions
     weight = probes.weight[step].double()
-    read = sae.decoder.double() @ weight.T  # N x K, what a unit of each latent adds to the logits
+    # N x K, what a unit of each latent adds to the logits. In parts: a whole map's decoder is large.
+    read = torch.cat([part.double() @ weight.T for part in sae.decoder.split(1024)])
     start = (weight @ sae.decoder_bias.double() + probes.bias[step].double()).expand(pictures, -1)
     change = values.new_zeros(pictures, sae.latents).scatter_add_(1, index, values) @ read
     v = path_integral(start, change, target, temperature)

@@ -32,13 +32,15 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor, nn
 
-from ..difflens_core.activations import find_site
+from ..difflens_core.activations import UPDATE, find_site
+from ..difflens_core.activations import edit_site as hooked
 from ..difflens_core.denoiser import Denoiser, DenoiserConfig, ResBlock, Stack, fingerprint, load_denoiser_weights
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.formats import CONFIGS, WEIGHTS
 from ..difflens_core.sampling import Draw, noise_batches
 from ..difflens_core.sampling import Edit as SiteEdit
 from ..difflens_core.store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, record
+from .host_sites import Picture, own_name, picture_grid
 
 log = logging.getLogger("difflens")
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
@@ -326,7 +328,9 @@ def edit_rows(h: Tensor, options: dict, edit: Edit, conditioning: str) -> Tensor
     """
     if not isinstance(h, Tensor) or h.ndim != 4:
         found = f"{h.ndim} dimensions" if isinstance(h, Tensor) else type(h).__name__
-        raise DiffLensError(f"the site's output is {found}, expected batch x channels x height x width.")
+        raise DiffLensError(
+            f"the site's output is {found}, expected batch x channels x height x width or batch x tokens x channels."
+        )
     sigma = float(options["sigmas"][0])
     chunks = h.chunk(len(options["cond_or_uncond"]))
     edited = [
@@ -349,20 +353,20 @@ class MiddleBlockPatch:
 
 
 class HookWrapper:
-    """Edit as a forward hook that lives for one evaluation of the diffusion model."""
+    """Edit as a forward hook that lives for one evaluation of the model.
+
+    Around APPLY_MODEL, because SD3's network runs no DIFFUSION_MODEL wrappers.
+    """
 
     def __init__(self, site: str, edit: EditRows):
         self.site, self.edit = site, edit
 
-    def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
-        # Architectures put transformer_options at different places; only it holds sigmas.
+    def __call__(self, executor: WrapperExecutor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "sigmas" in a)
-        module = executor.class_obj.get_submodule(self.site)
-        handle = module.register_forward_hook(lambda _module, _inputs, h: self.edit(h, options))
-        try:
-            return executor(*args, **kwargs)
-        finally:
-            handle.remove()
+        network = executor.class_obj.diffusion_model
+        part = Picture(find_site(network, self.site), picture_grid(network, x))
+        with hooked(network, self.site, lambda h: self.edit(h, options), part):
+            return executor(x, *args, **kwargs)
 
 
 MIDDLE_BLOCK = "middle_block"
@@ -373,7 +377,7 @@ def site_width(model: ModelPatcher, site: str) -> int | None:
 
     Raises `DiffLensError` if the model has no such module, or one whose output cannot be reached.
     """
-    network = model.model.diffusion_model
+    network, site = model.model.diffusion_model, own_name(model, site)
     module = find_site(network, site)
     if site == MIDDLE_BLOCK:
         if isinstance(network, Denoiser):
@@ -381,19 +385,21 @@ def site_width(model: ModelPatcher, site: str) -> int | None:
         if isinstance(module, nn.Sequential):
             module = module[-1]
     elif isinstance(module, TimestepEmbedSequential) or type(module) is nn.ModuleList:
+        name = site.removesuffix(UPDATE)
         raise DiffLensError(
-            f"{site} only groups modules and is never run itself. Use the last module in it: {site}.{len(module) - 1}."
+            f"{name} only groups modules and is never run itself. Use the last module in it: "
+            f"{site.replace(name, f'{name}.{len(module) - 1}')}."
         )
     return getattr(module, "out_channels", None)
 
 
 def edit_site(model: ModelPatcher, site: str, edit: Edit, node: str, conditioning: str = "positive") -> ModelPatcher:
-    """A clone of the model in which `edit(rows, sigma, images)` changes what `site` puts out.
+    """A clone of the model in which `edit(rows, sigma, images)` changes what is read at `site`.
 
     Errors that come up while sampling begin with the name `node`.
     """
     site_width(model, site)
-    clone = model.clone()
+    clone, site = model.clone(), own_name(model, site)
 
     def apply(h: Tensor, options: dict) -> Tensor:
         with named(node):
@@ -402,7 +408,7 @@ def edit_site(model: ModelPatcher, site: str, edit: Edit, node: str, conditionin
     if site == MIDDLE_BLOCK:
         clone.set_model_middle_block_after_patch(MiddleBlockPatch(apply))
     else:
-        clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "difflens", HookWrapper(site, apply))
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "difflens", HookWrapper(site, apply))
     return clone
 
 
