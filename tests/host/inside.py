@@ -5,6 +5,7 @@ Import it only where a ComfyUI is at hand (the fixture `inside`); importing it p
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -27,7 +28,9 @@ comfy.cli_args.args.cpu = True  # before anything asks for the device
 import comfy.model_base  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
 import comfy.supported_models as families  # noqa: E402
+from comfy.patcher_extension import CallbacksMP  # noqa: E402, F401
 
 
 def load_pack() -> ModuleType:
@@ -41,17 +44,22 @@ def load_pack() -> ModuleType:
 
 load_pack()
 host = importlib.import_module("difflens_pack.nodes.host")
-core = importlib.import_module("difflens_pack.difflens_core")
+
+
+def core_module(name: str) -> ModuleType:
+    """A module of the core as the pack has it, whose classes are not those of `import difflens_core`."""
+    return importlib.import_module(f"difflens_pack.difflens_core.{name}")
+
 
 UNET = {
     "in_channels": 4, "out_channels": 4, "num_res_blocks": [2, 2, 2, 2], "use_spatial_transformer": True,
-    "model_channels": 32, "channel_mult": [1, 2, 4, 4], "context_dim": 16, "transformer_depth_middle": 1,
+    "model_channels": 32, "channel_mult": [1, 2, 2, 2], "context_dim": 16, "transformer_depth_middle": 1,
     "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_output": [1] * 9 + [0] * 3, "image_size": 32,
     "legacy": False, "use_linear_in_transformer": False, "adm_in_channels": None, "use_temporal_attention": False,
 }  # fmt: skip
 XL = {
-    "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 3, 3],
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3], "transformer_depth_middle": 3, "adm_in_channels": 2816,
+    "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 2], "transformer_depth": [0, 0, 1, 1, 2, 2],
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2], "transformer_depth_middle": 2, "adm_in_channels": 2816,
     "use_linear_in_transformer": True, "num_classes": "sequential",
 }  # fmt: skip
 # Of each family a class of configurations, its sizes, the channels of its latents, and the width of its prompts.
@@ -101,18 +109,32 @@ POOLED = {"SDXL": 1280, "Flux": 8, "SD3": 8}
 VIDEO = ("Qwen-Image", "Wan")  # their latents have frames
 
 
-def model(family: str, sizes: dict | None = None, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL of a family with random weights, tiny unless `sizes` replaces some of its sizes."""
-    make, small, *_ = SMALL[family]
-    config = make(small | (sizes or {}))
+@functools.cache
+def model(family: str) -> comfy.model_patcher.ModelPatcher:
+    """The tiny MODEL of a family, with random weights. Change clones of it only."""
+    return random_model(SMALL[family][0], SMALL[family][1])
+
+
+def random_model(make: type, sizes: dict) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL with random weights, of a class of configurations and sizes."""
+    config = make(sizes)
     config.set_inference_dtype(torch.float32, None)
     network = config.get_model({}, device=torch.device("cpu"))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in network.diffusion_model.parameters():
+        for weight in (*network.diffusion_model.parameters(), *network.diffusion_model.buffers()):
             weight.copy_(torch.randn(weight.shape, generator=generator) / max(1, weight[0].numel()) ** 0.5)
     network.eval()
     return comfy.model_patcher.ModelPatcher(network, torch.device("cpu"), torch.device("cpu"))
+
+
+def with_lora(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """A clone with random differences on the weights of its attention."""
+    clone, draw, weights = model.clone(), torch.Generator().manual_seed(4), model.model.state_dict()
+    names = [name for name in weights if name.endswith(("to_q.weight", "qkv.weight"))]
+    patches = {name: ("diff", (0.3 * torch.randn(weights[name].shape, generator=draw),)) for name in names}
+    assert len(clone.add_patches(patches)) == len(names) > 2
+    return clone
 
 
 def prompt(family: str, seed: int, tokens: int = 8) -> list:
@@ -128,6 +150,11 @@ def latent(family: str, batch: int = 2, height: int = 16, width: int = 16, frame
     """An empty LATENT."""
     between = (frames,) if family in VIDEO else ()
     return {"samples": torch.zeros(batch, SMALL[family][2], *between, height, width)}
+
+
+def schedule(model: comfy.model_patcher.ModelPatcher, steps: int, sampler: str = "euler") -> list[float]:
+    """Noise levels of a run, as `sample` draws it."""
+    return comfy.samplers.KSampler(model, steps, "cpu", sampler, "normal").sigmas.tolist()
 
 
 @torch.inference_mode()
