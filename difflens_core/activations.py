@@ -212,9 +212,19 @@ def edit_site(
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         given.append(part.given(args, kwargs).clone())  # some blocks write into their input
 
+    def update(whole: Tensor) -> Tensor:
+        was = given.pop()
+        if was.shape != whole.shape:
+            shapes = [" x ".join(map(str, tensor.shape)) for tensor in (was, whole)]
+            raise DiffLensError(
+                f"{site}: this module makes {shapes[1]} out of {shapes[0]}, so it has no update. Use its output: "
+                f"{site.removesuffix(UPDATE)}."
+            )
+        return whole - was
+
     def after(_module: nn.Module, _args: tuple, kwargs: dict, output: Any) -> Any:
         whole = part.read(output, kwargs)
-        h = whole - given.pop() if reads_update(site) else whole
+        h = update(whole) if reads_update(site) else whole
         edited = edit(h)
         if edited is h:
             return None

@@ -40,7 +40,7 @@ from ..difflens_core.formats import CONFIGS, WEIGHTS
 from ..difflens_core.sampling import Draw, noise_batches
 from ..difflens_core.sampling import Edit as SiteEdit
 from ..difflens_core.store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, record
-from .host_sites import Picture, own_name, picture_grid
+from .host_sites import Picture, own_name
 
 log = logging.getLogger("difflens")
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
@@ -371,8 +371,7 @@ class HookWrapper:
     def __call__(self, executor: WrapperExecutor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "sigmas" in a)
         network = executor.class_obj.diffusion_model
-        part = Picture(find_site(network, self.site), picture_grid(network, x))
-        with hooked(network, self.site, lambda h: self.edit(h, options), part):
+        with hooked(network, self.site, lambda h: self.edit(h, options), Picture(network, self.site, x)):
             return executor(x, *args, **kwargs)
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import comfy.utils
 from comfy.ldm.flux.layers import DoubleStreamBlock
 from comfy.ldm.modules.diffusionmodules.mmdit import JointBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ldm.qwen_image.model import QwenImageTransformerBlock
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ..difflens_core.activations import UPDATE, Whole, from_map, reads_update, to_map
+from ..difflens_core.activations import UPDATE, Whole, find_site, from_map, reads_update, to_map
 from ..difflens_core.files import DiffLensError
 
 # Blocks that hand two streams on: the picture's place in the output, and among the arguments or their names.
@@ -32,9 +33,11 @@ def own_name(model: ModelPatcher, site: str) -> str:
     head, dot, rest = module.partition(".")
     if hasattr(network, head):
         return site
-    weights = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    inside = [own for theirs, own in weights.items() if theirs.startswith(f"{module}.")]
-    own = commonprefix(inside).rpartition(".")[0]  # of all weights in the module
+    own = ""
+    if isinstance(network, UNetModel):
+        weights = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+        inside = [own for theirs, own in weights.items() if theirs.startswith(f"{module}.")]
+        own = commonprefix(inside).rpartition(".")[0]  # what the names of all weights in the module begin with
     if own in ("", "input_blocks", "output_blocks"):
         own = next((stack + dot + rest for stack in STACKS.get(head, ()) if hasattr(network, stack)), module)
     return own + UPDATE if reads_update(site) else own
@@ -55,15 +58,16 @@ def picture_grid(network: nn.Module, x: Tensor) -> tuple[int, int] | None:
 
 
 class Picture(Whole):
-    """The picture's part of what a module takes and gives, tokens as a map on `grid` (one token wide if None).
+    """The picture's part of what a module takes and gives, tokens as a map as the picture lies.
 
     Blocks of two streams hand the picture on beside the text, Flux's single blocks behind it (`img_slice`). Tokens of
     reference pictures follow the picture's own and are left out.
     """
 
-    def __init__(self, module: nn.Module, grid: tuple[int, int] | None):
-        self.place, self.argument = TWO_STREAMS.get(type(module), (None, 0))
-        self.grid = grid
+    def __init__(self, network: nn.Module, site: str, x: Tensor):
+        """`x`: the latents that the network is run on."""
+        self.place, self.argument = TWO_STREAMS.get(type(find_site(network, site)), (None, 0))
+        self.site, self.grid = site, picture_grid(network, x)
 
     def given(self, args: tuple, kwargs: dict) -> Tensor:
         if self.place is None:
@@ -106,7 +110,7 @@ class Picture(Whole):
         left = found.shape[1] - first - count
         if left < 0 or (left and not known):
             raise DiffLensError(
-                f"the site puts out {found.shape[1]} tokens, the picture has {count}, and which of them are the "
-                "picture's is not known. Use the output of a whole block."
+                f"{self.site} has {found.shape[1]} tokens, the picture has {count}, and which of them are the "
+                "picture's is not known. Use a whole block."
             )
         return slice(first, first + count)

@@ -77,6 +77,14 @@ def test_an_update_of_a_block_that_writes_into_its_input_and_has_two_streams():
     assert torch.equal(found[0], txt * 2) and hooks(net) == 0 and not net["block"]._forward_pre_hooks
 
 
+def test_a_module_that_changes_the_shape_has_no_update():
+    net = model()
+    with pytest.raises(DiffLensError, match="2 update: this module makes 4 x 2 out of 4 x 3, .* Use its output: 2."):  # noqa: SIM117
+        with capture_site(net, "2 update"):
+            net(torch.ones(4, 3))
+    assert hooks(net) == 0 and not net[2]._forward_pre_hooks
+
+
 def test_tokens_are_shown_as_a_map_one_token_wide():
     net, x = model(), torch.randn(4, 7, 3)
     with capture_site(net, "0", torch.float32) as outputs, edit_site(net, "2", lambda h: h * 2):

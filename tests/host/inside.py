@@ -62,10 +62,14 @@ XL = {
     "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2], "transformer_depth_middle": 2, "adm_in_channels": 2816,
     "use_linear_in_transformer": True, "num_classes": "sequential",
 }  # fmt: skip
-# Of each family a class of configurations, its sizes, the channels of its latents, and the width of its prompts.
+SHORT = {
+    "num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [1, 1], "transformer_depth_output": [1] * 4,
+}  # fmt: skip
+# Of each family a class of configurations, its sizes and the channels of its latents. Prompts are 16 wide.
 SMALL = {
-    "SD1.5": (families.SD15, UNET, 4, 16),
-    "SDXL": (families.SDXL, UNET | XL, 4, 16),
+    "SD1.5": (families.SD15, UNET, 4),
+    "SDXL": (families.SDXL, UNET | XL, 4),
+    "U-Net": (families.SD15, UNET | SHORT, 4),
     "Flux": (
         families.Flux,
         {
@@ -74,7 +78,7 @@ SMALL = {
             "axes_dim": [8, 8, 8], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
             "txt_ids_dims": [],
         },
-        16, 16,
+        16,
     ),
     "SD3": (
         families.SD3,
@@ -86,7 +90,7 @@ SMALL = {
                 "target": "torch.nn.Linear", "params": {"in_features": 16, "out_features": 64}
             },
         },
-        16, 16,
+        16,
     ),
     "Qwen-Image": (
         families.QwenImage,
@@ -94,7 +98,7 @@ SMALL = {
             "image_model": "qwen_image", "num_layers": 2, "attention_head_dim": 24, "num_attention_heads": 2,
             "joint_attention_dim": 16, "axes_dims_rope": (8, 8, 8),
         },
-        16, 16,
+        16,
     ),
     "Wan": (
         families.WAN21_T2V,
@@ -102,8 +106,16 @@ SMALL = {
             "image_model": "wan2.1", "model_type": "t2v", "dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 2,
             "text_dim": 16, "text_len": 8, "freq_dim": 32,
         },
-        16, 16,
+        16,
     ),
+}  # fmt: skip
+# The sizes of the true architectures, where they are others.
+FULL = {
+    "SD1.5": UNET | {"model_channels": 320, "channel_mult": [1, 2, 4, 4], "context_dim": 768},
+    "SDXL": UNET | XL | {
+        "model_channels": 320, "channel_mult": [1, 2, 4], "context_dim": 2048, "transformer_depth_middle": 10,
+        "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    },
 }  # fmt: skip
 POOLED = {"SDXL": 1280, "Flux": 8, "SD3": 8}
 VIDEO = ("Qwen-Image", "Wan")  # their latents have frames
@@ -115,10 +127,10 @@ def model(family: str) -> comfy.model_patcher.ModelPatcher:
     return random_model(SMALL[family][0], SMALL[family][1])
 
 
-def random_model(make: type, sizes: dict) -> comfy.model_patcher.ModelPatcher:
+def random_model(make: type, sizes: dict, dtype: torch.dtype = torch.float32) -> comfy.model_patcher.ModelPatcher:
     """A MODEL with random weights, of a class of configurations and sizes."""
     config = make(sizes)
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(dtype, None)
     network = config.get_model({}, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -137,13 +149,13 @@ def with_lora(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.Mo
     return clone
 
 
-def prompt(family: str, seed: int, tokens: int = 8) -> list:
+def prompt(family: str, seed: int, tokens: int = 8, width: int = 16) -> list:
     """A CONDITIONING of random numbers that the family's network takes."""
     generator = torch.Generator().manual_seed(1000 + seed)
     more = {}
     if family in POOLED:
         more["pooled_output"] = torch.randn(1, POOLED[family], generator=generator)
-    return [[torch.randn(1, tokens, SMALL[family][3], generator=generator), more]]
+    return [[torch.randn(1, tokens, width, generator=generator), more]]
 
 
 def latent(family: str, batch: int = 2, height: int = 16, width: int = 16, frames: int = 1) -> dict:

@@ -10,13 +10,14 @@ import torch
 
 PICTURES = 2
 UNETS = ("SD1.5", "SDXL")
-# Of every family: a site, and a second one.
-DITS = {
-    "Flux": ("double_blocks.0", "single_blocks.0"),
-    "SD3": ("joint_blocks.0", "joint_blocks.1"),
-    "Qwen-Image": ("transformer_blocks.0", "transformer_blocks.1"),
-    "Wan": ("blocks.0", "blocks.1"),
-}
+# Blocks of every family, and the block that gets what they put out.
+DITS = [
+    ("Flux", "double_blocks.0", "double_blocks.1"),
+    ("Flux", "single_blocks.0", "single_blocks.1"),
+    ("SD3", "joint_blocks.0", "joint_blocks.1"),
+    ("Qwen-Image", "transformer_blocks.0", "transformer_blocks.1"),
+    ("Wan", "blocks.0", "blocks.1"),
+]
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -80,12 +81,9 @@ def graph(inside, family, how):
     model = inside.model(family)
     positive, negative = inside.prompt(family, 1), inside.prompt(family, 2)
     latent = inside.latent(family, PICTURES)
-    if how == "several positives":
+    if how in ("several positives", "[0, 0] then [1]"):
         positive = positive + inside.prompt(family, 3)
-    elif how in ("separate calls", "[0, 0] then [1]"):  # too unlike in length to be run together
-        negative = inside.prompt(family, 2, tokens=15)
-        positive = positive + inside.prompt(family, 3) if how == "[0, 0] then [1]" else positive
-    elif how in ("an area", "an area and all"):
+    elif how.startswith("an area"):
         (tokens, more), *_ = positive
         positive = [[tokens, more | {"area": (8, 16, 8, 0), "strength": 1.0, "set_area_to_bounds": False}]]
         positive += inside.prompt(family, 3) if how == "an area and all" else []
@@ -94,14 +92,16 @@ def graph(inside, family, how):
         positive = [[tokens, more | control] for tokens, more in positive]
     elif how == "another aspect ratio":
         latent = inside.latent(family, PICTURES, 24, 8)
-    elif how in ("LoRA", "FreeU"):
+    if how in ("separate calls", "[0, 0] then [1]", "an area, separate calls"):
+        negative = inside.prompt(family, 2, tokens=15)  # too unlike in length to be run together
+    if how in ("LoRA", "FreeU"):
         model = inside.with_lora(model) if how == "LoRA" else free_u(model)
     return model, positive, negative, latent
 
 
 GRAPHS = [("SD1.5", how) for how in (
-    "guidance", "several positives", "separate calls", "[0, 0] then [1]", "an area", "an area and all", "ControlNet",
-    "LoRA", "FreeU", "another aspect ratio",
+    "guidance", "several positives", "separate calls", "[0, 0] then [1]", "an area", "an area and all",
+    "an area, separate calls", "ControlNet", "LoRA", "FreeU", "another aspect ratio",
 )] + [("SDXL", how) for how in ("guidance", "several positives", "separate calls", "another aspect ratio")]  # fmt: skip
 
 
@@ -122,8 +122,11 @@ def test_a_capture_keeps_the_rows_of_the_first_positive(inside, family, how):
         assert not torch.equal(plain[0], found[0])
 
 
-@pytest.mark.parametrize("conditioning", ["positive", "negative", "both"])
-@pytest.mark.parametrize(("family", "how"), GRAPHS)
+@pytest.mark.parametrize(
+    ("family", "how", "conditioning"),
+    [(*graph, "positive") for graph in GRAPHS]
+    + [("SD1.5", how, kind) for how in ("guidance", "[0, 0] then [1]") for kind in ("negative", "both")],
+)
 def test_steering_changes_every_row_it_is_for_and_no_other(inside, family, how, conditioning):
     model, positive, negative, latent = graph(inside, family, how)
     width = 64
@@ -223,20 +226,6 @@ def test_some_sites_of_a_transformer_are_blocks_of_its_stacks(inside):
 # --- tokens ---
 
 
-def blocks_inputs(model, names):
-    """Every keyword and place of what the blocks get, and what they put out, while a model runs once."""
-    seen = {}
-    for name in names:
-        block = model.model.diffusion_model.get_submodule(name)
-
-        def before(_module, args, kwargs, name=name):
-            given = {**dict(enumerate(args)), **kwargs}
-            seen[name] = {k: v.clone() for k, v in given.items() if isinstance(v, torch.Tensor)}
-
-        yield block.register_forward_pre_hook(before, with_kwargs=True)
-    yield seen
-
-
 def streams(family, name, given):
     """Text and picture tokens that a block gets (text is None where it travels apart)."""
     if family == "Flux" and name.startswith("double"):
@@ -250,24 +239,30 @@ def streams(family, name, given):
     return None, given[0]
 
 
-def watched(inside, family, model, names, *args):
-    *handles, seen = blocks_inputs(model, names)
+def watched(inside, family, model, names, positive, latent):
+    """The streams that the blocks `names` get in the first step of sampling."""
+    seen, handles = {}, []
+    for name in names:
+
+        def before(_module, args, kwargs, name=name):
+            given = {**dict(enumerate(args)), **kwargs}
+            seen[name] = {k: v.clone() for k, v in given.items() if isinstance(v, torch.Tensor)}
+
+        block = model.model.diffusion_model.get_submodule(name)
+        handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
     try:
-        inside.sample(model, *args, seed=5)
+        inside.sample(model, positive, latent=latent, seed=5)
     finally:
         for handle in handles:
             handle.remove()
     return [streams(family, name, seen[name]) for name in names]
 
 
-@pytest.mark.parametrize("family", DITS)
-def test_what_is_captured_of_a_block_are_its_picture_tokens_in_their_places(inside, family):
-    """The output of the first block is what the second one gets."""
+@pytest.mark.parametrize(("family", "site", "following"), DITS)
+def test_what_is_captured_of_a_block_are_its_picture_tokens_in_their_places(inside, family, site, following):
     model, latent = inside.model(family), inside.latent(family, PICTURES, 12, 16, 1 + 2 * (family == "Wan"))
     positive, negative = inside.prompt(family, 1), inside.prompt(family, 2)
-    site, following = ("single_blocks.0", "single_blocks.1") if family == "Flux" else DITS[family]
-    watched_sites = [site, following]
-    (_, img), (_, after) = watched(inside, family, model, watched_sites, positive, None, 1.0, latent)
+    (_, img), (_, after) = watched(inside, family, model, [site, following], positive, latent)
     grid = (6 * (3 if family == "Wan" else 1), 8)
     sites = [site, f"{site} update"]
     (output, update), samples = captured(inside, model, positive, latent, sites, negative=negative, cfg=3.0)
@@ -277,25 +272,21 @@ def test_what_is_captured_of_a_block_are_its_picture_tokens_in_their_places(insi
     assert torch.equal(samples, inside.sample(model, positive, negative, 3.0, latent, seed=5))
 
 
-@pytest.mark.parametrize("family", DITS)
 @pytest.mark.parametrize("ending", ["", " update"])
-def test_steering_a_block_changes_its_picture_tokens_alone(inside, family, ending):
-    model, latent = inside.model(family), inside.latent(family, PICTURES, 12, 16)
-    positive = inside.prompt(family, 1)
-    for site, following in ((DITS[family]), *([("single_blocks.0", "single_blocks.1")] if family == "Flux" else [])):
-        width = 64 if family == "SD3" else 48
-        push = torch.randn(PICTURES, width, 6, 8, generator=torch.Generator().manual_seed(6))
-        steered = inside.host.apply_site(model, site + ending, lambda h, _, images: h + push[images], "Steer")  # noqa: B023
-        names = [following if following != "single_blocks.0" else "double_blocks.1"]
-        ((txt, img),) = watched(inside, family, model, names, positive, None, 1.0, latent)
-        ((new_txt, new_img),) = watched(inside, family, steered, names, positive, None, 1.0, latent)
-        torch.testing.assert_close(new_img - img, push.flatten(2).transpose(1, 2), atol=1e-3, rtol=1e-3)
-        assert txt is None or torch.equal(txt, new_txt)
-        same = inside.host.apply_site(model, site + ending, lambda h, _, images: h, "Steer")
-        plain = inside.sample(model, positive, latent=latent)
-        assert torch.equal(inside.sample(same, positive, latent=latent), plain)
-        assert not torch.equal(inside.sample(steered, positive, latent=latent), plain)
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.diffusion_model.modules())
+@pytest.mark.parametrize(("family", "site", "following"), DITS)
+def test_steering_a_block_changes_its_picture_tokens_alone(inside, family, site, following, ending):
+    model, latent, positive = inside.model(family), inside.latent(family, PICTURES, 12, 16), inside.prompt(family, 1)
+    push = torch.randn(PICTURES, 64 if family == "SD3" else 48, 6, 8, generator=torch.Generator().manual_seed(6))
+    steered = inside.host.apply_site(model, site + ending, lambda h, _, images: h + push[images], "Steer")
+    ((text, picture),) = watched(inside, family, model, [following], positive, latent)
+    ((new_text, new_picture),) = watched(inside, family, steered, [following], positive, latent)
+    torch.testing.assert_close(new_picture - picture, push.flatten(2).transpose(1, 2), atol=1e-3, rtol=1e-3)
+    assert text is None or torch.equal(text, new_text)
+    same = inside.host.apply_site(model, site + ending, lambda h, _, images: h, "Steer")
+    plain = inside.sample(model, positive, latent=latent)
+    assert torch.equal(inside.sample(same, positive, latent=latent), plain)
+    assert not torch.equal(inside.sample(steered, positive, latent=latent), plain)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.diffusion_model.modules())
 
 
 def test_tokens_of_reference_pictures_stay_out_of_it(inside):
@@ -354,12 +345,12 @@ def random_sae(inside, activations, kernel):
 @pytest.mark.parametrize(("family", "site", "kernel"), CHAINS)
 def test_capture_probe_attribute_and_steer_at_every_kind_of_site(inside, family, site, kernel):
     torch.manual_seed(0)
-    model, latent = inside.model(family), inside.latent(family, 6)
+    model, latent = inside.model(family), inside.latent(family, 4)
     positive, negative, classes = inside.prompt(family, 1), inside.prompt(family, 2), ("dark", "light")
     store = inside.host.capture(
-        model, positive, latent, 12, 2, "euler", "normal", 5, (site,), negative=negative, cfg=3.0
+        model, positive, latent, 8, 2, "euler", "normal", 5, (site,), negative=negative, cfg=3.0
     )
-    activations, labels = store.activations(), (torch.arange(12) % 2)
+    activations, labels = store.activations(), torch.arange(8) % 2
     sae = random_sae(inside, activations, kernel)
     probes = inside.core_module("probes").train_probes(activations, sae, labels, "tone", classes)
     attribute = inside.core_module("attribution").attribute_features
@@ -370,6 +361,7 @@ def test_capture_probe_attribute_and_steer_at_every_kind_of_site(inside, family,
     inside.core_module("recipes").save_recipe(path, recipe)
     recipe = inside.core_module("recipes").load_recipe(path)
     assert recipe.site == site and recipe.kernel == kernel
+    latent = inside.latent(family)
     plain = inside.sample(model, positive, negative, 3.0, latent, 2)
     for mode in ("shift", "scale"):
         for strength in (0.0, 3.0):
