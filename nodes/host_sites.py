@@ -90,7 +90,10 @@ class Picture(Whole):
         """What a module takes or gives as a map; what is neither map nor tokens as it is."""
         if not isinstance(found, Tensor) or found.ndim != 3:
             return found
-        return to_map(found[:, self.tokens(found, kwargs)], self.grid)
+        options = kwargs.get("transformer_options", {})
+        grid = self.grid or tuple(options.get("activations_shape", ())[2:])  # told by a U-Net's transformers
+        tokens = found[:, self.tokens(found, kwargs)]
+        return to_map(tokens, grid if math.prod(grid) == tokens.shape[1] else None)
 
     def replaced(self, found: Tensor, kwargs: dict, h: Tensor) -> Tensor:
         """The map, or the tokens with the picture's replaced by the map h."""

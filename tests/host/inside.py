@@ -26,6 +26,7 @@ import comfy.cli_args  # noqa: E402
 comfy.cli_args.args.cpu = True  # before anything asks for the device
 
 import comfy.model_base  # noqa: E402
+import comfy.model_management  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
@@ -43,12 +44,14 @@ def load_pack() -> ModuleType:
 
 
 load_pack()
-host = importlib.import_module("difflens_pack.nodes.host")
 
 
-def core_module(name: str) -> ModuleType:
-    """A module of the core as the pack has it, whose classes are not those of `import difflens_core`."""
-    return importlib.import_module(f"difflens_pack.difflens_core.{name}")
+def pack_module(name: str) -> ModuleType:
+    """A module of the pack as it was loaded here; classes of its core are not those of `import difflens_core`."""
+    return importlib.import_module(f"difflens_pack.{name}")
+
+
+host = pack_module("nodes.host")
 
 
 UNET = {
@@ -174,6 +177,13 @@ def sample(model, positive, negative=None, cfg=1.0, latent=None, steps=1, sample
     """What a stock KSampler draws; one step of Euler is the network's first guess of the clean picture."""
     start = latent["samples"]
     noise = comfy.sample.prepare_noise(start, seed)
-    return comfy.sample.sample(
+    drawn = comfy.sample.sample(
         model, noise, steps, cfg, sampler, "normal", positive, negative or positive, start, disable_pbar=True, seed=seed
     )
+    forget()
+    return drawn
+
+
+def forget() -> None:
+    """Unload all models, while their patchers live: of dead ones ComfyUI looks for leaks, which takes long."""
+    comfy.model_management.unload_all_models()

@@ -31,6 +31,7 @@ def captured(inside, model, positive, latent, sites, steps=1, pictures=PICTURES,
     store = inside.host.capture(
         model, positive, latent, pictures, steps, "euler", "normal", 5, tuple(sites), **guidance
     )  # fmt: skip
+    inside.forget()
     return [store.activations(site).values for site in sites], store.samples()
 
 
@@ -174,6 +175,20 @@ def test_captured_pictures_are_those_of_a_ksampler_at_that_guidance(inside, cfg)
         captured(inside, model, positive, latent, ["middle_block"], cfg=4.0)
 
 
+def test_the_capture_node_passes_on_its_guidance_and_sites(inside):
+    model, positive, negative, latent = graph(inside, "SD1.5", "guidance")
+    node = inside.pack_module("nodes.capture").CaptureActivations
+    activations, images = node.execute(
+        model, positive, latent, inside.host.pixel_space_vae(), PICTURES, 1, "euler", "normal", 5,
+        "mid_block.attentions.0 update, mid_block", negative=negative, cfg=4.0,
+    ).result  # fmt: skip
+    (expected, _), samples = captured(
+        inside, model, positive, latent, ["mid_block.attentions.0 update", "mid_block"], negative=negative, cfg=4.0
+    )
+    assert activations.site == "mid_block.attentions.0 update" and torch.equal(activations.values, expected)
+    assert torch.equal(images, inside.host.pixel_space_vae().decode(samples))
+
+
 # --- names ---
 
 NAMES = {
@@ -289,6 +304,18 @@ def test_steering_a_block_changes_its_picture_tokens_alone(inside, family, site,
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.diffusion_model.modules())
 
 
+def test_tokens_inside_a_u_net_lie_as_its_map_does(inside):
+    """The last thing that a transformer does is to lay its tokens out and add them to its input."""
+    model, latent = inside.model("SD1.5"), inside.latent("SD1.5", PICTURES, 24, 8)
+    sites = ("output_blocks.9.1.proj_out update", "output_blocks.9.1 update", "output_blocks.9.1.transformer_blocks.0")
+    with pytest.raises(inside.host.DiffLensError, match="no module"):
+        captured(inside, model, inside.prompt("SD1.5", 1), latent, ["output_blocks.9.1.transformer_blocks.7"])
+    (_, update, tokens), _ = captured(inside, model, inside.prompt("SD1.5", 1), latent, sites)
+    project = model.model.diffusion_model.output_blocks[9][1].proj_out
+    close(project(tokens[0].float()), update[0])
+    assert tokens.shape == update.shape == (1, PICTURES, 32, 24, 8)
+
+
 def test_tokens_of_reference_pictures_stay_out_of_it(inside):
     model, latent = inside.model("Flux"), inside.latent("Flux", PICTURES, 12, 16)
     ((tokens, more),) = inside.prompt("Flux", 1)
@@ -333,7 +360,7 @@ CHAINS = [
 
 def random_sae(inside, activations, kernel):
     """An SAE with random directions and the capture's own means."""
-    module = inside.core_module("sae")
+    module = inside.pack_module("difflens_core.sae")
     normalisation = module.fit_normalisation(activations)
     decoder = torch.nn.functional.normalize(torch.randn(96, activations.width * kernel**2), dim=1)
     zeros = torch.zeros(96), torch.zeros(decoder.shape[1])
@@ -350,23 +377,24 @@ def test_capture_probe_attribute_and_steer_at_every_kind_of_site(inside, family,
     store = inside.host.capture(
         model, positive, latent, 8, 2, "euler", "normal", 5, (site,), negative=negative, cfg=3.0
     )
+    inside.forget()
     activations, labels = store.activations(), torch.arange(8) % 2
     sae = random_sae(inside, activations, kernel)
-    probes = inside.core_module("probes").train_probes(activations, sae, labels, "tone", classes)
-    attribute = inside.core_module("attribution").attribute_features
+    probes = inside.pack_module("difflens_core.probes").train_probes(activations, sae, labels, "tone", classes)
+    attribute = inside.pack_module("difflens_core.attribution").attribute_features
     found = attribute(activations, sae, probes, labels)
     assert attribute(activations, sae, probes, labels, "integrated gradients").completeness < 1e-4
-    recipe = inside.core_module("recipes").build_recipe(found, sae, probes, activations, 10)
+    recipe = inside.pack_module("difflens_core.recipes").build_recipe(found, sae, probes, activations, 10)
     path = inside.host.temporary_file("chain.safetensors")
-    inside.core_module("recipes").save_recipe(path, recipe)
-    recipe = inside.core_module("recipes").load_recipe(path)
+    inside.pack_module("difflens_core.recipes").save_recipe(path, recipe)
+    recipe = inside.pack_module("difflens_core.recipes").load_recipe(path)
     assert recipe.site == site and recipe.kernel == kernel
     latent = inside.latent(family)
     plain = inside.sample(model, positive, negative, 3.0, latent, 2)
     for mode in ("shift", "scale"):
         for strength in (0.0, 3.0):
-            settings = inside.core_module("recipes").with_settings(recipe, mode=mode, strength=strength)
-            steering = inside.core_module("steering").Steering(settings, lambda images: images % 2)
+            settings = inside.pack_module("difflens_core.recipes").with_settings(recipe, mode=mode, strength=strength)
+            steering = inside.pack_module("difflens_core.steering").Steering(settings, lambda images: images % 2)
             steered = inside.host.apply_site(model, site, steering, "Steer")
             drawn = inside.sample(steered, positive, negative, 3.0, latent, 2)
             assert torch.equal(drawn, plain) == (strength == 0) and torch.isfinite(drawn).all()
