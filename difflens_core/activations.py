@@ -169,9 +169,11 @@ def find_site(model: nn.Module, site: str) -> nn.Module:
         ) from None
 
 
-def to_map(h: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-    """Tokens B x T x C as a map B x C x H x W on `grid` (T = H W), or B x C x T x 1 without one; a map as it is."""
-    return h if h.ndim != 3 else h.transpose(1, 2).unflatten(2, grid or (h.shape[1], 1))
+def to_map(h: Any, grid: tuple[int, int] | None = None) -> Any:
+    """Tokens B x T x C as a map B x C x H x W on `grid` (T = H W), or B x C x T x 1 without one; all else as it is."""
+    if not isinstance(h, Tensor) or h.ndim != 3:
+        return h
+    return h.transpose(1, 2).unflatten(2, grid or (h.shape[1], 1))
 
 
 def from_map(h: Tensor, ndim: int) -> Tensor:
@@ -206,6 +208,8 @@ def edit_site(
 
     h is the module's output, or, if the site's name ends in " update", output minus input: what the edit changes of
     that is added to the output. Tokens are shown as maps (`to_map`). An edit that gives h back changes nothing.
+    `part` tells which part of a block of several streams the site is. Raises `DiffLensError` while the module runs if
+    that is no tensor, or has no update.
     """
     module, part, given = find_site(model, site), part or Whole(), []
 
@@ -224,6 +228,8 @@ def edit_site(
 
     def after(_module: nn.Module, _args: tuple, kwargs: dict, output: Any) -> Any:
         whole = part.read(output, kwargs)
+        if not isinstance(whole, Tensor):
+            raise DiffLensError(f"{site} puts out a {type(whole).__name__}, expected a tensor. Use a module inside it.")
         h = update(whole) if reads_update(site) else whole
         edited = edit(h)
         if edited is h:

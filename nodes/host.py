@@ -333,10 +333,10 @@ def edit_rows(h: Tensor, options: dict, edit: Edit, chosen: Sequence[bool]) -> T
     h holds a chunk of the latent batch for every entry of `cond_or_uncond`. Returns h itself if every chunk comes
     back as it was. Reads one sigma, which on a GPU waits for the device once an evaluation.
     """
-    if not isinstance(h, Tensor) or h.ndim != 4:
-        found = f"{h.ndim} dimensions" if isinstance(h, Tensor) else type(h).__name__
+    if h.ndim != 4:
         raise DiffLensError(
-            f"the site's output is {found}, expected batch x channels x height x width or batch x tokens x channels."
+            f"the site puts out {h.ndim} dimensions, expected batch x channels x height x width, or batch x tokens x "
+            "channels."
         )
     sigma = float(options["sigmas"][0])
     chunks = h.chunk(len(chosen))

@@ -85,6 +85,15 @@ def test_a_module_that_changes_the_shape_has_no_update():
     assert hooks(net) == 0 and not net[2]._forward_pre_hooks
 
 
+def test_several_streams_need_to_be_told_apart():
+    net = nn.ModuleDict({"block": Block()})
+    with (
+        pytest.raises(DiffLensError, match="block puts out a tuple, .* a module inside it"),
+        capture_site(net, "block"),
+    ):
+        net["block"](torch.ones(1, 2, 3), img=torch.ones(1, 2, 3))
+
+
 def test_tokens_are_shown_as_a_map_one_token_wide():
     net, x = model(), torch.randn(4, 7, 3)
     with capture_site(net, "0", torch.float32) as outputs, edit_site(net, "2", lambda h: h * 2):
