@@ -133,7 +133,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError:  # torch's own message advises to load it unsafely
         raise DiffLensError(
             f"{path.name}: holds pickled objects that are not plain tensors, or is damaged. Such objects can run code "
-            "and are never loaded. Save the SAE's state_dict alone."
+            "and are never loaded. Save the state_dict alone."
         ) from None
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0] or "it ends too soon"

@@ -1,4 +1,4 @@
-"""Everything the nodes need of ComfyUI itself; no other file of the pack touches its internals."""
+"""What the nodes need of ComfyUI itself; only the files called host*.py touch its internals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.latent_formats
 import comfy.model_base
@@ -25,6 +25,7 @@ import folder_paths
 import latent_preview
 import numpy as np
 import torch
+from comfy import sd1_clip
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
@@ -40,6 +41,7 @@ from ..difflens_core.formats import CONFIGS, WEIGHTS
 from ..difflens_core.sampling import Draw, noise_batches
 from ..difflens_core.sampling import Edit as SiteEdit
 from ..difflens_core.store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, record
+from ..difflens_core.text import END, TextEncoder, tokenize
 from .host_sites import Picture, own_name
 
 log = logging.getLogger("difflens")
@@ -50,18 +52,21 @@ SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
 
 MODELS, SAES, CLASSIFIERS, RECIPES = "difflens_models", "difflens_saes", "difflens_classifiers", "difflens_recipes"
 STORES = "difflens_activations"
-SHIPPED = Path(__file__).resolve().parent.parent / "models" / "avatars"
+SHIPPED = [Path(__file__).resolve().parent.parent / "models" / name for name in ("avatars", "prompted_avatars")]
 
 
 def register_folders() -> None:
-    """Make the pack's kinds of file known: the user's folder, then extra_model_paths.yaml's, then the shipped one."""
-    endings = {kind: {".safetensors"} for kind in (MODELS, CLASSIFIERS, RECIPES)}
+    """Make the pack's kinds of file known: the user's folder, then extra_model_paths.yaml's, then the shipped ones."""
+    endings = {kind: {".safetensors"} for kind in (MODELS, RECIPES)} | {CLASSIFIERS: {*WEIGHTS}}
     # A folder of activations is known by its index, one of another program's SAE by its configuration.
     endings |= {STORES: {Path(INDEX).suffix}, SAES: {*WEIGHTS, Path(CONFIGS[0]).suffix}}
     for kind, ending in endings.items():
         extra, _ = folder_paths.folder_names_and_paths.get(kind, ([], set()))
         user = str(Path(folder_paths.models_dir) / kind)
-        folder_paths.folder_names_and_paths[kind] = ([user, *extra, str(SHIPPED / kind)], ending)
+        folder_paths.folder_names_and_paths[kind] = (
+            [user, *extra, *(str(shipped / kind) for shipped in SHIPPED)],
+            ending,
+        )
 
 
 def list_files(kind: str) -> list[str]:
@@ -231,6 +236,13 @@ class HostedDenoiser(Denoiser):
                 f"got a latent of {found}. Set Empty Latent Image to {size} x {size}."
             )
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
+        width = self.config.context_width
+        if width and (context is None or context.shape[-1] != width):
+            found = "none" if context is None else f"one of width {context.shape[-1]}"
+            raise DiffLensError(
+                f"Load Prompted Model: this model reads a text of width {width}, got {found}. Connect CLIP Text Encode "
+                "with the CLIP of the same Load Prompted Model."
+            )
         executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
         return executor.execute(x, timesteps, context, control, transformer_options, **kwargs)
 
@@ -238,7 +250,7 @@ class HostedDenoiser(Denoiser):
         sigma = timesteps / TIMESTEPS
         h, emb = self.encode(x, sigma)
         transformer_options["block"] = ("middle", 0)
-        h = self.middle_block(h, emb)
+        h = self.middle_block(h, emb, context if self.config.context_width else None)
         for patch in transformer_options.get("patches", {}).get("middle_block_after_patch", ()):
             h = patch({
                 "h": h, "x": x, "emb": emb, "context": context, "y": None, "timesteps": timesteps,
@@ -257,9 +269,16 @@ class UnconditionalConfig(comfy.supported_models_base.BASE):
     memory_usage_factor = 0.03
 
 
-def load_unconditional(path: str, disable_dynamic: bool = False) -> ModelPatcher:
+def load_unconditional(path: str) -> ModelPatcher:
+    """A denoiser that draws without prompts as a MODEL. Raises `DiffLensError` if the file does not fit."""
+    if load_denoiser_weights(path)[0].context_width:
+        raise DiffLensError(f"{Path(path).name} draws by prompt. Load it with Load Prompted Model.")
+    return load_denoiser_model(path)
+
+
+def load_denoiser_model(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     """A denoiser file as a MODEL that stock samplers take. Raises `DiffLensError` if the file does not fit."""
-    sizes, weights = load_denoiser_weights(path)
+    sizes, weights, _ = load_denoiser_weights(path)
     config = UnconditionalConfig(asdict(sizes))
     config.set_inference_dtype(torch.float32, None)
     load_device = comfy.model_management.get_torch_device()
@@ -269,8 +288,59 @@ def load_unconditional(path: str, disable_dynamic: bool = False) -> ModelPatcher
     kind = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights(weights, assign=patcher.is_dynamic())
-    patcher.cached_patcher_init = (load_unconditional, (path,))
+    patcher.cached_patcher_init = (load_denoiser_model, (path,))
     return patcher
+
+
+class PromptTokenizer:
+    """Words and their weights, such as (doctor:1.3), for ComfyUI's CLIP."""
+
+    def __init__(self, words: Sequence[str], length: int):
+        self.words, self.length = words, length
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict:
+        """Chunks of `length` pairs (token, weight); with `return_word_ids` of (token, weight, number of the word)."""
+        found = [
+            (token, weight)
+            for part, weight in sd1_clip.token_weights(sd1_clip.escape_important(text), 1.0)
+            for token in tokenize(sd1_clip.unescape_important(part), self.words)
+        ]
+        found += [(END, 1.0)] * (-len(found) % self.length if found else self.length)
+        if return_word_ids:
+            found = [(*pair, number + 1 if pair[0] != END else 0) for number, pair in enumerate(found)]
+        return {"difflens": [found[i : i + self.length] for i in range(0, len(found), self.length)]}
+
+
+class HostedTextEncoder(nn.Module, sd1_clip.ClipTokenWeightEncoder):
+    """The text encoder as the model behind ComfyUI's CLIP, which weighs tokens by their distance from no prompt."""
+
+    special_tokens: ClassVar = {"pad": END}
+
+    def __init__(self, text: TextEncoder, device: Any = None, dtype: Any = None, model_options: Any = None):
+        super().__init__()
+        self.text, self.dtypes = text.to(device, dtype), {dtype}
+
+    def set_clip_options(self, options: dict) -> None:
+        """ComfyUI offers to skip layers or to move; there is one way to encode here."""
+
+    reset_clip_options = lambda self: None  # noqa: E731
+
+    def encode_token_weights(self, tokens: dict) -> tuple[Tensor, None]:
+        return super().encode_token_weights([[pair[:2] for pair in chunk] for chunk in tokens["difflens"]])
+
+    def encode(self, tokens: list[list[int]]) -> tuple[Tensor, None]:
+        return self.text(torch.tensor(tokens, device=self.text.position.device)), None
+
+
+def load_prompted(path: str) -> tuple[ModelPatcher, comfy.sd.CLIP]:
+    """A denoiser that draws by prompt, and its text encoder as CLIP. Raises `DiffLensError` if it has none."""
+    _, _, text = load_denoiser_weights(path)
+    if text is None:
+        raise DiffLensError(f"{Path(path).name} draws without prompts. Load it with Load Unconditional Model.")
+    target = comfy.supported_models_base.ClipTarget(
+        lambda **_: PromptTokenizer(text.words, text.length), functools.partial(HostedTextEncoder, text)
+    )
+    return load_denoiser_model(path), comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
 
 
 def unconditional_conditioning() -> list:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..difflens_core.activations import UPDATE
-from ..difflens_core.classifier import load_classifier
+from ..difflens_core.faces import load_face_finder
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.formats import load_any_sae
 from ..difflens_core.recipes import Recipe, load_recipe, save_recipe
+from ..difflens_core.resnet_classifiers import load_any_classifier
 from . import host
+from .host_classifiers import HostedClassifier
 from .sockets import CATEGORY, SAE, Classifier, RecipeSocket
+
+NO_DETECTOR = "none"
 
 
 class LoadModel(io.ComfyNode):
@@ -45,6 +49,39 @@ class LoadModel(io.ComfyNode):
     def execute(cls, model_name: str) -> io.NodeOutput:
         model = host.load_unconditional(host.find_file(host.MODELS, model_name))
         return io.NodeOutput(model, host.unconditional_conditioning(), host.pixel_space_vae())
+
+
+class LoadPromptedModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffLensLoadPromptedModel",
+            display_name="Load Prompted Model",
+            category=CATEGORY,
+            description="Loads a small diffusion model that draws by prompt, such as the avatars at work, with all "
+            "that CLIP Text Encode and a KSampler need.",
+            search_aliases=["avatars", "prompt", "occupations"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=host.list_files(host.MODELS),
+                    tooltip="A file in models/difflens_models, or the prompted avatars that come with the pack.",
+                )
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model, for Steer, Capture Activations or a KSampler; cfg 2 suits it."),
+                io.Clip.Output(
+                    tooltip="Reads prompts such as: portrait of a doctor. It knows a few words only, those of the "
+                    "drawings it was trained on."
+                ),
+                io.Vae.Output(tooltip="Pixel space: turns the model's latents, which are pixels, into images."),
+            ],
+        )
+
+    @classmethod
+    @host.clear_errors
+    def execute(cls, model_name: str) -> io.NodeOutput:
+        return io.NodeOutput(*host.load_prompted(host.find_file(host.MODELS, model_name)), host.pixel_space_vae())
 
 
 class LoadSAE(io.ComfyNode):
@@ -106,26 +143,40 @@ class LoadClassifier(io.ComfyNode):
             node_id="DiffLensLoadClassifier",
             display_name="Load Attribute Classifier",
             category=CATEGORY,
-            description="Loads a classifier that reads attributes off pictures. It tells what a picture looks like, "
-            "not what a person is.",
+            description="Loads a classifier that reads attributes off pictures: one of the pack's, FairFace's, or any "
+            "ResNet. It tells what a picture looks like, not what a person is.",
+            search_aliases=["FairFace", "ResNet", "torchvision"],
             inputs=[
                 io.Combo.Input(
                     "classifier_name",
                     options=host.list_files(host.CLASSIFIERS),
                     tooltip="A file in models/difflens_classifiers, or the one that comes with the pack.",
-                )
+                ),
+                io.Combo.Input(
+                    "face_detector",
+                    options=[NO_DETECTOR, *host.list_files(host.CLASSIFIERS)],
+                    default=NO_DETECTOR,
+                    optional=True,
+                    tooltip="Weights of kornia's face detector YuNet, in the same folder: the largest face is cut out, "
+                    "as FairFace expects, and pictures without a face are told apart. none: whole pictures.",
+                ),
             ],
             outputs=[
                 Classifier.Output(
-                    display_name="classifier", tooltip="The classifier, for Classify Images and Fairness Report."
-                )
+                    display_name="classifier", tooltip="The classifier, for every node that asks for one."
+                ),
+                io.String.Output(display_name="report", tooltip="What was loaded: format, attributes, classes."),
             ],
         )
 
     @classmethod
     @host.clear_errors
-    def execute(cls, classifier_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_classifier(host.find_file(host.CLASSIFIERS, classifier_name)))
+    def execute(cls, classifier_name: str, face_detector: str = NO_DETECTOR) -> io.NodeOutput:
+        faces = None
+        if face_detector != NO_DETECTOR:
+            faces = load_face_finder(host.find_file(host.CLASSIFIERS, face_detector))
+        classifier, report = load_any_classifier(host.find_file(host.CLASSIFIERS, classifier_name), faces)
+        return io.NodeOutput(HostedClassifier(classifier), report)
 
 
 class LoadRecipe(io.ComfyNode):

@@ -12,7 +12,11 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 # Only for this process: the host tests drive a server in another one, which finds the pack by itself.
-sys.path[:0] = [str(ROOT), str(ROOT / "models")]
+sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "scripts")]
+
+from launch_comfyui import install_mends  # noqa: E402
+
+install_mends()  # a torchvision built for a GPU beside a CPU build of torch
 
 from difflens_core.activations import Activations  # noqa: E402
 from difflens_core.denoiser import Denoiser, DenoiserConfig  # noqa: E402

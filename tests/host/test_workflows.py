@@ -29,7 +29,7 @@ from difflens_core.targets import Targets
 AVATARS = FOLDER.parent / "models" / "avatars"
 NODES = (
     "LoadModel", "LoadSAE", "LoadClassifier", "LoadRecipe", "SaveRecipe", "Capture", "LoadActivations", "TrainSAE",
-    "Classify", "TrainProbes", "Attribute", "SiteScan", "RankByEffect", "Steer", "Report", "Compare",
+    "Classify", "TrainProbes", "Attribute", "SiteScan", "RankByEffect", "Steer", "Report", "Compare", "ZeroShot",
 )  # fmt: skip
 NAMES = ("01 debias the avatars", "02 find the bias features", "03 dose response")
 
@@ -342,7 +342,7 @@ def sampled_by_the_core(recipes: list, pictures: int, seed: int, **more: object)
     for recipe in recipes:
         shares = (1 / len(recipe.classes),) * len(recipe.classes)
         edits.append(Steering(recipe, Targets(recipe.attribute, recipe.classes, shares).of, **more))
-    return sample(model, start_noise(pictures, seed), 4, edits)[0]
+    return sample(model, start_noise(pictures, seed), 4, edits)
 
 
 def shipped(attribute: str, **settings: object):
