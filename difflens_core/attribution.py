@@ -88,7 +88,8 @@ def integrated_gradients(
     pictures, positions, _ = latents.values.shape
     index, values = latents.indices.flatten(1), latents.values.flatten(1).double() / positions
     weight = probes.weight[step].double()
-    read = sae.decoder.double() @ weight.T  # N x K, what a unit of each latent adds to the logits
+    # N x K, what a unit of each latent adds to the logits. In parts: a whole map's decoder is large.
+    read = torch.cat([part.double() @ weight.T for part in sae.decoder.split(1024)])
 
     def logits_of(index: Tensor, values: Tensor) -> Tensor:
         return values.new_zeros(pictures, sae.latents).scatter_add_(1, index, values) @ read

@@ -142,15 +142,10 @@ class AttributeFeatures(io.ComfyNode):
 
 def check_sae(sae: SparseAutoencoder, activations: CapturedActivations) -> None:
     """Raise `DiffLensError` if the SAE was trained on another site or width than the activations'."""
-    if sae.reads == "update":
-        raise DiffLensError(
-            f"the SAE reads the update of {sae.site} (output minus input), Capture Activations keeps outputs. "
-            "Use an SAE that reads outputs."
-        )
     if (sae.site, sae.channels) != (activations.site, activations.width):
         raise DiffLensError(
             f"the SAE was trained on {sae.site} ({sae.channels} wide), the activations are of {activations.site} "
-            f"({activations.width} wide). Use an SAE of the same model and site."
+            f"({activations.width} wide). Use an SAE of the same model, and capture at its site under the same name."
         )
 
 

@@ -111,7 +111,8 @@ class SiteScan(io.ComfyNode):
         seed: int,
     ) -> io.NodeOutput:  # fmt: skip
         classes = classes_of(classifier, attribute)
-        names = list(dict.fromkeys(sites.replace(",", " ").split())) or host.some_sites(model)
+        names = [name.strip() for name in sites.replace(",", "\n").splitlines()]
+        names = [*dict.fromkeys(filter(None, names))] or host.some_sites(model)
         for name in names:
             host.site_width(model, name)
         draw = host.drawer(

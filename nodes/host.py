@@ -34,7 +34,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..difflens_core import checkpoints
-from ..difflens_core.activations import find_site
+from ..difflens_core.activations import UPDATE, find_site
+from ..difflens_core.activations import edit_site as hooked
 from ..difflens_core.denoiser import Denoiser, DenoiserConfig, ResBlock, Stack, fingerprint, load_denoiser_weights
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.formats import CONFIGS, WEIGHTS
@@ -42,6 +43,7 @@ from ..difflens_core.sampling import Draw, noise_batches
 from ..difflens_core.sampling import Edit as SiteEdit
 from ..difflens_core.store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, record
 from ..difflens_core.text import END, TextEncoder, tokenize
+from .host_sites import Picture, own_name
 
 log = logging.getLogger("difflens")
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
@@ -405,10 +407,17 @@ UNEDITED = "difflens_unedited"  # entry of transformer_options: in this evaluati
 
 # Which conditioning an edit is for: entries of `cond_or_uncond`, in which 0 is the positive.
 CONDITIONINGS = {"positive": (0,), "negative": (1,), "both": (0, 1)}
+# For the chunks of a batch, of which each follows a conditioning: is an edit for them?
+Follows = Callable[[dict], list[bool]]
 
 
-def edit_rows(h: Tensor, options: dict, edit: Edit, conditioning: str) -> Tensor:
-    """Let `edit(rows, sigma, images)` change the rows of h that follow a conditioning (one of CONDITIONINGS).
+def follows(conditioning: str) -> Follows:
+    """For chunks that follow a conditioning (one of CONDITIONINGS)."""
+    return lambda options: [kind in CONDITIONINGS[conditioning] for kind in options["cond_or_uncond"]]
+
+
+def edit_rows(h: Tensor, options: dict, edit: Edit, chosen: Sequence[bool]) -> Tensor:
+    """Let `edit(rows, sigma, images)` change the chosen chunks of h.
 
     h holds a chunk of the latent batch for every entry of `cond_or_uncond`. Returns h itself if every chunk comes
     back as it was, or if the sampler asks for the unedited model (UNEDITED). Reads one sigma, which on a GPU waits for
@@ -416,14 +425,16 @@ def edit_rows(h: Tensor, options: dict, edit: Edit, conditioning: str) -> Tensor
     """
     if options.get(UNEDITED):
         return h
-    if not isinstance(h, Tensor) or h.ndim != 4:
-        found = f"{h.ndim} dimensions" if isinstance(h, Tensor) else type(h).__name__
-        raise DiffLensError(f"the site's output is {found}, expected batch x channels x height x width.")
+    if h.ndim != 4:
+        raise DiffLensError(
+            f"the site puts out {h.ndim} dimensions, expected batch x channels x height x width, or batch x tokens x "
+            "channels."
+        )
     sigma = float(options["sigmas"][0])
-    chunks = h.chunk(len(options["cond_or_uncond"]))
+    chunks = h.chunk(len(chosen))
     edited = [
-        edit(chunk, sigma, torch.arange(len(chunk))) if kind in CONDITIONINGS[conditioning] else chunk
-        for chunk, kind in zip(chunks, options["cond_or_uncond"], strict=True)
+        edit(chunk, sigma, torch.arange(len(chunk))) if mine else chunk
+        for chunk, mine in zip(chunks, chosen, strict=True)
     ]
     if all(new is old for new, old in zip(edited, chunks, strict=True)):
         return h
@@ -441,20 +452,19 @@ class MiddleBlockPatch:
 
 
 class HookWrapper:
-    """Edit as a forward hook that lives for one evaluation of the diffusion model."""
+    """Edit as a forward hook that lives for one evaluation of the model.
+
+    Around APPLY_MODEL, because SD3's network runs no DIFFUSION_MODEL wrappers.
+    """
 
     def __init__(self, site: str, edit: EditRows):
         self.site, self.edit = site, edit
 
-    def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
-        # Architectures put transformer_options at different places; only it holds sigmas.
+    def __call__(self, executor: WrapperExecutor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "sigmas" in a)
-        module = executor.class_obj.get_submodule(self.site)
-        handle = module.register_forward_hook(lambda _module, _inputs, h: self.edit(h, options))
-        try:
-            return executor(*args, **kwargs)
-        finally:
-            handle.remove()
+        network = executor.class_obj.diffusion_model
+        with hooked(network, self.site, lambda h: self.edit(h, options), Picture(network, self.site, x)):
+            return executor(x, *args, **kwargs)
 
 
 MIDDLE_BLOCK = "middle_block"
@@ -465,7 +475,7 @@ def site_width(model: ModelPatcher, site: str) -> int | None:
 
     Raises `DiffLensError` if the model has no such module, or one whose output cannot be reached.
     """
-    network = model.model.diffusion_model
+    network, site = model.model.diffusion_model, own_name(model, site)
     module = find_site(network, site)
     if site == MIDDLE_BLOCK:
         if isinstance(network, Denoiser):
@@ -473,28 +483,30 @@ def site_width(model: ModelPatcher, site: str) -> int | None:
         if isinstance(module, nn.Sequential):
             module = module[-1]
     elif isinstance(module, TimestepEmbedSequential) or type(module) is nn.ModuleList:
+        name = site.removesuffix(UPDATE)
         raise DiffLensError(
-            f"{site} only groups modules and is never run itself. Use the last module in it: {site}.{len(module) - 1}."
+            f"{name} only groups modules and is never run itself. Use the last module in it: "
+            f"{site.replace(name, f'{name}.{len(module) - 1}')}."
         )
     return getattr(module, "out_channels", None)
 
 
-def edit_site(model: ModelPatcher, site: str, edit: Edit, node: str, conditioning: str = "positive") -> ModelPatcher:
-    """A clone of the model in which `edit(rows, sigma, images)` changes what `site` puts out.
+def edit_site(model: ModelPatcher, site: str, edit: Edit, node: str, chosen: Follows) -> ModelPatcher:
+    """A clone of the model in which `edit(rows, sigma, images)` changes what is read at `site` in the chosen rows.
 
     Errors that come up while sampling begin with the name `node`.
     """
     site_width(model, site)
-    clone = model.clone()
+    clone, site = model.clone(), own_name(model, site)
 
     def apply(h: Tensor, options: dict) -> Tensor:
         with named(node):
-            return edit_rows(h, options, edit, conditioning)
+            return edit_rows(h, options, edit, chosen(options))
 
     if site == MIDDLE_BLOCK:
         clone.set_model_middle_block_after_patch(MiddleBlockPatch(apply))
     else:
-        clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "difflens", HookWrapper(site, apply))
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "difflens", HookWrapper(site, apply))
     return clone
 
 
@@ -505,7 +517,7 @@ def apply_site(model: ModelPatcher, site: str, fn: Edit, node: str, conditioning
     batch. If fn gives h back, the result is bit-identical. Raises `DiffLensError` if the model lacks the site.
     """
     progress = progress_of(model)
-    return edit_site(model, site, lambda h, sigma, images: fn(h, progress(sigma), images), node, conditioning)
+    return edit_site(model, site, lambda h, sigma, images: fn(h, progress(sigma), images), node, follows(conditioning))
 
 
 def empty_latents(model: ModelPatcher, positive: list, latent: dict) -> Tensor:
@@ -519,14 +531,27 @@ def empty_latents(model: ModelPatcher, positive: list, latent: dict) -> Tensor:
 
 
 class Watch:
-    """Keeps what `sites` put out at the noise levels `sigmas` while `model`, a clone, samples one batch."""
+    """Keeps what `sites` put out at the noise levels `sigmas` while `model`, a clone, samples one batch.
+
+    Of the rows, those that follow the first positive conditioning: there may be several, and negatives.
+    """
 
     def __init__(self, model: ModelPatcher, sites: tuple[str, ...], sigmas: Tensor, dtype: torch.dtype):
         self.sites, self.sigmas, self.dtype = sites, sigmas, dtype
         for site in sites:
-            model = edit_site(model, site, functools.partial(self.keep, site), "Capture Activations")
+            model = edit_site(model, site, functools.partial(self.keep, site), "Capture Activations", self.chosen)
+        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "difflens", self.begin)
         self.model = model
         self.clear()
+
+    def begin(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        self.first = executor.class_obj.conds["positive"][0]["uuid"]
+        return executor(*args, **kwargs)
+
+    def chosen(self, options: dict) -> list[bool]:
+        # Where only the positive is for an area, ComfyUI makes a negative for it that goes by the same uuid.
+        pairs = zip(options["cond_or_uncond"], options["uuids"], strict=True)
+        return [kind == 0 and uuid == self.first for kind, uuid in pairs]
 
     def clear(self) -> None:
         self.values: dict[str, Tensor] = {}
@@ -549,7 +574,7 @@ class Watch:
             if steps < len(self.sigmas):
                 raise DiffLensError(
                     f"{site} was read at {steps} of {len(self.sigmas)} steps: either the sampler leaves the schedule "
-                    "or the model does not run this module. Use sampler euler and site middle_block."
+                    "or the model does not run this module at all of them. Use sampler euler and a site that it runs."
                 )
         values = self.values
         self.clear()
@@ -582,8 +607,10 @@ def capture(
     span: tuple[float, float] = (0.0, 1.0),
     dtype: str = "float16",
     folder: Path | None = None,
+    negative: list | None = None,
+    cfg: float = 1.0,
 ) -> Store:
-    """Sample `pictures` pictures (cfg 1) in batches as large as `latent`, keeping what `sites` put out.
+    """Sample `pictures` pictures in batches as large as `latent`, keeping what `sites` put out for the positive.
 
     Kept are the steps whose progress lies in `span`, in memory or in `folder`, where a capture that was cut off is
     gone on with (`record`). The store's samples are the finished latents. Picture k starts from the noise that a stock
@@ -596,8 +623,12 @@ def capture(
     kept = [step for step, progress in enumerate(passed) if span[0] <= progress <= span[1]]
     if not kept:
         raise DiffLensError(f"no step lies between {span[0]} and {span[1]} of the sampling. Widen the span.")
+    if cfg != 1 and not negative:
+        raise DiffLensError(f"cfg is {cfg:g}, which guides away from a negative, but none is connected. Connect it.")
     inputs = digest(start, *conditioning_tensors(positive))
     info = {"steps": steps, "sampler": sampler_name, "scheduler": scheduler, "latent and conditioning": inputs}
+    if cfg != 1:
+        info |= {"cfg": cfg, "negative": digest(*conditioning_tensors(negative))}
     progress = tuple(passed[step] for step in kept)
     index = Index(sites, progress, pictures, min(batch, pictures), seed, model_fingerprint(model), dtype, info)
     watch = Watch(model, sites, schedule.sigmas[kept], DTYPES[dtype])
@@ -610,7 +641,7 @@ def capture(
             report(done, previewer and previewer.decode_latent_to_preview_image("JPEG", x0))
 
         samples = comfy.sample.sample(
-            watch.model, noise.to(start.dtype), steps, 1.0, sampler_name, scheduler, positive, positive,
+            watch.model, noise.to(start.dtype), steps, cfg, sampler_name, scheduler, positive, negative or positive,
             start[: len(noise)], callback=on_step, disable_pbar=True, seed=(seed + first) % 2**64,
         )  # fmt: skip
         return watch.take() | {SAMPLES: samples.cpu()}
@@ -648,16 +679,18 @@ def some_sites(model: ModelPatcher) -> list[str]:
 
     Of a U-Net as ComfyUI builds it the last module of three blocks before and after the middle; of diffusers' the last
     residual block of every level; of other networks the modules right below it that put out a map, as far as their type
-    tells, with the first of each stack. The first and the last convolution only touch pixels.
+    tells, with the first of each stack (the first and the last convolution only touch pixels), and three of each list
+    of blocks.
     """
     network = model.model.diffusion_model
+
+    def three(name: str) -> list[str]:
+        blocks = getattr(network, name)
+        chosen = sorted({len(blocks) // 4, len(blocks) // 2, len(blocks) - 1})
+        last = [f".{len(block) - 1}" if isinstance(block, TimestepEmbedSequential) else "" for block in blocks]
+        return [f"{name}.{i}{last[i]}" for i in chosen]
+
     if hasattr(network, "input_blocks") and hasattr(network, "output_blocks"):
-
-        def three(name: str) -> list[str]:
-            blocks = getattr(network, name)
-            chosen = sorted({len(blocks) // 4, len(blocks) // 2, len(blocks) - 1})
-            return [f"{name}.{i}.{len(blocks[i]) - 1}" for i in chosen]
-
         return [*three("input_blocks"), MIDDLE_BLOCK, *three("output_blocks")]
     if hasattr(network, "down_blocks"):  # diffusers
         down, up = (
@@ -667,6 +700,8 @@ def some_sites(model: ModelPatcher) -> list[str]:
         return [*down, MIDDLE_BLOCK, *up]
     found = []
     for name, module in network.named_children():
+        if type(module) is nn.ModuleList:
+            found += three(name)
         if isinstance(module, Stack):
             found.append(f"{name}.0")
         if isinstance(module, (Stack, ResBlock, nn.Conv2d)) and name not in ("conv_in", "conv_out"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..difflens_core.activations import UPDATE
 from ..difflens_core.checkpoints import AUTO
 from ..difflens_core.faces import load_face_finder
 from ..difflens_core.files import DiffLensError
@@ -182,7 +183,7 @@ class LoadSAE(io.ComfyNode):
     @host.clear_errors
     def execute(cls, sae_name: str, site: str = "") -> io.NodeOutput:
         sae, report = load_any_sae(host.find_sae(sae_name), site)
-        if not sae.site:
+        if not sae.site.removesuffix(UPDATE):
             raise DiffLensError(
                 f"{sae_name} does not say which module it was trained on. Type its name into site, such as "
                 "middle_block. (" + report.replace("\n", "; ") + ")"
