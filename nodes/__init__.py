@@ -5,13 +5,13 @@ from comfy_api.latest import ComfyExtension, io
 from .attribute import AttributeFeatures, TrainProbes
 from .capture import CaptureActivations, LoadActivations
 from .explore import RankByEffect, SiteScan
-from .load import LoadClassifier, LoadModel, LoadRecipe, LoadSAE, SaveRecipe
+from .load import LoadClassifier, LoadFeatures, LoadModel, LoadRecipe, LoadSAE, SaveRecipe
 from .measure import ClassifyImages, CompareImages, FairnessReport
 from .steer import Steer
 from .train import TrainSAE
 
 NODES: list[type[io.ComfyNode]] = [
-    LoadModel, LoadSAE, LoadClassifier, LoadRecipe, SaveRecipe,
+    LoadModel, LoadSAE, LoadFeatures, LoadClassifier, LoadRecipe, SaveRecipe,
     CaptureActivations, LoadActivations, TrainSAE, ClassifyImages, TrainProbes, AttributeFeatures,
     SiteScan, RankByEffect,
     Steer, FairnessReport, CompareImages,

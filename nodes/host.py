@@ -76,11 +76,29 @@ def find_file(kind: str, name: str) -> str:
 
 
 def list_saes() -> list[str]:
-    """Names that `find_sae` takes: folders with a configuration, and the files that lie in none of those."""
+    """Names that `find_sae` takes: folders with a configuration, and the files that lie in none of those.
+
+    A .pt file in a folder without a configuration is no SAE; it may name features (`list_feature_folders`).
+    """
     paths = [Path(name) for name in list_files(SAES)]
     folders = {path.parent for path in paths if path.name in CONFIGS and path.parent.name}
     files = {path for path in paths if path.suffix in WEIGHTS and not folders & set(path.parents)}
-    return sorted(map(str, folders | files))
+    features = {path for path in files if path.suffix == ".pt" and path.parent.name}
+    return sorted(map(str, folders | files - features))
+
+
+def list_feature_folders() -> list[str]:
+    """Names that `find_features` takes: folders with .pt files that no configuration makes an SAE."""
+    paths = [Path(name) for name in list_files(SAES)]
+    configured = {path.parent for path in paths if path.name in CONFIGS}
+    found = {path.parent for path in paths if path.suffix == ".pt" and path.parent.name}
+    return sorted(map(str, found - configured))
+
+
+def find_features(name: str) -> Path:
+    """A listed folder with feature files. Raises `DiffLensError` if it is gone."""
+    files = [path for path in list_files(SAES) if Path(path).parent == Path(name) and Path(path).suffix == ".pt"]
+    return Path(find_file(SAES, files[0] if files else name)).parent
 
 
 def find_sae(name: str) -> str:
