@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 
 from ..difflens_core.activations import find_site
 from ..difflens_core.denoiser import Denoiser, DenoiserConfig, ResBlock, Stack, fingerprint, load_denoiser_weights
-from ..difflens_core.files import DiffLensError
+from ..difflens_core.files import DiffLensError, digest
 from ..difflens_core.formats import CONFIGS, WEIGHTS
 from ..difflens_core.sampling import Draw, noise_batches
 from ..difflens_core.sampling import Edit as SiteEdit
@@ -482,12 +481,11 @@ class Watch:
         return values
 
 
-def digest(*tensors: Tensor) -> str:
-    """Twelve hex digits that tell one set of tensors from another."""
-    found = sha256()
+def content(tensors: Sequence[Tensor]) -> Iterator[bytes | str]:
+    """What tells one set of tensors from another, for `digest`."""
     for tensor in tensors:
-        found.update(f"{tuple(tensor.shape)}".encode() + tensor.cpu().float().numpy().tobytes())
-    return found.hexdigest()[:12]
+        yield f"{tuple(tensor.shape)}"
+        yield tensor.cpu().float().numpy().tobytes()
 
 
 def conditioning_tensors(conditioning: list) -> list[Tensor]:
@@ -522,7 +520,7 @@ def capture(
     kept = [step for step, progress in enumerate(passed) if span[0] <= progress <= span[1]]
     if not kept:
         raise DiffLensError(f"no step lies between {span[0]} and {span[1]} of the sampling. Widen the span.")
-    inputs = digest(start, *conditioning_tensors(positive))
+    inputs = digest(*content([start, *conditioning_tensors(positive)]))
     info = {"steps": steps, "sampler": sampler_name, "scheduler": scheduler, "latent and conditioning": inputs}
     progress = tuple(passed[step] for step in kept)
     index = Index(sites, progress, pictures, min(batch, pictures), seed, model_fingerprint(model), dtype, info)
