@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from difflens_core.classifier import load_classifier  # noqa: E402
-from difflens_core.denoiser import load_denoiser  # noqa: E402
+from difflens_core.denoiser import Denoiser, load_denoiser  # noqa: E402
 from difflens_core.fairness import kept_attributes, measure_fairness, pixel_change  # noqa: E402
 from difflens_core.recipes import Recipe, load_recipe, with_settings  # noqa: E402
-from difflens_core.sampling import sample, start_noise  # noqa: E402
+from difflens_core.sampling import Guidance, sample, start_noise  # noqa: E402
 from difflens_core.steering import Steering  # noqa: E402
 from difflens_core.targets import Targets, parse_target  # noqa: E402
 
@@ -42,14 +42,16 @@ def fair_targets(recipe: Recipe, seed: int) -> Targets:
     return Targets(recipe.attribute, recipe.classes, tuple(parse_target("uniform", recipe.classes)), seed)
 
 
-def run(model, count: int, recipe: Recipe | None = None, seed: int = SEED) -> tuple[torch.Tensor, Targets | None]:
+def run(
+    model: Denoiser, count: int, recipe: Recipe | None = None, seed: int = SEED, guidance: Guidance | None = None
+) -> tuple[torch.Tensor, Targets | None]:
     """Pictures (n x H x W x 3 in [0, 1]) and the classes they were asked to show."""
     targets = recipe and fair_targets(recipe, seed)
     steerings = [Steering(recipe, targets.of)] if recipe else []
-    parts = [
-        sample(model, noise, STEPS, steerings, first_image=index * BATCH)[0]
-        for index, noise in enumerate(start_noise(count, seed).split(BATCH))
-    ]
+    parts = []
+    for first, noise in zip(range(0, count, BATCH), start_noise(count, seed).split(BATCH), strict=True):
+        own = guidance and guidance.of(slice(first, first + len(noise)))
+        parts.append(sample(model, noise, STEPS, steerings, first, own))
     return torch.cat(parts).movedim(1, -1) / 2 + 0.5, targets
 
 

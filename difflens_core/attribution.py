@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .activations import Activations
 from .files import DiffLensError
 from .probes import Probes, check_labels
-from .sae import Latents, SparseAutoencoder
+from .sae import Latents, SparseAutoencoder, nearest_step
 
 QUADRATURE_POINTS = 32
 # Logits that change by less than this (over the temperature) are integrated to float64 rounding by that many points.
@@ -68,21 +68,36 @@ def path_integral(start: Tensor, change: Tensor, target: Tensor, temperature: fl
     return total / (2 * panels * temperature)
 
 
+def difference(latents: Latents, baseline: Latents) -> Latents:
+    """`latents` minus `baseline`, sparse (values B x P x 2k, which may be negative): a latent may stand there twice."""
+    values = torch.cat([latents.values, -baseline.values], dim=-1)
+    return Latents(values, torch.cat([latents.indices, baseline.indices], dim=-1))
+
+
 def integrated_gradients(
-    latents: Latents, sae: SparseAutoencoder, probes: Probes, step: int, target: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    latents: Latents, sae: SparseAutoencoder, probes: Probes, step: int, target: Tensor, temperature: float = 1.0,
+    baseline: Latents | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Exact IG (Sundararajan et al. 2017) of the probe's softmax_target with respect to the active latents.
 
-    The path runs from no latents at all to `latents` (values B x P x k). Because decoder and probe are linear, the
-    logits are linear along it, and IG_n = z_n <D_n, W^T v / P> with v from `path_integral`: no autograd. In float64.
-    Returns IG of the active latents (B x P x k) and the completeness error of every picture (B).
+    The path begins at `baseline`, or at no latents at all, and adds `latents` (values B x P x k): to go from one
+    picture's latents to another's, give their `difference`. Because decoder and probe are linear, the logits are linear
+    along the path, and IG_n = z_n <D_n, W^T v / P> with v from `path_integral`: no autograd. In float64.
+    Returns IG of the entries of `latents` (B x P x k) and the completeness error of every picture (B).
     """
     pictures, positions, _ = latents.values.shape
     index, values = latents.indices.flatten(1), latents.values.flatten(1).double() / positions
     weight = probes.weight[step].double()
-    read = sae.decoder.double() @ weight.T  # N x K, what a unit of each latent adds to the logits
+    # N x K, what a unit of each latent adds to the logits. In parts: a whole map's decoder is large.
+    read = torch.cat([part.double() @ weight.T for part in sae.decoder.split(1024)])
+
+    def logits_of(index: Tensor, values: Tensor) -> Tensor:
+        return values.new_zeros(pictures, sae.latents).scatter_add_(1, index, values) @ read
+
     start = (weight @ sae.decoder_bias.double() + probes.bias[step].double()).expand(pictures, -1)
-    change = values.new_zeros(pictures, sae.latents).scatter_add_(1, index, values) @ read
+    if baseline:
+        start = start + logits_of(baseline.indices.flatten(1), baseline.values.flatten(1).double() / positions)
+    change = logits_of(index, values)
     v = path_integral(start, change, target, temperature)
     ig = (values * (v @ read.T).gather(1, index)).view(latents.values.shape)
 
@@ -152,6 +167,7 @@ def attribute_features(
     method: str = "contrastive",
     weights: Tensor | None = None,
     temperature: float = 1.0,
+    baseline: Activations | None = None,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Attribution:
     """Score every latent for every class over a batch of captured pictures.
@@ -162,10 +178,14 @@ def attribute_features(
     contrastive: that, times (probe weight of the class minus the others' mean, through the decoder): it also ranks
     latents of a class that the probe already predicts without any latent, where IG from zero says nothing.
     weights: B, how much each picture counts in its class's mean activity (`balancing_weights`); all alike if None.
+    baseline: where the path of integrated gradients begins instead of at no latents: the same noises drawn under
+    another prompt, such as that of another class (the DiffLens paper's way for Stable Diffusion).
     """
     if method not in METHODS:
         raise DiffLensError(f"attribution method {method!r} is unknown. Use one of: {', '.join(METHODS)}.")
     check_labels(labels, probes.classes, activations.pictures, probes.attribute)
+    if baseline:
+        check_baseline(baseline, activations, method)
     classes, size = len(probes.classes), sae.latents
     counts = torch.bincount(labels, minlength=classes).float()
     device = labels.device
@@ -185,7 +205,13 @@ def attribute_features(
             if not by_gradient:
                 continue
             if method == "integrated gradients":
-                rows, error = integrated_gradients(latents, sae, probes, step, labels[own], temperature)
+                origin = None
+                if baseline:
+                    at = nearest_step(baseline.progress, float(progress))
+                    other = baseline.part(own.start, own.stop).values[at].to(device)
+                    origin = sae.encode(other, sae.normalisation.step_at(float(progress)))
+                    latents = difference(latents, origin)
+                rows, error = integrated_gradients(latents, sae, probes, step, labels[own], temperature, origin)
                 worst = torch.maximum(worst, error.max())
             else:
                 rows = activation_gradient(latents, sae, probes, step, labels[own], temperature)
@@ -203,6 +229,25 @@ def attribute_features(
         by_step.sum(dim=0), by_step, by_position.half(), torch.stack(levels), activations.progress,
         None if worst is None else float(worst), probes.attribute, probes.classes, method,
     )  # fmt: skip
+
+
+def check_baseline(baseline: Activations, activations: Activations, method: str) -> None:
+    """Raise `DiffLensError` unless `baseline` can be where the path to `activations` begins."""
+    if method != "integrated gradients":
+        raise DiffLensError(
+            f"a baseline serves integrated gradients, not {method}. Choose that method, or no baseline."
+        )
+    found, expected = (
+        (a.site, a.model, a.pictures, a.width, a.positions, len(a.progress)) for a in (baseline, activations)
+    )
+    if found != expected:
+        names = ("site", "model", "pictures", "channels", "positions", "steps")
+        pairs = zip(names, found, expected, strict=True)
+        wrong = ", ".join(f"{name} {other} instead of {own}" for name, other, own in pairs if other != own)
+        raise DiffLensError(
+            f"the baseline does not fit the activations ({wrong}). Capture it with the same settings and seed, only "
+            "under another prompt."
+        )
 
 
 def contrast(per_class: Tensor) -> Tensor:

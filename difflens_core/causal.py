@@ -40,7 +40,7 @@ class OneLatent:
         step = recipe.normalisation.step_at(progress)
         decoder, scale = recipe.decoder[latent].to(h.device), recipe.normalisation.scale[step].to(h.device)
         if self.mode == "ablate":
-            x = (h.flatten(2).float() - recipe.normalisation.mean[step].to(h.device)[:, None]) / scale
+            x = (recipe.columns(h).float() - recipe.means[step].to(h.device)[:, None]) / scale
             rows = (getattr(recipe, name)[latent].to(h.device) for name in ("encoder", "bias", "threshold"))
             encoder, bias, threshold = rows
             pre = torch.einsum("bc,bcp->bp", encoder, x) + bias[:, None]

@@ -21,11 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .files import DiffLensError, digest, load_tensors, save_tensors
+from .text import TextEncoder
 
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """Sizes of a `Denoiser`. The site `middle_block` is B x width x size/8 x size/8."""
+    """Sizes of a `Denoiser`. The site `middle_block` is B x width x size/8 x size/8.
+
+    context_width: channels of the text that `middle_block` attends to, 0 for a model without prompts.
+    """
 
     size: int = 64
     width: int = 256
@@ -33,6 +37,7 @@ class DenoiserConfig:
     middle_depth: int = 2
     decoder_depth: int = 2
     heads: int = 4
+    context_width: int = 0
 
 
 class Modulated(nn.Module):
@@ -78,6 +83,25 @@ class Attention(Modulated):
         return x + gate * self.proj(h)
 
 
+class CrossAttention(Modulated):
+    """Attention to a text's context (B x T x context_width)."""
+
+    def __init__(self, channels: int, emb: int, heads: int, context_width: int, ops: Any, **factory: Any):
+        super().__init__(channels, emb, ops, **factory)
+        self.heads = heads
+        self.q = ops.Conv2d(channels, channels, 1, **factory)
+        self.kv = ops.Linear(context_width, 2 * channels, **factory)
+        self.proj = ops.Conv2d(channels, channels, 1, **factory)
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        h, gate = self.modulate(x, emb)
+        b, c, height, width = h.shape
+        q = self.q(h).reshape(b, self.heads, c // self.heads, -1).transpose(2, 3)
+        k, v = self.kv(context.to(x.dtype)).reshape(b, -1, 2, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, c, height, width)
+        return x + gate * self.proj(h)
+
+
 class FeedForward(Modulated):
     def __init__(self, channels: int, emb: int, ops: Any, **factory: Any):
         super().__init__(channels, emb, ops, **factory)
@@ -90,18 +114,19 @@ class FeedForward(Modulated):
 
 
 class Stack(nn.ModuleList):
-    """Blocks applied in order, each with the noise embedding."""
+    """Blocks applied in order, each with the noise embedding, those that attend to a text with its context."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
         for block in self:
-            x = block(x, emb)
+            x = block(x, emb, context) if isinstance(block, CrossAttention) else block(x, emb)
         return x
 
 
 class Denoiser(nn.Module):
     """Predict the clean picture from a noisy one.
 
-    `forward(x, sigma)`: x is B x 3 x size x size in [-1, 1] plus noise, sigma is B in [0, 1]; returns x0, like x.
+    `forward(x, sigma, context)`: x is B x 3 x size x size in [-1, 1] plus noise, sigma is B in [0, 1], context
+    B x T x context_width for a model with prompts; returns x0, like x.
     `ops` supplies Conv2d, Linear and GroupNorm (a host may pass layers that it can offload).
     """
 
@@ -116,18 +141,17 @@ class Denoiser(nn.Module):
         self.down = ops.Conv2d(c, w, 3, stride=2, padding=1, **factory)
         self.position = nn.Parameter(torch.zeros(1, w, config.size // 8, config.size // 8, **factory))
 
-        def transformer(depth: int) -> Stack:
-            layers = [
-                layer
-                for _ in range(depth)
-                for layer in (
-                    Attention(w, emb, config.heads, ops, **factory),
-                    FeedForward(w, emb, ops, **factory),
-                )
-            ]
-            return Stack(layers)
+        def transformer(depth: int, context_width: int = 0) -> Stack:
+            layers = Stack()
+            for _ in range(depth):
+                layers.append(Attention(w, emb, config.heads, ops, **factory))
+                if context_width:
+                    layers.append(CrossAttention(w, emb, config.heads, context_width, ops, **factory))
+                layers.append(FeedForward(w, emb, ops, **factory))
+            return layers
 
-        self.middle_block = transformer(config.middle_depth)
+        # Only here does a prompt enter: all that it asks for passes through this site, too.
+        self.middle_block = transformer(config.middle_depth, config.context_width)
         self.after_middle = transformer(config.decoder_depth)
         self.up = ops.Conv2d(w, 4 * c, 1, **factory)
         self.decoder = Stack([ResBlock(c, emb, ops, **factory) for _ in range(2)])
@@ -149,9 +173,9 @@ class Denoiser(nn.Module):
         h = F.pixel_shuffle(self.up(self.after_middle(h, emb)), 2)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(self.decoder(h, emb)))), 4)
 
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, context: Tensor | None = None) -> Tensor:
         h, emb = self.encode(x, sigma)
-        return self.decode(self.middle_block(h, emb), emb)
+        return self.decode(self.middle_block(h, emb, context), emb)
 
 
 def noise_features(sigma: Tensor) -> Tensor:
@@ -161,31 +185,52 @@ def noise_features(sigma: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def save_denoiser(path: str | Path, model: Denoiser, info: Mapping[str, Any]) -> None:
-    """Write weights (fp16) with the sizes and `info`."""
-    tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    save_tensors(path, "denoiser", tensors, {"config": asdict(model.config), "info": dict(info)})
+TEXT = "text."  # what the names of a text encoder's weights begin with
 
 
-def load_denoiser_weights(path: str | Path) -> tuple[DenoiserConfig, dict[str, Tensor]]:
-    """Sizes and fp32 weights of a file that `save_denoiser` wrote. Raises `DiffLensError` if it does not fit."""
+def save_denoiser(path: str | Path, model: Denoiser, info: Mapping[str, Any], text: TextEncoder | None = None) -> None:
+    """Write weights (fp16) with the sizes and `info`; with them the text encoder of a model with prompts."""
+    weights = model.state_dict() | ({f"{TEXT}{name}": t for name, t in text.state_dict().items()} if text else {})
+    settings = {"config": asdict(model.config), "info": dict(info)}
+    if text:
+        settings["text"] = {"words": text.words, "width": text.width, "length": text.length, "depth": len(text.layers)}
+    save_tensors(path, "denoiser", {name: tensor.half() for name, tensor in weights.items()}, settings)
+
+
+def load_denoiser_weights(path: str | Path) -> tuple[DenoiserConfig, dict[str, Tensor], TextEncoder | None]:
+    """Sizes, fp32 weights and text encoder (None if it has no prompts) of a file that `save_denoiser` wrote.
+
+    Raises `DiffLensError` if the file does not fit.
+    """
     tensors, info = load_tensors(path, "denoiser", needs=["config"])
     config = DenoiserConfig(**info["config"])
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in Denoiser(config).state_dict().items()}
+        if config.context_width:
+            expected |= {f"{TEXT}{n}": t.shape for n, t in TextEncoder(**info["text"]).state_dict().items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != expected:
         wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
         raise DiffLensError(f"{Path(path).name}: its weights do not fit a DiffLens denoiser ({', '.join(wrong[:3])}).")
-    return config, {name: tensor.float() for name, tensor in tensors.items()}
+    weights = {name: tensor.float() for name, tensor in tensors.items()}
+    text = None
+    if config.context_width:
+        text = TextEncoder(**info["text"]).eval().requires_grad_(False)
+        text.load_state_dict({n[len(TEXT) :]: weights.pop(n) for n in [*weights] if n.startswith(TEXT)})
+    return config, weights, text
 
 
 def load_denoiser(path: str | Path) -> Denoiser:
     """The denoiser of a file, in fp32, ready to sample."""
-    config, weights = load_denoiser_weights(path)
+    return load_prompted(path)[0]
+
+
+def load_prompted(path: str | Path) -> tuple[Denoiser, TextEncoder | None]:
+    """Denoiser and text encoder (None if it has no prompts) of a file, in fp32, ready to sample."""
+    config, weights, text = load_denoiser_weights(path)
     model = Denoiser(config)
     model.load_state_dict(weights)
-    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last), text
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:

@@ -9,6 +9,8 @@ import numpy as np
 from scipy import stats
 from torch import Tensor
 
+from .classifier import decided, other_attributes
+
 
 def fairness_discrepancy(probabilities: np.ndarray, target: np.ndarray) -> float:
     """FD = sqrt(sum_c (mean_i p_c(x_i) - target_c)^2) (Choi et al. 2020). 0 is perfect.
@@ -104,12 +106,14 @@ def measure_fairness(
 def kept_attributes(before: Mapping[str, Tensor], after: Mapping[str, Tensor], steered: str) -> dict[str, float]:
     """Share of pictures, paired by seed, that keep their class, for every attribute but the steered one.
 
-    before, after: class probabilities (n x K) of every attribute of the same n pictures without and with an edit.
+    before, after: what a classifier reads off the same n pictures without and with an edit. Pictures without a face in
+    either do not count; empty if none is left.
     """
+    known = decided(before) & decided(after)
+    attributes = {name: read for name, read in before.items() if read.ndim == 2} if known.any() else {}
     return {
-        name: kept_share(before[name].argmax(1).numpy(), after[name].argmax(1).numpy())
-        for name in before
-        if name != steered
+        name: kept_share(before[name][known].argmax(1).numpy(), after[name][known].argmax(1).numpy())
+        for name in other_attributes(attributes, steered)
     }
 
 

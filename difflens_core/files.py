@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import uuid
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
@@ -76,3 +77,38 @@ def load_tensors(path: str | Path, kind: str, needs: Iterable[str] = ()) -> tupl
     if missing:
         raise DiffLensError(f"{path.name}: lacks {', '.join(missing)}. Expected a {kind} file written by DiffLens.")
     return tensors, info
+
+
+def difflens_kind(path: str | Path) -> str | None:
+    """Kind of a file that `save_tensors` wrote ("denoiser", "sae", ...), None of any other file or a damaged one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {})[METADATA_KEY])["kind"]
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError):
+        return None
+
+
+def read_content(path: str | Path) -> Any:
+    """What a safetensors or PyTorch file of another program holds, told apart by content; nothing in it is run.
+
+    Raises `DiffLensError` if it is cut off or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            if file.read(9)[8:] == b"{":
+                with safe_open(path, framework="pt") as tensors:
+                    return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own message advises to load it unsafely
+        raise DiffLensError(
+            f"{path.name}: holds pickled objects that are not plain tensors, or is damaged. Such objects can run code "
+            "and are never loaded. Save the state_dict alone."
+        ) from None
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or "it ends too soon"
+        raise DiffLensError(
+            f"{path.name}: not a readable safetensors or PyTorch file ({reason}). It may be cut off: copy or download "
+            "it again."
+        ) from error

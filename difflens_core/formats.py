@@ -9,7 +9,6 @@ the mean of our normalisation. Only tensors are read, never pickled code.
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .files import DiffLensError
+from .activations import UPDATE, reads_update
+from .files import DiffLensError, read_content
 from .sae import Normalisation, SparseAutoencoder, load_sae
 
 WEIGHTS = (".safetensors", ".pt", ".pth")
@@ -52,8 +51,8 @@ class Format:
 def load_any_sae(path: str | Path, site: str = "") -> tuple[SparseAutoencoder, str]:
     """The SAE in a file or folder of any known format, in fp32, and a report of what was found and assumed.
 
-    `site` names the site where the file does not, or corrects it. Raises `DiffLensError` for what is no SAE, cannot
-    be used the way its own program does, or is damaged.
+    `site` names the module where the file does not, or corrects it. An SAE that is known to read updates has them for
+    its site. Raises `DiffLensError` for what is no SAE, cannot be used the way its own program does, or is damaged.
     """
     path = Path(path)
     if not path.exists():
@@ -67,8 +66,11 @@ def load_any_sae(path: str | Path, site: str = "") -> tuple[SparseAutoencoder, s
             sae, name = convert(tensors, read_config(weights.parent), notes)
         except DiffLensError as error:
             raise DiffLensError(f"{weights.name}: {error}") from error
-        sae = replace(sae, site=sae.site or site_in_names(weights, notes), info={"format": name})
-    sae = replace(sae, site=site.strip() or sae.site)
+        sae = replace(sae, info={"format": name})
+    module = site.strip() or sae.site.removesuffix(UPDATE) or site_in_names(weights, notes)
+    if reads_update(sae.site) and not reads_update(module):  # whoever names the module need not know that
+        module += UPDATE
+    sae = replace(sae, site=module)
     return sae, report(sae, name, notes)
 
 
@@ -108,7 +110,8 @@ def report(sae: SparseAutoencoder, name: str, notes: Iterable[str]) -> str:
         f"format: {name}",
         f"activation: {sae.activation}{k}",
         f"size: {sae.latents} latents, {sae.channels} channels, kernel {sae.kernel} ({place})",
-        f"reads: the {sae.reads} of {sae.site or 'a site that the file does not name'}",
+        f"reads: the {'update' if reads_update(sae.site) else 'output'} of "
+        f"{sae.site.removesuffix(UPDATE) or 'a site that the file does not name'}",
     ]
     return "\n".join(lines + [f"note: {note}" for note in notes])
 
@@ -118,24 +121,7 @@ def report(sae: SparseAutoencoder, name: str, notes: Iterable[str]) -> str:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors or PyTorch file, told apart by content; nothing in it is run."""
-    try:
-        with path.open("rb") as file:
-            if file.read(9)[8:] == b"{":
-                with safe_open(path, framework="pt") as tensors:
-                    return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
-            file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's own message advises to load it unsafely
-        raise DiffLensError(
-            f"{path.name}: holds pickled objects that are not plain tensors, or is damaged. Such objects can run code "
-            "and are never loaded. Save the SAE's state_dict alone."
-        ) from None
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0] or "it ends too soon"
-        raise DiffLensError(
-            f"{path.name}: not a readable safetensors or PyTorch file ({reason}). It may be cut off: copy or download "
-            "it again."
-        ) from error
+    content = read_content(path)
     if isinstance(content, Tensor):
         return {"": content}
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -304,7 +290,7 @@ def read_unbox(tensors: Tensors, config: Config, notes: list[str]) -> SparseAuto
     notes.append("it reads the update of its block, as all SAEs of sdxl-unbox do; no file says so")
     sae = build(
         tensors["encoder.weight"], tensors["latent_bias"], tensors["decoder.weight"].T, tensors["pre_bias"],
-        k=whole(config, "k"), reads="update",
+        k=whole(config, "k"), site=UPDATE,
     )  # fmt: skip
     return agree(config, sae, "d_model", "n_dirs_local")
 

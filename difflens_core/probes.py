@@ -21,8 +21,8 @@ TENSORS = ("weight", "bias", "progress", "accuracy")
 class Probes:
     """One linear probe per sampling step, on the SAE's reconstruction in normalised units.
 
-    Logits of step s for x (B x P x C): weight[s] . mean over positions of x + bias[s].
-    weight: S x K x C; bias: S x K; progress: S; accuracy: S, balanced accuracy on held-out pictures, 0 to 1.
+    Logits of step s for x (B x P x width): weight[s] . mean over positions of x + bias[s].
+    weight: S x K x width; bias: S x K; progress: S; accuracy: S, balanced accuracy on held-out pictures, 0 to 1.
     """
 
     weight: Tensor
@@ -36,7 +36,7 @@ class Probes:
         return nearest_step(self.progress, progress)
 
     def logits(self, x: Tensor, step: int) -> Tensor:
-        """B x K logits of normalised rows x (B x P x C)."""
+        """B x K logits of normalised rows x (B x P x width)."""
         return F.linear(x.mean(dim=1), self.weight[step], self.bias[step])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ SOFTENING = 1.5
 class Recipe:
     """F latents of an SAE with what steering by them needs.
 
-    encoder, decoder: F x C; bias, threshold: F (a latent is active where its pre-activation exceeds the threshold,
-    fitted to agree with TopK, or below 0 if only the SAE itself can tell); member: K x F, which latents belong to
-    which class; levels: S x K x F x P, mean activity per step, class and position (no positions: not known);
-    probe_weight: S x K x C and probe_bias: S x K read the class that a picture is about to show. mode, strength,
-    start, end: how to edit, see `Steering`. model: fingerprint of the weights it was made on. info: provenance and
-    figures.
+    encoder, decoder: F x width, which is C, or C H W for an SAE of the whole map (`kernel`); bias, threshold: F (a
+    latent is active where its pre-activation exceeds the threshold, fitted to agree with TopK, or below 0 if only the
+    SAE itself can tell); member: K x F, which latents belong to which class; levels: S x K x F x P, mean activity per
+    step, class and position (no positions: not known); probe_weight: S x K x width and probe_bias: S x K read the class
+    that a picture is about to show. mode, strength, start, end: how to edit, see `Steering`. model: fingerprint of the
+    weights it was made on. info: provenance and figures.
     """
 
     attribute: str
@@ -79,6 +80,25 @@ class Recipe:
         """Whether only the SAE can tell where the latents are active."""
         return bool((self.threshold < 0).any())
 
+    @property
+    def channels(self) -> int:
+        """C of the site's activations."""
+        return self.normalisation.mean.shape[1]
+
+    @property
+    def kernel(self) -> int:
+        """1, or the side of the whole map, if the SAE read that at once: see `SparseAutoencoder`."""
+        return isqrt(self.width // self.channels)
+
+    @property
+    def means(self) -> Tensor:
+        """The normalisation's means as wide as a row: S x width."""
+        return self.normalisation.mean.repeat_interleave(self.kernel**2, dim=1)
+
+    def columns(self, h: Tensor) -> Tensor:
+        """Activations B x C x H x W as columns B x width x P: P is H W, or 1 for a kernel of the whole map."""
+        return h.flatten(2) if self.kernel == 1 else h.flatten(1)[:, :, None]
+
 
 TENSORS = (
     "features", "encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias"
@@ -98,11 +118,6 @@ def build_recipe(
 
     It has one row a step of `attribution`; SAE and probes may come from captures of other steps: the nearest serve.
     """
-    if sae.kernel > 1:
-        raise DiffLensError(
-            f"recipe: the SAE reads the whole {sae.kernel} x {sae.kernel} map of {sae.site} at once, recipes are made "
-            "position by position. Use an SAE with a kernel of 1."
-        )
     top = attribution.top(count)
     chosen = top.unique()
     member = torch.stack([torch.isin(chosen, per_class) for per_class in top])
@@ -137,9 +152,6 @@ def recipe_from_features(
     chosen = torch.cat([*wanted.values()]).unique()
     if len(chosen) == 0 or not 0 <= int(chosen[0]) <= int(chosen[-1]) < sae.latents:
         raise DiffLensError(f"{attribute}: the features must be some of the SAE's latents 0 to {sae.latents - 1}.")
-    if sae.kernel > 1 or (sae.reads == "update" and mode in READING):
-        what = "the whole map at once" if sae.kernel > 1 else f"the update of {sae.site} (output minus input)"
-        raise DiffLensError(f"{attribute}: the SAE reads {what}, mode {mode} needs the output, position by position.")
     member = torch.stack([torch.isin(chosen, own) for own in wanted.values()])
     steps, k, count = len(sae.normalisation.progress), len(wanted), len(chosen)
     threshold = torch.full((count,), -1.0) if sae.activation == "topk" else sae.gate.expand(sae.latents)[chosen]

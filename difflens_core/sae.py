@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .activations import Activations
+from .activations import UPDATE, Activations
 from .files import DiffLensError, load_tensors, save_tensors
 
 TENSORS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
 NORMALISATION = ("progress", "mean", "scale")
-SETTINGS = ("k", "site", "activation", "kernel", "reads")
+SETTINGS = ("k", "site", "activation", "kernel")
 ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "relu")
 
 
@@ -99,10 +99,10 @@ class SparseAutoencoder:
     """A trained SAE.
 
     encoder: N x width, encoder_bias: N, decoder: N x width, decoder_bias: width, in fp32; k: active latents a position
-    (batchtopk: on average in training; 0 if not known); `site` names the module it was trained on; `info` holds
-    training and quality figures; activation: one of ACTIVATIONS; threshold: scalar or N for batchtopk and jumprelu;
-    kernel: 1, or the side of the whole map, which then counts as one position of width C kernel kernel, flattened
-    as h.flatten(1) does; reads: the site's "output", or its "update" (output minus input).
+    (batchtopk: on average in training; 0 if not known); `site` names what it was trained on (see `activations`), a
+    module's output or its update; `info` holds training and quality figures; activation: one of ACTIVATIONS;
+    threshold: scalar or N for batchtopk and jumprelu; kernel: 1, or the side of the whole map, which then counts as one
+    position of width C kernel kernel, flattened as h.flatten(1) does.
     """
 
     encoder: Tensor
@@ -116,15 +116,11 @@ class SparseAutoencoder:
     activation: str = "topk"
     threshold: Tensor | None = None
     kernel: int = 1
-    reads: str = "output"
 
     def __post_init__(self) -> None:
         n, width = self.encoder.shape
-        if self.activation not in ACTIVATIONS or self.reads not in ("output", "update"):
-            raise DiffLensError(
-                f"SAE: activation is {self.activation!r} and it reads the {self.reads!r} of its site, expected one of "
-                f"{', '.join(ACTIVATIONS)} and output or update."
-            )
+        if self.activation not in ACTIVATIONS:
+            raise DiffLensError(f"SAE: activation is {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}.")
         if self.kernel < 1 or width % self.kernel**2:
             raise DiffLensError(f"SAE: a row of {width} numbers is no map of {self.kernel} x {self.kernel} positions.")
         if (self.threshold is not None) != (self.activation in ("batchtopk", "jumprelu")):
@@ -242,6 +238,8 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
     tensors, info = load_tensors(path, "sae", needs=[*wanted, "k", "site"])
     parts = [tensors[name].float() for name in wanted]
     settings = {name: info[name] for name in SETTINGS if name in info}  # files of version 0.1 hold k and site alone
+    if info.get("reads") == "update":  # how version 0.2 told it
+        settings["site"] += UPDATE
     settings |= {"info": info.get("info", {}), "threshold": tensors.get("threshold")}
     try:
         return SparseAutoencoder(*parts[:4], Normalisation(*parts[4:]), **settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .activations import capture_site, edit_site
+from .activations import edit_site
 from .denoiser import Denoiser, fingerprint
 from .store import DTYPES, SAMPLES, Index, Shard, Store, record
 
@@ -45,36 +46,68 @@ def noise_batches(shape: Sequence[int], count: int, seed: int, batch: int) -> It
         yield from torch.randn(min(piece, count - first), *shape, generator=generator).split(batch)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """An edit that changes nothing and keeps what `site` puts out at every step (B x C x H x W), on the CPU."""
+
+    site: str
+    dtype: torch.dtype = torch.float16
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
+        # A copy, because later layers of some models write into this tensor.
+        self.outputs.append(h.detach().to("cpu", self.dtype, copy=True))
+        return h
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance (Ho & Salimans 2022): x0 = x0(empty) + cfg (x0(context) - x0(empty)).
+
+    context: B x T x D of the pictures' prompts, or 1 x T x D if all have the same; empty: 1 x T x D of no prompt.
+    """
+
+    context: Tensor
+    empty: Tensor
+    cfg: float = 1.0
+
+    def of(self, pictures: slice | Tensor) -> Guidance:
+        """Guidance of some of the pictures."""
+        return self if len(self.context) == 1 else replace(self, context=self.context[pictures])
+
+
 @torch.inference_mode()
 def sample(
     model: Denoiser,
     noise: Tensor,
     steps: int = 20,
-    steerings: Sequence[Edit] = (),
+    edits: Sequence[Edit] = (),
     first_image: int = 0,
-    capture: str | None = None,
+    guidance: Guidance | None = None,
     on_step: Callable[[int], None] = lambda step: None,
-) -> tuple[Tensor, list[Tensor]]:
+) -> Tensor:
     """Euler sampling of the rectified-flow ODE from sigma 1 to 0 in equal steps.
 
-    noise: B x 3 x H x W; pictures are numbered from `first_image`. Returns pictures (B x 3 x H x W, in [-1, 1])
-    and, if `capture` names a site, its output at every step (list of B x C x H x W in fp16).
+    noise: B x 3 x H x W; pictures are numbered from `first_image`. Under guidance the edits see and change what the
+    prompt draws, never the unconditional half. Returns pictures (B x 3 x H x W, in [-1, 1]).
     """
     x, images = noise, torch.arange(first_image, first_image + len(noise))
     sigmas = torch.linspace(1, 0, steps + 1)
-    with ExitStack() as stack:
-        captured = stack.enter_context(capture_site(model, capture)) if capture else []
-        for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-            progress = 1 - float(sigma)
-            with ExitStack() as edits:
-                for steering in steerings:
-                    edits.enter_context(
-                        edit_site(model, steering.site, lambda h, s=steering, p=progress: s(h, p, images))
-                    )
-                x0 = model(x, sigma.expand(len(x)))
-            x = x0 + (x - x0) * (following / sigma)
-            on_step(i + 1)
-    return x.clamp(-1, 1), captured
+
+    def context(of: Tensor | None) -> Tensor | None:
+        return None if of is None else of.expand(len(noise), -1, -1)
+
+    for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        progress, level = 1 - float(sigma), sigma.expand(len(x))
+        with ExitStack() as stack:
+            for edit in edits:
+                stack.enter_context(edit_site(model, edit.site, lambda h, e=edit, p=progress: e(h, p, images)))
+            x0 = model(x, level, context(guidance and guidance.context))
+        if guidance and guidance.cfg != 1:
+            x0 = torch.lerp(model(x, level, context(guidance.empty)), x0, guidance.cfg)
+        x = x0 + (x - x0) * (following / sigma)
+        on_step(i + 1)
+    return x.clamp(-1, 1)
 
 
 def capture_pictures(
@@ -86,27 +119,35 @@ def capture_pictures(
     sites: Sequence[str] = ("middle_block",),
     dtype: str = "float16",
     folder: str | Path | None = None,
+    guidance: Guidance | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Store:
     """Sample `count` pictures, `batch` at once, keeping what `sites` put out at every step: see `record`.
 
-    The store's samples are the pictures, count x 3 x H x W in [-1, 1].
+    The store's samples are the pictures, count x 3 x H x W in [-1, 1]. Under guidance the prompts' half is kept.
     """
     progress = tuple((torch.arange(steps) / steps).tolist())
-    index = Index(tuple(sites), progress, count, batch, seed, fingerprint(model.state_dict()), dtype)
+    info = {}
+    if guidance:
+        info = {"prompts": fingerprint({"context": guidance.context, "empty": guidance.empty}), "cfg": guidance.cfg}
+    index = Index(tuple(sites), progress, count, batch, seed, fingerprint(model.state_dict()), dtype, info)
 
     def draw(first: int, noise: Tensor) -> Shard:
-        with ExitStack() as stack:
-            outputs = {site: stack.enter_context(capture_site(model, site, DTYPES[dtype])) for site in sites}
-            pictures, _ = sample(model, noise, steps, first_image=first)
+        kept = [Kept(site, DTYPES[dtype]) for site in sites]
+        own = guidance and guidance.of(slice(first, first + len(noise)))
+        pictures = sample(model, noise, steps, kept, first, own)
         on_batch(first + len(noise))
-        kept = {site: torch.stack([h.movedim(1, -1) for h in values]) for site, values in outputs.items()}
-        return kept | {SAMPLES: pictures}
+        return {k.site: torch.stack([h.movedim(1, -1) for h in k.outputs]) for k in kept} | {SAMPLES: pictures}
 
     size = model.config.size
     return record(index, noise_batches((3, size, size), count, seed, batch), draw, folder)
 
 
-def drawer(model: Denoiser, noise: Tensor, steps: int = 20) -> Draw:
+def drawer(model: Denoiser, noise: Tensor, steps: int = 20, guidance: Guidance | None = None) -> Draw:
     """`Draw` for the avatars' denoiser and a fixed set of noises (n x 3 x H x W)."""
-    return lambda edits, which: sample(model, noise[which], steps, edits)[0].movedim(1, -1) / 2 + 0.5
+
+    def draw(edits: Sequence[Edit], which: Tensor) -> Tensor:
+        own = guidance and guidance.of(which)
+        return sample(model, noise[which], steps, edits, guidance=own).movedim(1, -1) / 2 + 0.5
+
+    return draw

@@ -88,13 +88,14 @@ class Steering:
         t = self.tensors(h.device)
         step = recipe.normalisation.step_at(progress)
         target = self.target_of(images).to(h.device)
-        change = (self.read_change if recipe.mode in READING else self.known_change)(h.flatten(2), target, step, t)
+        rows, change_of = recipe.columns(h), self.read_change if recipe.mode in READING else self.known_change
+        change = change_of(rows, target, step, t).unflatten(1, (recipe.channels, -1)).flatten(2)
         if self.mask is not None:
             change = change * self.resized_mask(h, images)
         return h + change.expand(-1, -1, h.shape[2:].numel()).reshape(h.shape).to(h.dtype)
 
     def known_change(self, rows: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
-        """Change (B x C x P, or B x C x 1 if the same everywhere) of rows (B x C x P) in a mode outside READING.
+        """Change (B x width x P, or B x width x 1 if the same everywhere) of such rows in a mode outside READING.
 
         A combination of K class maps: cheaper than decoding B pictures' latents.
         """
@@ -106,7 +107,7 @@ class Steering:
         return ((t["strength"][target][:, None] * share) @ maps.flatten(1)).unflatten(1, maps.shape[1:])
 
     def class_maps(self, step: int, t: dict[str, Tensor]) -> Tensor:
-        """What a unit of each class's share adds to h at a step: K x C x P, or K x C x 1. Kept while they are few."""
+        """What a unit of each class's share adds to rows at a step: K x width x P (or 1). Kept while they are few."""
         device = t["decoder"].device
         if (device, step) in self._maps:
             return self._maps[device, step]
@@ -124,7 +125,7 @@ class Steering:
         return maps
 
     def read_change(self, rows: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
-        """Change (B x C x P) of rows (B x C x P) in a mode of READING."""
+        """Change of rows, both B x width x P, in a mode of READING."""
         mode, strength = self.recipe.mode, t["strength"][target][:, None, None]
         z = self.active((rows.float() - t["mean"][step][:, None]) / t["scale"][step], t)
         if mode == "scale":
@@ -137,7 +138,7 @@ class Steering:
         return torch.matmul(t["decoder"].T, t["scale"][step] * change)
 
     def active(self, x: Tensor, t: dict[str, Tensor]) -> Tensor:
-        """Activity of the recipe's latents (B x F x P) in normalised x (B x C x P)."""
+        """Activity of the recipe's latents (B x F x P) in normalised x (B x width x P)."""
         if not self.rivals:
             pre = torch.matmul(t["encoder"], x) + t["bias"][:, None]
             return torch.where(pre > t["threshold"][:, None], pre, 0.0)
@@ -156,12 +157,19 @@ class Steering:
     def check(self, h: Tensor) -> None:
         """Raise `DiffLensError` if h is not what the recipe was made on."""
         recipe, positions = self.recipe, self.recipe.levels.shape[-1]
-        if h.shape[1] != recipe.width:
+        if h.shape[1] != recipe.channels:
             raise DiffLensError(
                 f"recipe for {recipe.attribute}: {recipe.site} of this model is {h.shape[1]} wide, the recipe was made "
-                f"on {recipe.width}. Use a recipe made on this model."
+                f"on {recipe.channels}. Use a recipe made on this model."
             )
-        if h.shape[2:].numel() != positions and recipe.mode not in WITHOUT_LEVELS:
+        if recipe.kernel > 1:
+            if tuple(h.shape[2:]) != (recipe.kernel, recipe.kernel):
+                raise DiffLensError(
+                    f"recipe for {recipe.attribute}: the map at {recipe.site} is {' x '.join(map(str, h.shape[2:]))}, "
+                    f"the recipe reads all of a {recipe.kernel} x {recipe.kernel} one. Sample at the size it was made "
+                    "on."
+                )
+        elif h.shape[2:].numel() != positions and recipe.mode not in WITHOUT_LEVELS:
             raise DiffLensError(
                 f"recipe for {recipe.attribute}: the map at {recipe.site} has {h.shape[2:].numel()} positions, the "
                 f"recipe was made on {positions}. Sample at the size it was made on, or use mode scale."
@@ -172,7 +180,7 @@ class Steering:
         if device not in self._moved:
             moved = {name: getattr(self.recipe, name).to(device) for name in DEVICE_TENSORS}
             moved["member"] = moved["member"].float()
-            moved |= {"mean": self.recipe.normalisation.mean.to(device)}
+            moved |= {"mean": self.recipe.means.to(device)}
             moved |= {"scale": self.recipe.normalisation.scale.to(device)}
             moved |= {"strength": torch.tensor(self.recipe.strength, device=device)}
             if self.rivals:

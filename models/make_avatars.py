@@ -8,10 +8,7 @@ A stage that is cut off goes on from its last checkpoint in models/avatars/.work
 
 from __future__ import annotations
 
-import copy
 import sys
-import time
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -22,20 +19,28 @@ sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "benchmarks")]
 
 import debias as bench  # noqa: E402
 import portraits  # noqa: E402
+from stages import (  # noqa: E402
+    Drawings,
+    build,
+    denoiser_loss,
+    fit_classifier,
+    fit_sae,
+    make_recipe,
+    read_attributes,
+    to_tensor,
+    train_network,
+)
 
 from difflens_core.activations import Activations  # noqa: E402
-from difflens_core.attribution import attribute_features, balancing_weights  # noqa: E402
-from difflens_core.classifier import AttributeClassifier, load_classifier, save_classifier  # noqa: E402
-from difflens_core.controls import mean_difference, random_features  # noqa: E402
+from difflens_core.classifier import load_classifier, save_classifier  # noqa: E402
 from difflens_core.denoiser import Denoiser, fingerprint, load_denoiser, save_denoiser  # noqa: E402
 from difflens_core.files import load_tensors  # noqa: E402
 from difflens_core.plots import image_grid  # noqa: E402
-from difflens_core.probes import save_probes, train_probes  # noqa: E402
-from difflens_core.recipes import build_recipe, load_recipe, save_recipe, with_settings  # noqa: E402
+from difflens_core.probes import save_probes  # noqa: E402
+from difflens_core.recipes import Recipe, load_recipe, save_recipe  # noqa: E402
 from difflens_core.sae import load_sae, save_sae  # noqa: E402
 from difflens_core.sampling import capture_pictures  # noqa: E402
 from difflens_core.store import save_labels  # noqa: E402
-from difflens_core.training import TrainingOptions, hold_out, learning_rate_share, measure_sae, train_sae  # noqa: E402
 
 OUT = ROOT / "models" / "avatars"
 WORK = OUT / ".work"
@@ -61,104 +66,27 @@ RECIPE = {
 CARD = {"pictures": 512, "seed": 4_000}
 
 
-def to_tensor(images) -> torch.Tensor:
-    """uint8 B x H x W x 3 to float B x 3 x H x W in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def denoiser_loss(model: Denoiser, x0: torch.Tensor) -> torch.Tensor:
-    """Clean-picture loss under x_t = (1 - sigma) x0 + sigma noise, sigma uniform.
-
-    The weight 1 / (sigma^2 + 0.02) lies between the x0 loss and the velocity loss, so that details count.
-    """
-    sigma = torch.rand(len(x0))
-    s = sigma[:, None, None, None]
-    noisy = (1 - s) * x0 + s * torch.randn_like(x0)
-    with torch.autocast("cpu", torch.bfloat16):
-        predicted = model(noisy, sigma)
-    error = (predicted.float() - x0).square().mean(dim=(1, 2, 3))
-    return (error / (sigma.square() + 0.02)).mean()
-
-
 def train_denoiser() -> None:
     c = DENOISER
     images, _ = portraits.render(c["images"], seed=c["seed"], balanced=False)
     torch.manual_seed(c["seed"])
     model = Denoiser()
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=c["lr"], betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    parts = {"model": model, "ema": ema, "optimiser": optimiser}
-    checkpoint = WORK / "denoiser.pt"
-    start = 0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        start = saved.pop("step")
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-    began, running = time.time(), 0.0
-    for step in range(start, c["steps"]):
-        torch.manual_seed(c["seed"] * 1_000_003 + step)  # a resumed run sees the same batches and noise
-        batch = to_tensor(images[torch.randint(len(images), (c["batch"],)).numpy()])
-        for group in optimiser.param_groups:
-            group["lr"] = c["lr"] * learning_rate_share(step, c["steps"])
-        loss = denoiser_loss(model, batch)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        keep = min(c["ema"], (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - keep)
-        running = loss.item() if step == start else 0.98 * running + 0.02 * loss.item()
-        if (step + 1) % 50 == 0:
-            speed = (step + 1 - start) / (time.time() - began)
-            print(f"denoiser {step + 1}/{c['steps']} loss {running:.4f} {speed:.2f} steps/s", flush=True)
-        if (step + 1) % 200 == 0 or step + 1 == c["steps"]:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            torch.save({"step": step + 1, **state}, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
 
-    save_denoiser(DENOISER_FILE, ema, {"training": c})
+    def loss_at() -> torch.Tensor:
+        return denoiser_loss(model, to_tensor(images[torch.randint(len(images), (c["batch"],)).numpy()]))
+
+    save_denoiser(DENOISER_FILE, train_network(model, loss_at, c, WORK / "denoiser.pt"), {"training": c})
 
 
-def augment(x: torch.Tensor) -> torch.Tensor:
-    """Shift by up to 2 pixels, blur some, add noise: generated pictures are less crisp than drawings."""
-    dx, dy = torch.randint(-2, 3, (2,)).tolist()
-    x = x.roll((dy, dx), dims=(2, 3))
-    blurred = torch.nn.functional.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-    x = torch.lerp(x, blurred, torch.rand(len(x), 1, 1, 1))
-    return x + 0.1 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
+def draw_balanced(count: int, seed: int) -> Drawings:
+    return portraits.render(count, seed, balanced=True)
 
 
 def train_classifier() -> None:
-    """Classifier on balanced drawings in which no attribute gives another away."""
-    c = CLASSIFIER
-    torch.manual_seed(c["seed"])
-    images, traits = portraits.render(c["images"], seed=c["seed"], balanced=True)
     # Not the hair colour: seniors' hair is grey whatever it says.
     heads = portraits.ATTRIBUTES | {n: c for n, c in portraits.NUISANCES.items() if n != "hair_colour"}
-    labels = {name: torch.from_numpy(traits[name]) for name in heads}
-    model = AttributeClassifier(heads)
-    steps = c["epochs"] * (c["images"] // c["batch"])
-    optimiser = torch.optim.AdamW(model.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, c["lr"], total_steps=steps)
-    for step in range(steps):
-        picks = torch.randint(len(images), (c["batch"],))
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(augment(to_tensor(images[picks.numpy()])))
-        loss = sum(torch.nn.functional.cross_entropy(logits[n].float(), labels[n][picks]) for n in labels)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        if (step + 1) % 100 == 0:
-            print(f"classifier {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
-    model.eval()
-    images, traits = portraits.render(c["test_images"], seed=c["seed"] + 1, balanced=True)
-    probabilities = model.classify(torch.from_numpy(images).float() / 255)
-    accuracy = {n: float((probabilities[n].argmax(1).numpy() == traits[n]).mean()) for n in heads}
-    print("classifier accuracy on balanced held-out drawings:", accuracy, flush=True)
-    save_classifier(CLASSIFIER_FILE, model, {"training": c, "accuracy": accuracy})
+    model, accuracy = fit_classifier(draw_balanced, heads, CLASSIFIER)
+    save_classifier(CLASSIFIER_FILE, model, {"training": CLASSIFIER, "accuracy": accuracy})
 
 
 def captured() -> tuple[Activations, torch.Tensor]:
@@ -172,65 +100,29 @@ def captured() -> tuple[Activations, torch.Tensor]:
 
 
 def train_avatar_sae() -> None:
-    """SAE on the activations of sampled pictures; an eighth of the pictures is held out to measure it."""
-    train, held_out = hold_out(captured()[0])
-    options = TrainingOptions(**{name: SAE[name] for name in ("latents", "k", "steps", "seed")})
-
-    def report(step: int, loss: torch.Tensor, _: object) -> None:
-        if step % 100 == 0:
-            print(f"SAE {step}/{options.steps} loss {float(loss):.4f}", flush=True)
-
-    sae = train_sae(train, options, report, WORK / "sae.pt")
-    quality = asdict(measure_sae(sae, held_out))
-    print("SAE on held-out pictures:", quality, flush=True)
-    save_sae(SAE_FILE, replace(sae, info={**sae.info, "held_out": quality}), torch.float16)
+    save_sae(SAE_FILE, fit_sae(captured()[0], SAE, WORK / "sae.pt"), torch.float16)
 
 
 def make_recipes() -> None:
-    """Probes, attribution, recipe and controls of every attribute; strengths found on tuning seeds only."""
+    """Probes, recipe and controls of every attribute; strengths found on tuning seeds only."""
     model, classifier, sae = load_denoiser(DENOISER_FILE), load_classifier(CLASSIFIER_FILE), load_sae(SAE_FILE)
     activations, pictures = captured()
-    parts = [classifier.classify(part) for part in pictures.split(256)]
-    read = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    save_labels(WORK / "capture", {name: (classifier.attributes[name], p.argmax(dim=1)) for name, p in read.items()})
-    before, _ = bench.run(model, RECIPE["tuning_pictures"], seed=RECIPE["tuning_seed"])
+    read = read_attributes(classifier, pictures)
+    save_labels(WORK / "capture", {name: (classifier.attributes[name], labels) for name, labels in read.items()})
+
+    def try_out(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+        count = RECIPE["tuning_pictures"]
+        after, targets = bench.run(model, count, recipe, RECIPE["tuning_seed"])
+        return read_attributes(classifier, after)[recipe.attribute], torch.from_numpy(targets.first(count))
+
     for attribute, classes in portraits.ATTRIBUTES.items():
-        labels = read[attribute].argmax(dim=1)
-        probes = train_probes(activations, sae, labels, attribute, classes)
-        save_probes(PROBES / f"avatars_{attribute}.safetensors", probes)
-        weights = balancing_weights(labels, [p.argmax(dim=1) for name, p in read.items() if name != attribute])
-        attribution = attribute_features(activations, sae, probes, labels, weights=weights)
-        recipe = build_recipe(
-            attribution, sae, probes, activations, RECIPE["per_class"], fingerprint(model.state_dict())
+        recipe, probes, controls = make_recipe(
+            attribute, classes, activations, sae, read, fingerprint(model.state_dict()), RECIPE, try_out
         )
-        recipe = with_settings(recipe, start=RECIPE["start"])
-        recipe = tuned(recipe, model, classifier, before, attribute)
-        controls = {
-            "random": random_features(recipe, sae, seed=1),
-            "mean_difference": mean_difference(recipe, activations, labels, weights),
-        }
+        save_probes(PROBES / f"avatars_{attribute}.safetensors", probes)
         save_recipe(RECIPES / f"avatars_{attribute}.safetensors", recipe)
         for name, control in controls.items():
             save_recipe(RECIPES / "controls" / f"{attribute}_{name}.safetensors", control)
-
-
-def tuned(recipe, model: Denoiser, classifier, before: torch.Tensor, attribute: str):
-    """The recipe at the weakest strength, class by class, that shows the class asked for often enough."""
-    success = []
-    for strength in RECIPE["strengths"]:
-        after, targets = bench.run(
-            model, len(before), with_settings(recipe, strength=strength), seed=RECIPE["tuning_seed"]
-        )
-        shown = classifier.classify(after)[attribute].argmax(dim=1).numpy()
-        asked = targets.first(len(before))
-        success.append([float((shown[asked == c] == c).mean()) for c in range(len(recipe.classes))])
-        print(f"{attribute} strength {strength}: {success[-1]}", flush=True)
-    table = torch.tensor(success, dtype=torch.float64)
-    enough = table >= table.amax(dim=0).clamp(max=RECIPE["success"])
-    first = enough.int().argmax(dim=0).tolist()
-    strengths = tuple(RECIPE["strengths"][index] for index in first)
-    figures = {"success": [success[index][c] for c, index in enumerate(first)], "tuned_on": dict(RECIPE)}
-    return replace(recipe, strength=strengths, info={**recipe.info, **figures})
 
 
 def make_card() -> None:
@@ -329,14 +221,5 @@ STAGES = {
 }
 
 
-def main() -> None:
-    torch.set_flush_denormal(True)  # tiny Adam moments would slow the CPU many times over
-    WORK.mkdir(parents=True, exist_ok=True)
-    asked = sys.argv[1:]
-    for name, (make, result) in STAGES.items():
-        if name in asked or (not asked and not result.exists()):
-            make()
-
-
 if __name__ == "__main__":
-    main()
+    build(STAGES, WORK, sys.argv[1:])

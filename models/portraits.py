@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import occupations
+from occupations import OCCUPATIONS
 from PIL import Image, ImageDraw
 
 SIZE = 64
@@ -30,7 +32,7 @@ BIAS: dict[str, tuple[float, ...]] = {
     "skin_tone": (0.55, 0.22, 0.13, 0.10),
 }
 _GLASSES_RATE = 0.25
-_BEARD_RATE = 0.30
+BEARD_RATE = 0.30
 
 Colour = tuple[int, int, int]
 Points = list[tuple[float, float]]
@@ -112,7 +114,7 @@ def sample_traits(n: int, seed: int, balanced: bool) -> dict[str, np.ndarray]:
         elif not balanced and name == "glasses":
             p = np.array([1 - _GLASSES_RATE, _GLASSES_RATE])
         elif not balanced and name == "beard":
-            p = np.array([1 - _BEARD_RATE, _BEARD_RATE])
+            p = np.array([1 - BEARD_RATE, BEARD_RATE])
         traits[name] = np.searchsorted(np.cumsum(p)[:-1], u[:, k], side="right").astype(np.int64)
     if not balanced:
         traits["beard"] *= (traits["presentation"] == 0) & (traits["age"] != 0)
@@ -175,6 +177,10 @@ def draw(traits: dict[str, int], seed: int) -> np.ndarray:
     d.polygon(_half(cx, top - 8, neck + 9, 37 if fem else 19, 1.7 if fem else 2.0), fill=skin)
     d.rectangle((cx - neck, chin - 26, cx + neck, top + 2), fill=skin)
     d.polygon([(cx + neck, chin - 26)] + _half(cx, chin, neck, 19, 2.2) + [(cx - neck, chin - 26)], fill=shade)
+
+    job = OCCUPATIONS[traits.get("occupation", 0)]
+    if job != "person":
+        occupations.dress(d, job, cx, neck, shoulder, top, chin, cloth)
 
     # Ears.
     for s in (-1, 1):
@@ -253,6 +259,9 @@ def draw(traits: dict[str, int], seed: int) -> np.ndarray:
                     fill=fill,
                 )
         d.line(_curve(cx - w + 10, cy - 44, cx - 22, cy - up - 1, cx + 12, cy - up - 5), fill=hair_light, width=6)
+
+    if job != "person":
+        occupations.cover_head(d, job, cx, cy, w, up, fem)
 
     # Wrinkles.
     if senior:

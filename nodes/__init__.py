@@ -1,20 +1,23 @@
-"""The nodes, a file per stage. host.py alone touches ComfyUI's internals."""
+"""The nodes, a file per stage. host*.py alone touch ComfyUI's internals."""
 
 from comfy_api.latest import ComfyExtension, io
 
 from .attribute import AttributeFeatures, TrainProbes
 from .capture import CaptureActivations, LoadActivations
 from .explore import RankByEffect, SiteScan
-from .load import LoadClassifier, LoadFeatures, LoadModel, LoadRecipe, LoadSAE, SaveRecipe
+from .load import LoadClassifier, LoadFeatures, LoadModel, LoadPromptedModel, LoadRecipe, LoadSAE, SaveRecipe
 from .measure import ClassifyImages, CompareImages, FairnessReport
+from .sampling import DDIMSigmas, ReferenceSampler
 from .steer import Steer
 from .train import TrainSAE
+from .zero_shot import ZeroShot
 
 NODES: list[type[io.ComfyNode]] = [
-    LoadModel, LoadSAE, LoadFeatures, LoadClassifier, LoadRecipe, SaveRecipe,
+    LoadModel, LoadPromptedModel, LoadSAE, LoadFeatures, LoadClassifier, LoadRecipe, SaveRecipe,
     CaptureActivations, LoadActivations, TrainSAE, ClassifyImages, TrainProbes, AttributeFeatures,
-    SiteScan, RankByEffect,
+    SiteScan, RankByEffect, ZeroShot,
     Steer, FairnessReport, CompareImages,
+    DDIMSigmas, ReferenceSampler,
 ]  # fmt: skip
 
 

@@ -94,6 +94,12 @@ class AttributeFeatures(io.ComfyNode):
                 io.Int.Input(
                     "features_per_class", default=60, min=1, max=4096, tooltip="Best latents of each class to keep."
                 ),
+                Activations.Input(
+                    "baseline",
+                    optional=True,
+                    tooltip="For integrated gradients: where the path begins, instead of at no latents. Capture it "
+                    "with the same settings and seed under another prompt, such as that of another class.",
+                ),
             ],
             outputs=[
                 RecipeSocket.Output(display_name="recipe", tooltip="The best latents with all that Steer needs."),
@@ -108,7 +114,7 @@ class AttributeFeatures(io.ComfyNode):
     @host.clear_errors
     def execute(
         cls, model: Any, activations: CapturedActivations, sae: SparseAutoencoder, probes: Probes, labels: Labels,
-        method: str, features_per_class: int,
+        method: str, features_per_class: int, baseline: CapturedActivations | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         check_sae(sae, activations)
         if (labels.attribute, labels.classes) != (probes.attribute, probes.classes):
@@ -125,7 +131,9 @@ class AttributeFeatures(io.ComfyNode):
             )
         report = host.progress_bar(len(activations.progress))
         weights = balancing_weights(labels.indices, labels.others)
-        found = attribute_features(activations, sae, probes, labels.indices, method, weights, on_step=report)
+        found = attribute_features(
+            activations, sae, probes, labels.indices, method, weights, baseline=baseline, on_step=report
+        )
         recipe = build_recipe(found, sae, probes, activations, features_per_class, fingerprint)
         image = host.to_image(ranking_chart(found))
         text = ranking_table(found, features_per_class)
@@ -134,15 +142,10 @@ class AttributeFeatures(io.ComfyNode):
 
 def check_sae(sae: SparseAutoencoder, activations: CapturedActivations) -> None:
     """Raise `DiffLensError` if the SAE was trained on another site or width than the activations'."""
-    if sae.reads == "update":
-        raise DiffLensError(
-            f"the SAE reads the update of {sae.site} (output minus input), Capture Activations keeps outputs. "
-            "Use an SAE that reads outputs."
-        )
     if (sae.site, sae.channels) != (activations.site, activations.width):
         raise DiffLensError(
             f"the SAE was trained on {sae.site} ({sae.channels} wide), the activations are of {activations.site} "
-            f"({activations.width} wide). Use an SAE of the same model and site."
+            f"({activations.width} wide). Use an SAE of the same model, and capture at its site under the same name."
         )
 
 

@@ -18,7 +18,7 @@ class CaptureActivations(io.ComfyNode):
             node_id="DiffLensCapture",
             display_name="Capture Activations",
             category=CATEGORY,
-            description="Samples pictures (at cfg 1) and keeps what one module of the model puts out at every step. "
+            description="Samples pictures and keeps what one module of the model puts out at every step. "
             "The pictures are those that a KSampler draws from the same seed.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to look into."),
@@ -50,8 +50,9 @@ class CaptureActivations(io.ComfyNode):
                 io.String.Input(
                     "site",
                     default="middle_block",
-                    tooltip="Name of the module to read, as the model's network spells it. Several, with commas "
-                    "between them, go into one store.",
+                    tooltip="Name of the module to read, as the model's network or diffusers spells it. With the word "
+                    "update behind it: what the module adds to its input. Several, with commas between them, go into "
+                    "one store.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -89,6 +90,20 @@ class CaptureActivations(io.ComfyNode):
                     "main memory does not limit the number of pictures. What a cancelled run has finished is kept: "
                     "queue again and it goes on. Empty: kept in main memory.",
                 ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="What to guide away from, as you will sample. Only what the positive draws is kept.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Strength of the guidance, as you will sample; 1 is none, and needs no negative.",
+                ),
             ],
             outputs=[
                 Activations.Output(
@@ -104,12 +119,12 @@ class CaptureActivations(io.ComfyNode):
     def execute(
         cls, model: Any, positive: list, latent_image: dict, vae: Any, pictures: int, steps: int, sampler_name: str,
         scheduler: str, seed: int, site: str, start_percent: float = 0.0, end_percent: float = 1.0,
-        dtype: str = "float16", save_as: str = "",
+        dtype: str = "float16", save_as: str = "", negative: list | None = None, cfg: float = 1.0,
     ) -> io.NodeOutput:  # fmt: skip
         store = host.capture(
             model, positive, latent_image, pictures, steps, sampler_name, scheduler, seed,
             tuple(name.strip() for name in site.split(",")), (start_percent, end_percent), dtype,
-            host.new_store(save_as) if save_as.strip() else None,
+            host.new_store(save_as) if save_as.strip() else None, negative, cfg,
         )  # fmt: skip
         return io.NodeOutput(store.activations(), vae.decode(store.samples()))
 

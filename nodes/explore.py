@@ -9,7 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..difflens_core.causal import EFFECTS, Effects, causal_effect, keep_effective
-from ..difflens_core.classifier import AttributeClassifier
+from ..difflens_core.classifier import ImageClassifier
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.plots import bar_chart
 from ..difflens_core.recipes import Recipe
@@ -33,7 +33,7 @@ def sampling_inputs() -> list[io.Input]:
             tooltip="An empty latent of the size of the pictures. Its batch size tells how many are drawn at once.",
         ),
         io.Vae.Input("vae", tooltip="Turns the finished latents into images."),
-        Classifier.Input("classifier", tooltip="From Load Attribute Classifier; it tells the class of the pictures."),
+        Classifier.Input("classifier", tooltip="From Load Attribute Classifier or Zero-shot Classifier."),
     ]
 
 
@@ -106,12 +106,13 @@ class SiteScan(io.ComfyNode):
     @classmethod
     @host.clear_errors
     def execute(
-        cls, model: Any, positive: list, latent_image: dict, vae: Any, classifier: AttributeClassifier, attribute: str,
+        cls, model: Any, positive: list, latent_image: dict, vae: Any, classifier: ImageClassifier, attribute: str,
         sites: str, pictures: int, per_class: int, strength: float, steps: int, sampler_name: str, scheduler: str,
         seed: int,
     ) -> io.NodeOutput:  # fmt: skip
         classes = classes_of(classifier, attribute)
-        names = list(dict.fromkeys(sites.replace(",", " ").split())) or host.some_sites(model)
+        names = [name.strip() for name in sites.replace(",", "\n").splitlines()]
+        names = [*dict.fromkeys(filter(None, names))] or host.some_sites(model)
         for name in names:
             host.site_width(model, name)
         draw = host.drawer(
@@ -174,7 +175,7 @@ class RankByEffect(io.ComfyNode):
     @classmethod
     @host.clear_errors
     def execute(
-        cls, model: Any, positive: list, latent_image: dict, vae: Any, classifier: AttributeClassifier, recipe: Recipe,
+        cls, model: Any, positive: list, latent_image: dict, vae: Any, classifier: ImageClassifier, recipe: Recipe,
         change: str, strength: float, pictures: int, features_per_class: int, steps: int, sampler_name: str,
         scheduler: str, seed: int,
     ) -> io.NodeOutput:  # fmt: skip

@@ -1,4 +1,4 @@
-"""Everything the nodes need of ComfyUI itself; no other file of the pack touches its internals."""
+"""What the nodes need of ComfyUI itself; only the files called host*.py touch its internals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.latent_formats
 import comfy.model_base
@@ -24,6 +24,7 @@ import folder_paths
 import latent_preview
 import numpy as np
 import torch
+from comfy import sd1_clip
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
@@ -31,13 +32,17 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor, nn
 
-from ..difflens_core.activations import find_site
+from ..difflens_core import checkpoints
+from ..difflens_core.activations import UPDATE, find_site
+from ..difflens_core.activations import edit_site as hooked
 from ..difflens_core.denoiser import Denoiser, DenoiserConfig, ResBlock, Stack, fingerprint, load_denoiser_weights
 from ..difflens_core.files import DiffLensError, digest
 from ..difflens_core.formats import CONFIGS, WEIGHTS
 from ..difflens_core.sampling import Draw, noise_batches
 from ..difflens_core.sampling import Edit as SiteEdit
 from ..difflens_core.store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, record
+from ..difflens_core.text import END, TextEncoder, tokenize
+from .host_sites import Picture, own_name
 
 log = logging.getLogger("difflens")
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
@@ -47,18 +52,23 @@ SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
 
 MODELS, SAES, CLASSIFIERS, RECIPES = "difflens_models", "difflens_saes", "difflens_classifiers", "difflens_recipes"
 STORES = "difflens_activations"
-SHIPPED = Path(__file__).resolve().parent.parent / "models" / "avatars"
+SHIPPED = [Path(__file__).resolve().parent.parent / "models" / name for name in ("avatars", "prompted_avatars")]
 
 
 def register_folders() -> None:
-    """Make the pack's kinds of file known: the user's folder, then extra_model_paths.yaml's, then the shipped one."""
-    endings = {kind: {".safetensors"} for kind in (MODELS, CLASSIFIERS, RECIPES)}
+    """Make the pack's kinds of file known: the user's folder, then extra_model_paths.yaml's, then the shipped ones."""
+    endings = {kind: {".safetensors"} for kind in (MODELS, RECIPES)} | {CLASSIFIERS: {*WEIGHTS}}
     # A folder of activations is known by its index, one of another program's SAE by its configuration.
+    # Models of other programs come as files, or as folders that are known by their configuration.
+    endings[MODELS] |= {*checkpoints.WEIGHTS, Path(checkpoints.CONFIG).suffix}
     endings |= {STORES: {Path(INDEX).suffix}, SAES: {*WEIGHTS, Path(CONFIGS[0]).suffix}}
     for kind, ending in endings.items():
         extra, _ = folder_paths.folder_names_and_paths.get(kind, ([], set()))
         user = str(Path(folder_paths.models_dir) / kind)
-        folder_paths.folder_names_and_paths[kind] = ([user, *extra, str(SHIPPED / kind)], ending)
+        folder_paths.folder_names_and_paths[kind] = (
+            [user, *extra, *(str(shipped / kind) for shipped in SHIPPED)],
+            ending,
+        )
 
 
 def list_files(kind: str) -> list[str]:
@@ -227,6 +237,19 @@ def training_device(needed: int) -> torch.device:
 TIMESTEPS = 1000  # what ComfyUI's flow models multiply sigma by
 
 
+def after_middle(
+    h: Tensor, x: Tensor, emb: Tensor, context: Any, y: Tensor | None, timesteps: Tensor, transformer_options: dict
+) -> Tensor:
+    """h, the middle block's output, after the `middle_block_after_patch`es, called as ComfyUI's own UNet calls them."""
+    transformer_options["block"] = ("middle", 0)
+    for patch in transformer_options.get("patches", {}).get("middle_block_after_patch", ()):
+        h = patch({
+            "h": h, "x": x, "emb": emb, "context": context, "y": y, "timesteps": timesteps,
+            "transformer_options": transformer_options,
+        })["h"]  # fmt: skip
+    return h
+
+
 class HostedDenoiser(Denoiser):
     """The denoiser as a ComfyUI diffusion model: it tells the velocity (x - x0) / sigma, as flow models do.
 
@@ -246,19 +269,21 @@ class HostedDenoiser(Denoiser):
                 f"got a latent of {found}. Set Empty Latent Image to {size} x {size}."
             )
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
+        width = self.config.context_width
+        if width and (context is None or context.shape[-1] != width):
+            found = "none" if context is None else f"one of width {context.shape[-1]}"
+            raise DiffLensError(
+                f"Load Prompted Model: this model reads a text of width {width}, got {found}. Connect CLIP Text Encode "
+                "with the CLIP of the same Load Prompted Model."
+            )
         executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
         return executor.execute(x, timesteps, context, control, transformer_options, **kwargs)
 
     def _forward(self, x, timesteps, context, control, transformer_options, **kwargs):
         sigma = timesteps / TIMESTEPS
         h, emb = self.encode(x, sigma)
-        transformer_options["block"] = ("middle", 0)
-        h = self.middle_block(h, emb)
-        for patch in transformer_options.get("patches", {}).get("middle_block_after_patch", ()):
-            h = patch({
-                "h": h, "x": x, "emb": emb, "context": context, "y": None, "timesteps": timesteps,
-                "transformer_options": transformer_options,
-            })["h"]  # fmt: skip
+        middle = self.middle_block(h, emb, context if self.config.context_width else None)
+        h = after_middle(middle, x, emb, context, None, timesteps, transformer_options)
         return (x - self.decode(h, emb)) / sigma[:, None, None, None]
 
 
@@ -272,9 +297,16 @@ class UnconditionalConfig(comfy.supported_models_base.BASE):
     memory_usage_factor = 0.03
 
 
-def load_unconditional(path: str, disable_dynamic: bool = False) -> ModelPatcher:
+def load_unconditional(path: str) -> ModelPatcher:
+    """A denoiser that draws without prompts as a MODEL. Raises `DiffLensError` if the file does not fit."""
+    if load_denoiser_weights(path)[0].context_width:
+        raise DiffLensError(f"{Path(path).name} draws by prompt. Load it with Load Prompted Model.")
+    return load_denoiser_model(path)
+
+
+def load_denoiser_model(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     """A denoiser file as a MODEL that stock samplers take. Raises `DiffLensError` if the file does not fit."""
-    sizes, weights = load_denoiser_weights(path)
+    sizes, weights, _ = load_denoiser_weights(path)
     config = UnconditionalConfig(asdict(sizes))
     config.set_inference_dtype(torch.float32, None)
     load_device = comfy.model_management.get_torch_device()
@@ -284,8 +316,59 @@ def load_unconditional(path: str, disable_dynamic: bool = False) -> ModelPatcher
     kind = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights(weights, assign=patcher.is_dynamic())
-    patcher.cached_patcher_init = (load_unconditional, (path,))
+    patcher.cached_patcher_init = (load_denoiser_model, (path,))
     return patcher
+
+
+class PromptTokenizer:
+    """Words and their weights, such as (doctor:1.3), for ComfyUI's CLIP."""
+
+    def __init__(self, words: Sequence[str], length: int):
+        self.words, self.length = words, length
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict:
+        """Chunks of `length` pairs (token, weight); with `return_word_ids` of (token, weight, number of the word)."""
+        found = [
+            (token, weight)
+            for part, weight in sd1_clip.token_weights(sd1_clip.escape_important(text), 1.0)
+            for token in tokenize(sd1_clip.unescape_important(part), self.words)
+        ]
+        found += [(END, 1.0)] * (-len(found) % self.length if found else self.length)
+        if return_word_ids:
+            found = [(*pair, number + 1 if pair[0] != END else 0) for number, pair in enumerate(found)]
+        return {"difflens": [found[i : i + self.length] for i in range(0, len(found), self.length)]}
+
+
+class HostedTextEncoder(nn.Module, sd1_clip.ClipTokenWeightEncoder):
+    """The text encoder as the model behind ComfyUI's CLIP, which weighs tokens by their distance from no prompt."""
+
+    special_tokens: ClassVar = {"pad": END}
+
+    def __init__(self, text: TextEncoder, device: Any = None, dtype: Any = None, model_options: Any = None):
+        super().__init__()
+        self.text, self.dtypes = text.to(device, dtype), {dtype}
+
+    def set_clip_options(self, options: dict) -> None:
+        """ComfyUI offers to skip layers or to move; there is one way to encode here."""
+
+    reset_clip_options = lambda self: None  # noqa: E731
+
+    def encode_token_weights(self, tokens: dict) -> tuple[Tensor, None]:
+        return super().encode_token_weights([[pair[:2] for pair in chunk] for chunk in tokens["difflens"]])
+
+    def encode(self, tokens: list[list[int]]) -> tuple[Tensor, None]:
+        return self.text(torch.tensor(tokens, device=self.text.position.device)), None
+
+
+def load_prompted(path: str) -> tuple[ModelPatcher, comfy.sd.CLIP]:
+    """A denoiser that draws by prompt, and its text encoder as CLIP. Raises `DiffLensError` if it has none."""
+    _, _, text = load_denoiser_weights(path)
+    if text is None:
+        raise DiffLensError(f"{Path(path).name} draws without prompts. Load it with Load Unconditional Model.")
+    target = comfy.supported_models_base.ClipTarget(
+        lambda **_: PromptTokenizer(text.words, text.length), functools.partial(HostedTextEncoder, text)
+    )
+    return load_denoiser_model(path), comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
 
 
 def unconditional_conditioning() -> list:
@@ -298,11 +381,17 @@ def pixel_space_vae() -> comfy.sd.VAE:
     return comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
 
 
+FINGERPRINT = "difflens_fingerprint"  # attachment of a MODEL
+
+
 def model_fingerprint(model: ModelPatcher) -> str:
     """Tells the weights of a MODEL from others': all of a denoiser's, the first eight by name of larger models.
 
-    Those of its file, without LoRAs: they are in the network only while it is loaded, and would change the mark.
+    Those of its file, without LoRAs: they are in the network only while it is loaded, and would change the mark. Our
+    loader leaves the mark of models that it may load in fp16, taken before they were rounded.
     """
+    if mark := model.get_attachment(FINGERPRINT):
+        return mark
     module = model.model.diffusion_model
     prefix, weights = "diffusion_model.", module.state_dict()
     weights |= {key[len(prefix) :]: kept.weight for key, kept in model.backup.items() if key.startswith(prefix)}
@@ -331,24 +420,38 @@ def progress_of(model: ModelPatcher) -> Callable[[float], float]:
     return progress
 
 
+UNEDITED = "difflens_unedited"  # entry of transformer_options: in this evaluation all sites stay as they are
+
 # Which conditioning an edit is for: entries of `cond_or_uncond`, in which 0 is the positive.
 CONDITIONINGS = {"positive": (0,), "negative": (1,), "both": (0, 1)}
+# For the chunks of a batch, of which each follows a conditioning: is an edit for them?
+Follows = Callable[[dict], list[bool]]
 
 
-def edit_rows(h: Tensor, options: dict, edit: Edit, conditioning: str) -> Tensor:
-    """Let `edit(rows, sigma, images)` change the rows of h that follow a conditioning (one of CONDITIONINGS).
+def follows(conditioning: str) -> Follows:
+    """For chunks that follow a conditioning (one of CONDITIONINGS)."""
+    return lambda options: [kind in CONDITIONINGS[conditioning] for kind in options["cond_or_uncond"]]
+
+
+def edit_rows(h: Tensor, options: dict, edit: Edit, chosen: Sequence[bool]) -> Tensor:
+    """Let `edit(rows, sigma, images)` change the chosen chunks of h.
 
     h holds a chunk of the latent batch for every entry of `cond_or_uncond`. Returns h itself if every chunk comes
-    back as it was. Reads one sigma, which on a GPU waits for the device once an evaluation.
+    back as it was, or if the sampler asks for the unedited model (UNEDITED). Reads one sigma, which on a GPU waits for
+    the device once an evaluation.
     """
-    if not isinstance(h, Tensor) or h.ndim != 4:
-        found = f"{h.ndim} dimensions" if isinstance(h, Tensor) else type(h).__name__
-        raise DiffLensError(f"the site's output is {found}, expected batch x channels x height x width.")
+    if options.get(UNEDITED):
+        return h
+    if h.ndim != 4:
+        raise DiffLensError(
+            f"the site puts out {h.ndim} dimensions, expected batch x channels x height x width, or batch x tokens x "
+            "channels."
+        )
     sigma = float(options["sigmas"][0])
-    chunks = h.chunk(len(options["cond_or_uncond"]))
+    chunks = h.chunk(len(chosen))
     edited = [
-        edit(chunk, sigma, torch.arange(len(chunk))) if kind in CONDITIONINGS[conditioning] else chunk
-        for chunk, kind in zip(chunks, options["cond_or_uncond"], strict=True)
+        edit(chunk, sigma, torch.arange(len(chunk))) if mine else chunk
+        for chunk, mine in zip(chunks, chosen, strict=True)
     ]
     if all(new is old for new, old in zip(edited, chunks, strict=True)):
         return h
@@ -366,20 +469,19 @@ class MiddleBlockPatch:
 
 
 class HookWrapper:
-    """Edit as a forward hook that lives for one evaluation of the diffusion model."""
+    """Edit as a forward hook that lives for one evaluation of the model.
+
+    Around APPLY_MODEL, because SD3's network runs no DIFFUSION_MODEL wrappers.
+    """
 
     def __init__(self, site: str, edit: EditRows):
         self.site, self.edit = site, edit
 
-    def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
-        # Architectures put transformer_options at different places; only it holds sigmas.
+    def __call__(self, executor: WrapperExecutor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "sigmas" in a)
-        module = executor.class_obj.get_submodule(self.site)
-        handle = module.register_forward_hook(lambda _module, _inputs, h: self.edit(h, options))
-        try:
-            return executor(*args, **kwargs)
-        finally:
-            handle.remove()
+        network = executor.class_obj.diffusion_model
+        with hooked(network, self.site, lambda h: self.edit(h, options), Picture(network, self.site, x)):
+            return executor(x, *args, **kwargs)
 
 
 MIDDLE_BLOCK = "middle_block"
@@ -390,7 +492,7 @@ def site_width(model: ModelPatcher, site: str) -> int | None:
 
     Raises `DiffLensError` if the model has no such module, or one whose output cannot be reached.
     """
-    network = model.model.diffusion_model
+    network, site = model.model.diffusion_model, own_name(model, site)
     module = find_site(network, site)
     if site == MIDDLE_BLOCK:
         if isinstance(network, Denoiser):
@@ -398,28 +500,30 @@ def site_width(model: ModelPatcher, site: str) -> int | None:
         if isinstance(module, nn.Sequential):
             module = module[-1]
     elif isinstance(module, TimestepEmbedSequential) or type(module) is nn.ModuleList:
+        name = site.removesuffix(UPDATE)
         raise DiffLensError(
-            f"{site} only groups modules and is never run itself. Use the last module in it: {site}.{len(module) - 1}."
+            f"{name} only groups modules and is never run itself. Use the last module in it: "
+            f"{site.replace(name, f'{name}.{len(module) - 1}')}."
         )
     return getattr(module, "out_channels", None)
 
 
-def edit_site(model: ModelPatcher, site: str, edit: Edit, node: str, conditioning: str = "positive") -> ModelPatcher:
-    """A clone of the model in which `edit(rows, sigma, images)` changes what `site` puts out.
+def edit_site(model: ModelPatcher, site: str, edit: Edit, node: str, chosen: Follows) -> ModelPatcher:
+    """A clone of the model in which `edit(rows, sigma, images)` changes what is read at `site` in the chosen rows.
 
     Errors that come up while sampling begin with the name `node`.
     """
     site_width(model, site)
-    clone = model.clone()
+    clone, site = model.clone(), own_name(model, site)
 
     def apply(h: Tensor, options: dict) -> Tensor:
         with named(node):
-            return edit_rows(h, options, edit, conditioning)
+            return edit_rows(h, options, edit, chosen(options))
 
     if site == MIDDLE_BLOCK:
         clone.set_model_middle_block_after_patch(MiddleBlockPatch(apply))
     else:
-        clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "difflens", HookWrapper(site, apply))
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "difflens", HookWrapper(site, apply))
     return clone
 
 
@@ -430,7 +534,7 @@ def apply_site(model: ModelPatcher, site: str, fn: Edit, node: str, conditioning
     batch. If fn gives h back, the result is bit-identical. Raises `DiffLensError` if the model lacks the site.
     """
     progress = progress_of(model)
-    return edit_site(model, site, lambda h, sigma, images: fn(h, progress(sigma), images), node, conditioning)
+    return edit_site(model, site, lambda h, sigma, images: fn(h, progress(sigma), images), node, follows(conditioning))
 
 
 def empty_latents(model: ModelPatcher, positive: list, latent: dict) -> Tensor:
@@ -444,14 +548,27 @@ def empty_latents(model: ModelPatcher, positive: list, latent: dict) -> Tensor:
 
 
 class Watch:
-    """Keeps what `sites` put out at the noise levels `sigmas` while `model`, a clone, samples one batch."""
+    """Keeps what `sites` put out at the noise levels `sigmas` while `model`, a clone, samples one batch.
+
+    Of the rows, those that follow the first positive conditioning: there may be several, and negatives.
+    """
 
     def __init__(self, model: ModelPatcher, sites: tuple[str, ...], sigmas: Tensor, dtype: torch.dtype):
         self.sites, self.sigmas, self.dtype = sites, sigmas, dtype
         for site in sites:
-            model = edit_site(model, site, functools.partial(self.keep, site), "Capture Activations")
+            model = edit_site(model, site, functools.partial(self.keep, site), "Capture Activations", self.chosen)
+        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "difflens", self.begin)
         self.model = model
         self.clear()
+
+    def begin(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        self.first = executor.class_obj.conds["positive"][0]["uuid"]
+        return executor(*args, **kwargs)
+
+    def chosen(self, options: dict) -> list[bool]:
+        # Where only the positive is for an area, ComfyUI makes a negative for it that goes by the same uuid.
+        pairs = zip(options["cond_or_uncond"], options["uuids"], strict=True)
+        return [kind == 0 and uuid == self.first for kind, uuid in pairs]
 
     def clear(self) -> None:
         self.values: dict[str, Tensor] = {}
@@ -474,7 +591,7 @@ class Watch:
             if steps < len(self.sigmas):
                 raise DiffLensError(
                     f"{site} was read at {steps} of {len(self.sigmas)} steps: either the sampler leaves the schedule "
-                    "or the model does not run this module. Use sampler euler and site middle_block."
+                    "or the model does not run this module at all of them. Use sampler euler and a site that it runs."
                 )
         values = self.values
         self.clear()
@@ -506,8 +623,10 @@ def capture(
     span: tuple[float, float] = (0.0, 1.0),
     dtype: str = "float16",
     folder: Path | None = None,
+    negative: list | None = None,
+    cfg: float = 1.0,
 ) -> Store:
-    """Sample `pictures` pictures (cfg 1) in batches as large as `latent`, keeping what `sites` put out.
+    """Sample `pictures` pictures in batches as large as `latent`, keeping what `sites` put out for the positive.
 
     Kept are the steps whose progress lies in `span`, in memory or in `folder`, where a capture that was cut off is
     gone on with (`record`). The store's samples are the finished latents. Picture k starts from the noise that a stock
@@ -520,8 +639,12 @@ def capture(
     kept = [step for step, progress in enumerate(passed) if span[0] <= progress <= span[1]]
     if not kept:
         raise DiffLensError(f"no step lies between {span[0]} and {span[1]} of the sampling. Widen the span.")
+    if cfg != 1 and not negative:
+        raise DiffLensError(f"cfg is {cfg:g}, which guides away from a negative, but none is connected. Connect it.")
     inputs = digest(*content([start, *conditioning_tensors(positive)]))
     info = {"steps": steps, "sampler": sampler_name, "scheduler": scheduler, "latent and conditioning": inputs}
+    if cfg != 1:
+        info |= {"cfg": cfg, "negative": digest(*content(conditioning_tensors(negative)))}
     progress = tuple(passed[step] for step in kept)
     index = Index(sites, progress, pictures, min(batch, pictures), seed, model_fingerprint(model), dtype, info)
     watch = Watch(model, sites, schedule.sigmas[kept], DTYPES[dtype])
@@ -534,7 +657,7 @@ def capture(
             report(done, previewer and previewer.decode_latent_to_preview_image("JPEG", x0))
 
         samples = comfy.sample.sample(
-            watch.model, noise.to(start.dtype), steps, 1.0, sampler_name, scheduler, positive, positive,
+            watch.model, noise.to(start.dtype), steps, cfg, sampler_name, scheduler, positive, negative or positive,
             start[: len(noise)], callback=on_step, disable_pbar=True, seed=(seed + first) % 2**64,
         )  # fmt: skip
         return watch.take() | {SAMPLES: samples.cpu()}
@@ -570,21 +693,31 @@ def drawer(
 def some_sites(model: ModelPatcher) -> list[str]:
     """Sites of a network worth a scan, from its input to its output.
 
-    Of a U-Net as ComfyUI builds it the last module of three blocks before and after the middle; of other networks
-    the modules right below it that put out a map, as far as their type tells, with the first of each stack. The first
-    and the last convolution only touch pixels.
+    Of a U-Net as ComfyUI builds it the last module of three blocks before and after the middle; of diffusers' the last
+    residual block of every level; of other networks the modules right below it that put out a map, as far as their type
+    tells, with the first of each stack (the first and the last convolution only touch pixels), and three of each list
+    of blocks.
     """
     network = model.model.diffusion_model
+
+    def three(name: str) -> list[str]:
+        blocks = getattr(network, name)
+        chosen = sorted({len(blocks) // 4, len(blocks) // 2, len(blocks) - 1})
+        last = [f".{len(block) - 1}" if isinstance(block, TimestepEmbedSequential) else "" for block in blocks]
+        return [f"{name}.{i}{last[i]}" for i in chosen]
+
     if hasattr(network, "input_blocks") and hasattr(network, "output_blocks"):
-
-        def three(name: str) -> list[str]:
-            blocks = getattr(network, name)
-            chosen = sorted({len(blocks) // 4, len(blocks) // 2, len(blocks) - 1})
-            return [f"{name}.{i}.{len(blocks[i]) - 1}" for i in chosen]
-
         return [*three("input_blocks"), MIDDLE_BLOCK, *three("output_blocks")]
+    if hasattr(network, "down_blocks"):  # diffusers
+        down, up = (
+            [f"{name}.{i}.resnets.{len(block.resnets) - 1}" for i, block in enumerate(getattr(network, name))]
+            for name in ("down_blocks", "up_blocks")
+        )
+        return [*down, MIDDLE_BLOCK, *up]
     found = []
     for name, module in network.named_children():
+        if type(module) is nn.ModuleList:
+            found += three(name)
         if isinstance(module, Stack):
             found.append(f"{name}.0")
         if isinstance(module, (Stack, ResBlock, nn.Conv2d)) and name not in ("conv_in", "conv_out"):

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..difflens_core.classifier import load_classifier
+from ..difflens_core.activations import UPDATE
+from ..difflens_core.checkpoints import AUTO
+from ..difflens_core.faces import load_face_finder
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.formats import load_any_sae, load_class_features
 from ..difflens_core.recipes import WITHOUT_LEVELS, Recipe, load_recipe, recipe_from_features, save_recipe
+from ..difflens_core.resnet_classifiers import load_any_classifier
 from ..difflens_core.sae import SparseAutoencoder
+from ..difflens_core.schedules import BETAS, PREDICTIONS
 from ..difflens_core.targets import parse_numbers
-from . import host
+from . import host, host_unconditional
+from .host_classifiers import HostedClassifier
 from .sockets import CATEGORY, SAE, Classifier, RecipeSocket
+
+NO_DETECTOR = "none"
 
 
 class LoadModel(io.ComfyNode):
@@ -21,21 +28,108 @@ class LoadModel(io.ComfyNode):
             node_id="DiffLensLoadModel",
             display_name="Load Unconditional Model",
             category=CATEGORY,
-            description="Loads a small diffusion model that draws without a prompt, such as the avatars, "
-            "with all that a KSampler needs.",
-            search_aliases=["avatars", "unconditional", "pixel space"],
+            description="Loads a diffusion model that draws without a prompt: the avatars, a guided-diffusion (ADM) or "
+            "P2 checkpoint, or a diffusers UNet2DModel, with all that a KSampler needs.",
+            search_aliases=["avatars", "unconditional", "pixel space", "ADM", "P2", "guided-diffusion", "DDPM"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=host.list_files(host.MODELS),
-                    tooltip="A file in models/difflens_models, or the avatars that come with the pack.",
-                )
+                    options=host_unconditional.list_models(),
+                    tooltip="A file in models/difflens_models, or a folder there with a config.json, as diffusers "
+                    "writes it; or the avatars that come with the pack.",
+                ),
+                io.Combo.Input(
+                    "schedule",
+                    options=[AUTO, *BETAS],
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Noise schedule the model was trained with. auto: what its scheduler_config.json says, "
+                    "else linear. Not used for the avatars.",
+                ),
+                io.Combo.Input(
+                    "prediction",
+                    options=[AUTO, *PREDICTIONS],
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What the model was trained to predict. auto: what its scheduler_config.json says, else "
+                    "epsilon, the noise. Not used for the avatars.",
+                ),
+                io.Int.Input(
+                    "class_label",
+                    default=0,
+                    min=0,
+                    max=2**15,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which class to draw, if the model was trained with classes (the report says).",
+                ),
+                io.Int.Input(
+                    "heads",
+                    default=0,
+                    min=0,
+                    max=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Attention heads of an ADM checkpoint, which the file does not tell. 0: 64 channels each "
+                    "if it changes size in its residual blocks, as P2 and nearly all of guided-diffusion; else 4.",
+                ),
+                io.Boolean.Input(
+                    "new_attention_order",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For ADM checkpoints trained with use_new_attention_order (guided-diffusion: ImageNet 64).",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model. Sample it at cfg 1: it has no prompt to be guided by."),
                 io.Conditioning.Output(
                     display_name="unconditional",
-                    tooltip="A conditioning that says nothing, for both positive and negative.",
+                    tooltip="A conditioning that says nothing (or only the class), for both positive and negative.",
+                ),
+                io.Vae.Output(tooltip="Pixel space: turns the model's latents, which are pixels, into images."),
+                io.String.Output(
+                    display_name="report", tooltip="What was found in the file, what was assumed, and the picture size."
+                ),
+            ],
+        )
+
+    @classmethod
+    @host.clear_errors
+    def execute(
+        cls, model_name: str, schedule: str = AUTO, prediction: str = AUTO, class_label: int = 0, heads: int = 0,
+        new_attention_order: bool = False,
+    ) -> io.NodeOutput:  # fmt: skip
+        path = host_unconditional.find_model(model_name)
+        model, report, classes = host_unconditional.load_model(path, schedule, prediction, heads, new_attention_order)
+        conditioning = host_unconditional.class_conditioning(class_label, classes)
+        return io.NodeOutput(model, conditioning, host.pixel_space_vae(), report)
+
+
+class LoadPromptedModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffLensLoadPromptedModel",
+            display_name="Load Prompted Model",
+            category=CATEGORY,
+            description="Loads a small diffusion model that draws by prompt, such as the avatars at work, with all "
+            "that CLIP Text Encode and a KSampler need.",
+            search_aliases=["avatars", "prompt", "occupations"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=host.list_files(host.MODELS),
+                    tooltip="A file in models/difflens_models, or the prompted avatars that come with the pack.",
+                )
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model, for Steer, Capture Activations or a KSampler; cfg 2 suits it."),
+                io.Clip.Output(
+                    tooltip="Reads prompts such as: portrait of a doctor. It knows a few words only, those of the "
+                    "drawings it was trained on."
                 ),
                 io.Vae.Output(tooltip="Pixel space: turns the model's latents, which are pixels, into images."),
             ],
@@ -44,8 +138,7 @@ class LoadModel(io.ComfyNode):
     @classmethod
     @host.clear_errors
     def execute(cls, model_name: str) -> io.NodeOutput:
-        model = host.load_unconditional(host.find_file(host.MODELS, model_name))
-        return io.NodeOutput(model, host.unconditional_conditioning(), host.pixel_space_vae())
+        return io.NodeOutput(*host.load_prompted(host.find_file(host.MODELS, model_name)), host.pixel_space_vae())
 
 
 class LoadSAE(io.ComfyNode):
@@ -92,7 +185,7 @@ class LoadSAE(io.ComfyNode):
     @host.clear_errors
     def execute(cls, sae_name: str, site: str = "") -> io.NodeOutput:
         sae, report = load_any_sae(host.find_sae(sae_name), site)
-        if not sae.site:
+        if not sae.site.removesuffix(UPDATE):
             raise DiffLensError(
                 f"{sae_name} does not say which module it was trained on. Type its name into site, such as "
                 "middle_block. (" + report.replace("\n", "; ") + ")"
@@ -178,26 +271,40 @@ class LoadClassifier(io.ComfyNode):
             node_id="DiffLensLoadClassifier",
             display_name="Load Attribute Classifier",
             category=CATEGORY,
-            description="Loads a classifier that reads attributes off pictures. It tells what a picture looks like, "
-            "not what a person is.",
+            description="Loads a classifier that reads attributes off pictures: one of the pack's, FairFace's, or any "
+            "ResNet. It tells what a picture looks like, not what a person is.",
+            search_aliases=["FairFace", "ResNet", "torchvision"],
             inputs=[
                 io.Combo.Input(
                     "classifier_name",
                     options=host.list_files(host.CLASSIFIERS),
                     tooltip="A file in models/difflens_classifiers, or the one that comes with the pack.",
-                )
+                ),
+                io.Combo.Input(
+                    "face_detector",
+                    options=[NO_DETECTOR, *host.list_files(host.CLASSIFIERS)],
+                    default=NO_DETECTOR,
+                    optional=True,
+                    tooltip="Weights of kornia's face detector YuNet, in the same folder: the largest face is cut out, "
+                    "as FairFace expects, and pictures without a face are told apart. none: whole pictures.",
+                ),
             ],
             outputs=[
                 Classifier.Output(
-                    display_name="classifier", tooltip="The classifier, for Classify Images and Fairness Report."
-                )
+                    display_name="classifier", tooltip="The classifier, for every node that asks for one."
+                ),
+                io.String.Output(display_name="report", tooltip="What was loaded: format, attributes, classes."),
             ],
         )
 
     @classmethod
     @host.clear_errors
-    def execute(cls, classifier_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_classifier(host.find_file(host.CLASSIFIERS, classifier_name)))
+    def execute(cls, classifier_name: str, face_detector: str = NO_DETECTOR) -> io.NodeOutput:
+        faces = None
+        if face_detector != NO_DETECTOR:
+            faces = load_face_finder(host.find_file(host.CLASSIFIERS, face_detector))
+        classifier, report = load_any_classifier(host.find_file(host.CLASSIFIERS, classifier_name), faces)
+        return io.NodeOutput(HostedClassifier(classifier), report)
 
 
 class LoadRecipe(io.ComfyNode):

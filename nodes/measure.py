@@ -11,7 +11,15 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..difflens_core.classifier import AttributeClassifier
+from ..difflens_core.classifier import (
+    ImageClassifier,
+    decided,
+    join_readings,
+    label_table,
+    labels_of,
+    other_attributes,
+    shares_left_out,
+)
 from ..difflens_core.fairness import Report, kept_attributes, measure_fairness, pixel_change
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.plots import bar_chart, image_grid
@@ -19,8 +27,8 @@ from ..difflens_core.targets import Targets, parse_target
 from . import host
 from .sockets import CATEGORY, Classifier, Labels, LabelsSocket, TargetsSocket
 
-BATCH = 64
-MEASURED = ("shares", "fd", "fd_ci", "fd_hard", "fd_hard_ci", "threshold")
+BATCH = 16
+MEASURED = ("n", "shares", "fd", "fd_ci", "fd_hard", "fd_hard_ci", "threshold")
 
 
 class ClassifyImages(io.ComfyNode):
@@ -33,19 +41,27 @@ class ClassifyImages(io.ComfyNode):
             description="Tells for every picture which class of an attribute it shows.",
             inputs=[
                 io.Image.Input("images", tooltip="The pictures, such as Capture Activations puts out."),
-                Classifier.Input("classifier", tooltip="From Load Attribute Classifier."),
+                Classifier.Input("classifier", tooltip="From Load Attribute Classifier or Zero-shot Classifier."),
                 io.String.Input("attribute", default="presentation", tooltip="One of the classifier's attributes."),
             ],
-            outputs=[LabelsSocket.Output(display_name="labels", tooltip="The class of every picture.")],
+            outputs=[
+                LabelsSocket.Output(display_name="labels", tooltip="The class of every picture."),
+                io.String.Output(
+                    display_name="csv",
+                    tooltip="A line a picture: its class, the probability of each class, its other attributes.",
+                ),
+            ],
         )
 
     @classmethod
     @host.clear_errors
-    def execute(cls, images: Tensor, classifier: AttributeClassifier, attribute: str) -> io.NodeOutput:
+    def execute(cls, images: Tensor, classifier: ImageClassifier, attribute: str) -> io.NodeOutput:
         classes = classes_of(classifier, attribute)
         report = host.progress_bar(len(images))
-        seen = {name: p.argmax(dim=1) for name, p in classify(classifier, images, report).items()}
-        return io.NodeOutput(Labels(attribute, classes, seen.pop(attribute), tuple(seen.values())))
+        read = classify(classifier, images, report)
+        others = tuple(read[name].argmax(dim=1) for name in other_attributes(classifier.attributes, attribute))
+        labels = Labels(attribute, classes, read[attribute].argmax(dim=1), others)
+        return io.NodeOutput(labels, label_table(read, classifier.attributes, attribute))
 
 
 class FairnessReport(io.ComfyNode):
@@ -59,7 +75,7 @@ class FairnessReport(io.ComfyNode):
             "the steering changed.",
             search_aliases=["fairness discrepancy", "bias"],
             inputs=[
-                Classifier.Input("classifier", tooltip="From Load Attribute Classifier."),
+                Classifier.Input("classifier", tooltip="From Load Attribute Classifier or Zero-shot Classifier."),
                 io.String.Input("attribute", default="presentation", tooltip="One of the classifier's attributes."),
                 io.String.Input("target", default="uniform", tooltip="The mix to compare with, written as in Steer."),
                 io.Image.Input("before", tooltip="Pictures of the model as it is."),
@@ -85,7 +101,7 @@ class FairnessReport(io.ComfyNode):
     @classmethod
     @host.clear_errors
     def execute(
-        cls, classifier: AttributeClassifier, attribute: str, target: str, before: Tensor,
+        cls, classifier: ImageClassifier, attribute: str, target: str, before: Tensor,
         after: Tensor | None = None, targets: Targets | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         classes = classes_of(classifier, attribute)
@@ -105,14 +121,18 @@ class FairnessReport(io.ComfyNode):
             assigned = targets.first(len(after))
         report = host.progress_bar(len(before) * (1 if after is None else 2))
         seen = classify(classifier, before, report)
-        first = measure_fairness(seen[attribute].numpy(), shares, attribute, classes)
-        second, kept, change = None, None, None
+        first = measure(seen, attribute, classes, shares)
+        second, kept, change, steered = None, None, None, None
         if after is not None:
             steered = classify(classifier, after, report, len(before))
-            second = measure_fairness(steered[attribute].numpy(), shares, attribute, classes, assigned)
+            second = measure(steered, attribute, classes, shares, assigned)
             kept = kept_attributes(seen, steered, attribute)
             change = pixel_change(before.numpy(), after.numpy())
         numbers = summary(first, second, kept, change)
+        for side, read in (("before", seen), ("after", steered)):
+            if read:
+                numbers[side]["left_out"] = shares_left_out(read, attribute)
+                numbers[side]["labels"] = labels_of(read, attribute, classes)
         image = host.to_image(share_chart(first, second))
         text = in_words(numbers)
         return host.drawn(cls, image, text, json.dumps(numbers, indent=2), image, text=text)
@@ -159,7 +179,7 @@ class CompareImages(io.ComfyNode):
         return host.drawn(cls, image, image)
 
 
-def classes_of(classifier: AttributeClassifier, attribute: str) -> tuple[str, ...]:
+def classes_of(classifier: ImageClassifier, attribute: str) -> tuple[str, ...]:
     """Classes of an attribute. Raises `DiffLensError` with those there are."""
     if attribute not in classifier.attributes:
         known = ", ".join(classifier.attributes)
@@ -167,14 +187,29 @@ def classes_of(classifier: AttributeClassifier, attribute: str) -> tuple[str, ..
     return classifier.attributes[attribute]
 
 
-def classify(classifier: AttributeClassifier, images: Tensor, report: Any, done: int = 0) -> dict[str, Tensor]:
-    """Probabilities (n x K) of every attribute, telling `report` of the pictures done."""
+def classify(classifier: ImageClassifier, images: Tensor, report: Any, done: int = 0) -> dict[str, Tensor]:
+    """What the classifier reads off the pictures (n of everything), telling `report` of the pictures done."""
     parts = []
     for chunk in images.split(BATCH):
         parts.append(classifier.classify(chunk))
         done += len(chunk)
         report(done)
-    return {name: torch.cat([part[name] for part in parts]) for name in classifier.attributes}
+    return join_readings(parts)
+
+
+def measure(
+    read: dict[str, Tensor], attribute: str, classes: tuple[str, ...], target: np.ndarray,
+    assigned: np.ndarray | None = None,
+) -> Report:  # fmt: skip
+    """The report on the pictures that show something to classify."""
+    known = decided(read).numpy()
+    if not known.any():
+        raise DiffLensError(
+            f"no face was found in any of the {len(known)} pictures, so there is nothing to measure. Look at them, or "
+            "set face_detector to none in Load Attribute Classifier."
+        )
+    assigned = None if assigned is None else np.asarray(assigned)[known]
+    return measure_fairness(read[attribute].numpy()[known], target, attribute, classes, assigned)
 
 
 def size_of(images: Tensor) -> str:
@@ -204,6 +239,8 @@ def in_words(numbers: dict) -> str:
     for label, key in (("discrepancy (soft)", "fd"), ("discrepancy (counted)", "fd_hard")):
         cells = [f"{c[key]:.3f} ({c[f'{key}_ci'][0]:.3f}-{c[f'{key}_ci'][1]:.3f})" for c in columns]
         lines.append(f"{label:30}" + "".join(f"{cell:>22}" for cell in cells))
+    for reason in columns[0]["left_out"]:
+        lines.append(f"{'left out, ' + reason:30}" + "".join(f"{c['left_out'][reason]:22.1%}" for c in columns))
     lines.append("Discrepancy: 0 is the target mix; in brackets the 95 % interval.")
     if len(set(numbers["target"])) == 1:
         limit = columns[0]["threshold"]

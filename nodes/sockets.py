@@ -25,7 +25,7 @@ CATEGORY = "DiffLens"
 
 Activations = io.Custom("DIFFLENS_ACTIVATIONS")  # difflens_core.activations.Activations
 SAE = io.Custom("DIFFLENS_SAE")  # difflens_core.sae.SparseAutoencoder
-Classifier = io.Custom("DIFFLENS_CLASSIFIER")  # difflens_core.classifier.AttributeClassifier
+Classifier = io.Custom("DIFFLENS_CLASSIFIER")  # difflens_core.classifier.ImageClassifier
 LabelsSocket = io.Custom("DIFFLENS_LABELS")  # Labels
 ProbesSocket = io.Custom("DIFFLENS_PROBES")  # difflens_core.probes.Probes
 RecipeSocket = io.Custom("DIFFLENS_RECIPE")  # difflens_core.recipes.Recipe

@@ -147,10 +147,10 @@ class Steer(io.ComfyNode):
 def check_model(model: Any, recipe: Recipe) -> None:
     """Raise `DiffLensError` if the recipe cannot fit the model; warn in the log if it was made on other weights."""
     width = host.site_width(model, recipe.site)
-    if width not in (None, recipe.width):
+    if width not in (None, recipe.channels):
         raise DiffLensError(
-            f"the recipe for {recipe.attribute} was made on {recipe.site} with {recipe.width} channels, this model's "
-            f"has {width}. Use a recipe made on this model."
+            f"the recipe for {recipe.attribute} was made on {recipe.site} with {recipe.channels} channels, this "
+            f"model's has {width}. Use a recipe made on this model."
         )
     if recipe.model and recipe.model != host.model_fingerprint(model):
         host.log.warning(

@@ -88,14 +88,17 @@ class Graph:
         self.add("MarkdownNote", "Read me", text=text)
 
 
-# --- the three graphs ---
+# --- the graphs ---
 
 
-def sampler(graph: Graph, title: str, model: Link, unconditional: Link, latent: Node, seed: int) -> Node:
+def sampler(
+    graph: Graph, title: str, model: Link, positive: Link, latent: Node, seed: int, negative: Link | None = None,
+    cfg: float = 1.0,
+) -> Node:  # fmt: skip
     """A stock KSampler as all graphs use it."""
     return graph.add(
-        "KSampler", title, model=model, seed=seed, steps=20, cfg=1.0, sampler_name="euler", scheduler="simple",
-        positive=unconditional, negative=unconditional, latent_image=latent[0], denoise=1.0,
+        "KSampler", title, model=model, seed=seed, steps=20, cfg=cfg, sampler_name="euler", scheduler="simple",
+        positive=positive, negative=negative or positive, latent_image=latent[0], denoise=1.0,
     )  # fmt: skip
 
 
@@ -159,7 +162,7 @@ def debias_the_avatars() -> Graph:
     graph.group("Model, recipe and classifier")
     model = graph.add("DiffLensLoadModel", None, model_name="avatars.safetensors")
     recipe = graph.add("DiffLensLoadRecipe", None, recipe_name="avatars_presentation.safetensors")
-    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors")
+    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors", face_detector="none")
     latent = graph.add("EmptyLatentImage", "How many pictures", width=64, height=64, batch_size=16)
     graph.group("Draw the same pictures without and with steering")
     before_and_after(graph, model, recipe, classifier, latent, 8)
@@ -188,7 +191,7 @@ def find_the_bias_features() -> Graph:
     graph.group("1 Draw and record")
     model = graph.add("DiffLensLoadModel", None, model_name="avatars.safetensors")
     batch = graph.add("EmptyLatentImage", "Pictures in a batch", width=64, height=64, batch_size=32)
-    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors")
+    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors", face_detector="none")
     graph.column()
     captured = graph.add(
         "DiffLensCapture", None, model=model[0], positive=model[1], latent_image=batch[0], vae=model[2],
@@ -236,7 +239,7 @@ def dose_response() -> Graph:
     graph.group("Model, recipe and classifier")
     model = graph.add("DiffLensLoadModel", None, model_name="avatars.safetensors")
     recipe = graph.add("DiffLensLoadRecipe", None, recipe_name="avatars_age.safetensors")
-    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors")
+    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors", face_detector="none")
     latent = graph.add("EmptyLatentImage", "How many pictures", width=64, height=64, batch_size=8)
     graph.group("One row for each strength")
     names = [f"Strength {strength:g}" for strength in strengths]
@@ -252,7 +255,60 @@ def dose_response() -> Graph:
     return graph
 
 
-GRAPHS = (debias_the_avatars, find_the_bias_features, dose_response)
+def debias_a_prompt() -> Graph:
+    graph = Graph("04 debias a prompt")
+    jobs = ("doctor", "nurse", "firefighter", "receptionist")
+    graph.group("Start here")
+    graph.note(
+        "# One recipe for four prompts\n\n"
+        "This small model draws by prompt. It learned that doctors and firefighters look masculine, nurses and "
+        "receptionists feminine, and each occupation has its usual age.\n\n"
+        "Press **Run**. For each prompt the same 16 portraits are drawn twice: as the model likes, and with **Steer** "
+        "in front of the sampler, which asks for a fair mix of presentations. A report follows for every prompt. "
+        "Coat, helmet or headset should stay.\n\n"
+        "**Try next**\n"
+        "- the recipe `prompted_avatars_age` and `age` in the reports\n"
+        "- other prompts: `portrait of a smiling person`, `an old nurse with glasses`\n"
+        "- another `cfg`, the same in both samplers: more guidance, more bias\n\n"
+        "An attribute is what a classifier sees in a picture, not what a person is."
+    )
+    graph.group("Model, recipe and classifier")
+    model = graph.add("DiffLensLoadPromptedModel", None, model_name="prompted_avatars.safetensors")
+    recipe = graph.add("DiffLensLoadRecipe", None, recipe_name="prompted_avatars_presentation.safetensors")
+    classifier = graph.add(
+        "DiffLensLoadClassifier", None, classifier_name="prompted_avatars.safetensors", face_detector="none"
+    )
+    latent = graph.add("EmptyLatentImage", "How many pictures", width=64, height=64, batch_size=16)
+    steered = steer(graph, None, model[0], recipe[0])
+    graph.group("Prompts")
+    empty = graph.add("CLIPTextEncode", "No prompt, to guide away from", text="", clip=model[1])
+    prompts = [graph.add("CLIPTextEncode", job.title(), text=f"portrait of a {job}", clip=model[1]) for job in jobs]
+    graph.group("Draw the same pictures without and with steering")
+    drawn = {}
+    for title, source in (("before", model[0]), ("after", steered[0])):
+        for job, prompt in zip(jobs, prompts, strict=True):
+            name = f"{job.title()}, {title}"
+            drawn[name] = sampler(graph, name, source, prompt[0], latent, 7, empty[0], 2.0)
+        graph.column()
+    pictures = {name: graph.add("VAEDecode", name, samples=node[0], vae=model[2]) for name, node in drawn.items()}
+    graph.group("Look and measure")
+    ordered = [f"{job.title()}, {title}" for job in jobs for title in ("before", "after")]
+    rows = {f"rows.row{i}": pictures[name][0] for i, name in enumerate(ordered)}
+    grid = graph.add("DiffLensCompare", None, **rows, titles="\n".join(ordered), columns=16)
+    graph.add("SaveImage", "Save the comparison", images=grid[0], filename_prefix="difflens/comparison")
+    for job in jobs:
+        graph.column()
+        report = graph.add(
+            "DiffLensReport", job.title(), classifier=classifier[0], attribute="presentation", target="uniform",
+            before=pictures[f"{job.title()}, before"][0], after=pictures[f"{job.title()}, after"][0],
+            targets=steered[1],
+        )  # fmt: skip
+        graph.add("PreviewAny", f"{job.title()}: the report in words", source=report[0])
+        graph.add("PreviewAny", f"{job.title()}: the report for machines (JSON)", source=report[1])
+    return graph
+
+
+GRAPHS = (debias_the_avatars, find_the_bias_features, dose_response, debias_a_prompt)
 
 
 # --- the two formats ---

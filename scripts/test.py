@@ -15,7 +15,7 @@ from pathlib import Path
 
 from environment import REPOSITORY, HostError, cache_folder, ensure_comfyui, ensure_environment
 
-PACKAGES = ("pytest>=8", "hypothesis>=6", "ruff>=0.9")
+PACKAGES = ("pytest>=8", "hypothesis>=6", "ruff>=0.9", "diffusers>=0.42")
 
 
 def checks(python: Path, pytest_arguments: list[str]) -> dict[str, list[str]]:

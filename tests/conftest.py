@@ -12,9 +12,14 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 # Only for this process: the host tests drive a server in another one, which finds the pack by itself.
-sys.path[:0] = [str(ROOT), str(ROOT / "models")]
+sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "scripts")]
+
+from launch_comfyui import install_mends  # noqa: E402
+
+install_mends()  # a torchvision built for a GPU beside a CPU build of torch: diffusers imports it
 
 from difflens_core.activations import Activations  # noqa: E402
+from difflens_core.adm import Adm, AdmConfig  # noqa: E402
 from difflens_core.denoiser import Denoiser, DenoiserConfig  # noqa: E402
 from difflens_core.probes import Probes  # noqa: E402
 from difflens_core.recipes import Recipe  # noqa: E402
@@ -77,7 +82,27 @@ def denoiser(seed: int = 6, **sizes) -> Denoiser:
     return model.eval().requires_grad_(False)
 
 
+def adm(config: AdmConfig, seed: int = 7) -> Adm:
+    """An ADM U-Net whose weights all do something (its own start has random convolutions but plain norms)."""
+    draw, model = random(seed), Adm(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            scale = max(1, weight[0].numel()) ** -0.5
+            weight.copy_(draw(*weight.shape) * scale if weight.ndim > 1 else 1 + 0.3 * draw(*weight.shape))
+    return model.eval().requires_grad_(False)
+
+
+def unet2d(seed: int = 8, **settings):
+    """A small random UNet2DModel of diffusers."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(seed)
+    common = {"sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1}
+    types = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    return UNet2DModel(**common | types | settings).eval().requires_grad_(False)
+
+
 @pytest.fixture(scope="session")
 def toys() -> SimpleNamespace:
-    makers = (random, normalisation, activations, sae, probes, recipe, denoiser)
+    makers = (random, normalisation, activations, sae, probes, recipe, denoiser, adm, unet2d)
     return SimpleNamespace(classes=CLASSES, **{maker.__name__: maker for maker in makers})

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from difflens_core.activations import Activations, capture_site, edit_site, find_site
+from difflens_core.activations import Activations, Whole, capture_site, edit_site, find_site, from_map, to_map
 from difflens_core.files import DiffLensError
 
 
@@ -27,6 +27,80 @@ def test_edit_replaces_the_output_only_while_open():
     with edit_site(net, "1", lambda h: h * 0 + 2):
         torch.testing.assert_close(net(x), net[2](torch.full((4, 3), 2.0)))
     assert torch.equal(net(x), before) and hooks(net) == 0
+
+
+class Block(nn.Module):
+    """Writes into its input, as blocks of some networks do, and hands two streams on."""
+
+    def forward(self, txt: torch.Tensor, img: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        img += img.square()
+        return txt * 2, img
+
+
+class Image(Whole):
+    def given(self, args, kwargs):
+        return to_map(kwargs["img"], (2, 3))
+
+    def read(self, output, kwargs):
+        return to_map(output[1], (2, 3))
+
+    def write(self, output, kwargs, h):
+        return output[0], from_map(h, 3)
+
+
+def test_an_update_is_output_minus_input_and_its_change_goes_to_the_output():
+    net, x = model(), torch.randn(4, 3)
+    plain = net[0](x)
+    with capture_site(net, "0 update", torch.float32) as updates, capture_site(net, "0", torch.float32) as outputs:
+        net(x)
+    torch.testing.assert_close(updates[0], plain - x)
+    assert torch.equal(outputs[0], plain) and hooks(net) == 0
+    with edit_site(net, "0 update", lambda h: 3 * h):
+        torch.testing.assert_close(net(x), net[2]((plain + 2 * (plain - x)).relu()))
+    with edit_site(net, "0 update", lambda h: h):
+        assert torch.equal(net(x), net[2](plain.relu()))
+
+
+def test_an_update_of_a_block_that_writes_into_its_input_and_has_two_streams():
+    net, img, txt = nn.ModuleDict({"block": Block()}), torch.randn(2, 6, 5), torch.randn(2, 4, 5)
+    expected = img.square()
+    seen = []
+
+    def edit(h):
+        seen.append(h.clone())
+        return h * 0
+
+    with edit_site(net, "block update", edit, Image()):
+        found = net["block"](txt, img=img.clone())
+    torch.testing.assert_close(seen[0], expected.transpose(1, 2).reshape(2, 5, 2, 3))
+    torch.testing.assert_close(found[1], img)
+    assert torch.equal(found[0], txt * 2) and hooks(net) == 0 and not net["block"]._forward_pre_hooks
+
+
+def test_a_module_that_changes_the_shape_has_no_update():
+    net = model()
+    with pytest.raises(DiffLensError, match="2 update: this module makes 4 x 2 out of 4 x 3, .* Use its output: 2."):  # noqa: SIM117
+        with capture_site(net, "2 update"):
+            net(torch.ones(4, 3))
+    assert hooks(net) == 0 and not net[2]._forward_pre_hooks
+
+
+def test_several_streams_need_to_be_told_apart():
+    net = nn.ModuleDict({"block": Block()})
+    with (
+        pytest.raises(DiffLensError, match="block puts out a tuple, .* a module inside it"),
+        capture_site(net, "block"),
+    ):
+        net["block"](torch.ones(1, 2, 3), img=torch.ones(1, 2, 3))
+
+
+def test_tokens_are_shown_as_a_map_one_token_wide():
+    net, x = model(), torch.randn(4, 7, 3)
+    with capture_site(net, "0", torch.float32) as outputs, edit_site(net, "2", lambda h: h * 2):
+        found = net(x)
+    torch.testing.assert_close(outputs[0][..., 0].transpose(1, 2), net[0](x))
+    assert outputs[0].shape == (4, 3, 7, 1)
+    torch.testing.assert_close(found, 2 * net(x))
 
 
 @pytest.mark.parametrize("opening", [lambda net: edit_site(net, "0", lambda h: h), lambda net: capture_site(net, "0")])

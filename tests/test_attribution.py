@@ -15,6 +15,7 @@ from difflens_core.attribution import (
     balancing_weights,
     class_sum,
     contrast,
+    difference,
     integrated_gradients,
     path_integral,
 )
@@ -61,6 +62,46 @@ def test_ig_is_complete_at_extreme_logits_and_temperatures(toys, scale, temperat
     gain = p[1].gather(1, LABELS[:, None])[:, 0] - p[0][LABELS]
     assert float((ig.double().sum(dim=(1, 2)) - gain).abs().max()) < 1e-5
     assert float(error.max()) < 1e-5
+
+
+def test_ig_from_a_baseline_equals_the_float64_autograd_integral_from_there(toys):
+    sae, probes, target = toys.sae(), toys.probes(4.0), LABELS[:6]
+    values = toys.activations(pictures=12).values[1]
+    latents, origin = sae.encode(values[:6], 1), sae.encode(values[6:], 1)
+    step = difference(latents, origin)
+    found, error = integrated_gradients(step, sae, probes, 1, target, 1.5, origin)
+    dense = [torch.zeros(6, 4, 20).scatter_(-1, z.indices, z.values).double() for z in (origin, latents)]
+    decoder, bias = sae.decoder.double(), sae.decoder_bias.double()
+    weight, offset = probes.weight[1].double(), probes.bias[1].double()
+    total = torch.zeros(6, 4, 20, dtype=torch.float64)
+    for node, share in zip(*np.polynomial.legendre.leggauss(300), strict=True):
+        point = (dense[0] + (node + 1) / 2 * (dense[1] - dense[0])).requires_grad_()
+        logits = (point @ decoder + bias).mean(dim=1) @ weight.T + offset
+        (logits / 1.5).softmax(dim=1).gather(1, target[:, None]).sum().backward()
+        total += point.grad * share / 2
+    summed = torch.zeros(6, 4, 20).scatter_add_(-1, step.indices, found)
+    torch.testing.assert_close(summed.double(), total * (dense[1] - dense[0]), atol=1e-6, rtol=0)
+    assert float(error.max()) < 1e-6
+
+
+def test_a_baseline_is_read_picture_by_picture_and_must_fit(toys):
+    activations, sae, probes = toys.activations(), toys.sae(), toys.probes()
+    other = Activations(activations.values.flip(1), activations.progress, activations.site)
+    found = attribute_features(activations, sae, probes, LABELS, METHODS[1], baseline=other)
+    same = attribute_features(activations, sae, probes, LABELS, METHODS[1], baseline=activations)
+    assert found.completeness < 1e-6 and float(found.scores.abs().max()) > 1e-3
+    assert float(same.scores.abs().max()) < 1e-6, "a picture does not differ from itself"
+    steps = []
+    for s in range(3):
+        step = sae.encode(activations.values[s], s)
+        origin = sae.encode(other.values[s], s)
+        ig, _ = integrated_gradients(difference(step, origin), sae, probes, s, LABELS, 1.0, origin)
+        steps.append(class_sum(ig, difference(step, origin), LABELS, 3, 20).sum(dim=2) / 4)
+    torch.testing.assert_close(found.scores, torch.stack(steps).sum(dim=0), atol=1e-6, rtol=1e-5)
+    with pytest.raises(DiffLensError, match="serves integrated gradients, not contrastive"):
+        attribute_features(activations, sae, probes, LABELS, baseline=other)
+    with pytest.raises(DiffLensError, match="pictures 6 instead of 12"):
+        attribute_features(activations, sae, probes, LABELS, METHODS[1], baseline=other.part(0, 6))
 
 
 def test_ig_is_incomplete_if_a_latent_is_lost(toys):

@@ -12,7 +12,7 @@ from difflens_core.denoiser import fingerprint, load_denoiser
 from difflens_core.fairness import kept_share
 from difflens_core.recipes import load_recipe, with_settings
 from difflens_core.sae import load_sae
-from difflens_core.sampling import sample, start_noise
+from difflens_core.sampling import Kept, sample, start_noise
 from difflens_core.steering import Steering
 from difflens_core.targets import Targets
 
@@ -34,8 +34,9 @@ def classifier():
 @pytest.fixture(scope="module")
 def captured(model):
     """96 pictures and what the site put out while they were sampled."""
-    pictures, outputs = sample(model, start_noise(96, seed=21), STEPS, capture="middle_block")
-    return pictures, Activations(torch.stack(outputs), torch.arange(STEPS) / STEPS, "middle_block")
+    keep = Kept("middle_block")
+    pictures = sample(model, start_noise(96, seed=21), STEPS, [keep])
+    return pictures, Activations(torch.stack(keep.outputs), torch.arange(STEPS) / STEPS, "middle_block")
 
 
 def read(classifier, pictures):
@@ -88,7 +89,7 @@ def test_mean_difference_without_an_sae_moves_the_attribute(model, classifier, a
     for wanted in ends:
         shares = tuple(float(c == wanted) for c in range(len(recipe.classes)))
         steering = Steering(raw, Targets(attribute, recipe.classes, shares).of)
-        pictures, _ = sample(model, start_noise(16, seed=22), STEPS, [steering])
+        pictures = sample(model, start_noise(16, seed=22), STEPS, [steering])
         assert float((read(classifier, pictures)[attribute] == wanted).float().mean()) >= 0.8
 
 
@@ -96,7 +97,7 @@ def test_mean_difference_without_an_sae_moves_the_attribute(model, classifier, a
 def test_shipped_recipe_shows_the_class_asked_for(model, classifier, attribute):
     recipe = recipe_of(attribute)
     targets = Targets(attribute, recipe.classes, (1 / len(recipe.classes),) * len(recipe.classes), seed=3)
-    pictures, _ = sample(model, start_noise(48, seed=23), 20, [Steering(recipe, targets.of)])
+    pictures = sample(model, start_noise(48, seed=23), 20, [Steering(recipe, targets.of)])
     assert kept_share(targets.first(48), read(classifier, pictures)[attribute].numpy()) >= 0.9
 
 

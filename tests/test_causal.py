@@ -43,6 +43,17 @@ def test_ablation_equals_steering_that_ablates_one_latent(setup):
     assert float(found.effect.abs().max()) > 1e-3 and found.features.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_ablating_a_latent_of_a_whole_map_equals_steering_too(toys):
+    recipe, h = toys.recipe(width=24, positions=1, strength=(1.0,) * 3), toys.activations(pictures=5).values[1]
+    recipe = replace(recipe, normalisation=toys.normalisation())
+    found = OneLatent(recipe, torch.arange(5), "ablate")(h, 0.4, torch.arange(5))
+    for f in range(5):
+        alone = replace(recipe, mode="ablate", member=(torch.arange(5) == f).expand(3, 5))
+        expected = Steering(alone, torch.zeros_like)(h[f : f + 1], 0.4, torch.zeros(1, dtype=torch.int64))
+        torch.testing.assert_close(found[f], expected[0], atol=1e-5, rtol=0)
+    assert not torch.equal(found, h)
+
+
 def test_amplifying_adds_what_the_strongest_class_has_more_of(toys):
     recipe, h = toys.recipe(), toys.activations(pictures=5).values[1]
     found = OneLatent(recipe, torch.tensor([0, 3, -1, 4, 3]), "amplify", 2.0)(h, 0.4, torch.arange(5))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from difflens_core.classifier import MISTAKE, NO_FACE
 from difflens_core.fairness import (
     bootstrap_interval,
     fair_threshold,
@@ -92,6 +93,17 @@ def test_kept_attributes_leaves_out_the_steered_one():
     before = {"age": torch.tensor([[0.9, 0.1], [0.2, 0.8]]), "tone": torch.tensor([[0.6, 0.4], [0.3, 0.7]])}
     after = {"age": torch.tensor([[0.1, 0.9], [0.2, 0.8]]), "tone": torch.tensor([[0.9, 0.1], [0.6, 0.4]])}
     assert kept_attributes(before, after, "age") == {"tone": 0.5}
+
+
+def test_kept_attributes_counts_pictures_with_a_face_and_each_attribute_once():
+    yes, no = [0.9, 0.1], [0.2, 0.8]
+    before = {"race": [yes, yes, no], f"race{MISTAKE}": [no, no, no], "age": [yes, yes, no], NO_FACE: [0.0, 0.0, 1.0]}
+    after = {"race": [yes, no, no], f"race{MISTAKE}": [no, no, no], "age": [no, yes, yes], NO_FACE: [0.0, 0.0, 0.0]}
+    before, after = ({name: torch.tensor(rows) for name, rows in read.items()} for read in (before, after))
+    assert kept_attributes(before, after, "age") == {"race": 0.5}
+    assert kept_attributes(before, after, "race") == {"age": 0.5}
+    none = {**after, NO_FACE: torch.ones(3)}
+    assert kept_attributes(before, none, "age") == {}
 
 
 def test_pixel_change_is_the_mean_of_the_pictures_rms_differences():

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from difflens_core.activations import UPDATE, reads_update
 from difflens_core.files import DiffLensError
 from difflens_core.formats import load_any_sae, load_class_features
 from difflens_core.sae import SparseAutoencoder, save_sae
@@ -152,7 +153,7 @@ def test_a_foreign_sae_does_what_its_formula_says(toys, tmp_path, case, name):
     h = toys.random(8)(5, C, 3, 2) * 2
     check(sae, h, *formula(rows_of(h.double())))
     assert f"activation: {CASES[case]}" in text and "20 latents, 6 channels, kernel 1" in text
-    assert sae.reads == ("update" if case == "sdxl-unbox" else "output")
+    assert reads_update(sae.site) == (case == "sdxl-unbox")
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -187,7 +188,7 @@ def test_a_loaded_sae_survives_our_own_file(toys, tmp_path):
         save_sae(tmp_path / "own.safetensors", sae)
         found, text = load_any_sae(tmp_path / "own.safetensors")
         assert torch.equal(found.reconstruct(h, 0), sae.reconstruct(h, 0)) and "format: DiffLens" in text
-        assert (found.reads, found.info) == (sae.reads, sae.info)
+        assert (found.site, found.info) == (sae.site, sae.info)
 
 
 def test_our_own_file_and_its_folder(toys, tmp_path):
@@ -205,13 +206,15 @@ def test_the_site_comes_from_the_caller_the_file_or_the_folder(toys, tmp_path):
     tensors, config, _ = make(toys, "sdxl-unbox")
     folder = write(tmp_path / "unet.down_blocks.2.attentions.1_k10_hidden5120" / "final", tensors, config)
     sae, text = load_any_sae(folder)
-    assert sae.site == "down_blocks.2.attentions.1" and "site was read off the folder's name" in text
-    assert load_any_sae(folder, "mid_block.attentions.0")[0].site == "mid_block.attentions.0"
+    assert sae.site == "down_blocks.2.attentions.1 update" and "site was read off the folder's name" in text
+    assert "the update of down_blocks.2.attentions.1" in text
+    for given in ("mid_block.attentions.0", "mid_block.attentions.0 update "):
+        assert load_any_sae(folder, given)[0].site == "mid_block.attentions.0 update"
     assert load_any_sae(write(tmp_path / "a", *make(toys, "SAELens topk")[:2]))[0].site == "mid"
     sae, text = load_any_sae(write(tmp_path / "b", tensors, config))
-    assert sae.site == "" and "a site that the file does not name" in text
+    assert sae.site == UPDATE and "the update of a site that the file does not name" in text
     deep = write(tmp_path / "up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0", tensors, config)
-    assert load_any_sae(deep)[0].site == deep.name
+    assert load_any_sae(deep)[0].site == deep.name + UPDATE
 
 
 def test_other_files_beside_the_weights_do_not_matter(toys, tmp_path):

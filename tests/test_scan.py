@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from difflens_core.classifier import NO_FACE, left_out
 from difflens_core.files import DiffLensError
 from difflens_core.sampling import drawer, start_noise
 from difflens_core.scan import PARTS, ClassMeans, Collector, MeanShift, SiteEffect, scan_chart, scan_sites, scan_table
@@ -46,6 +47,14 @@ def found() -> dict[tuple[str, str], SiteEffect]:
     rows = scan_sites(["decides", "idle"], draw, classify, "tone", CLASSES, 40, 6, 1.0, 16)
     assert [row.site for row in rows] == ["decides"] * len(PARTS) + ["idle"] * len(PARTS)
     return {(row.site, row.part): row for row in rows}
+
+
+def test_readings_beside_the_attributes_change_nothing(found):
+    def classify_more(images):
+        return classify(images) | {NO_FACE: torch.zeros(len(images)), left_out("tone"): torch.ones(len(images))}
+
+    rows = scan_sites(["decides", "idle"], draw, classify_more, "tone", CLASSES, 40, 6, 1.0, 16)
+    assert {(row.site, row.part): row for row in rows} == found
 
 
 def test_only_the_deciding_site_and_third_succeed(found):

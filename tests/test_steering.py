@@ -173,6 +173,32 @@ def test_with_the_sae_a_latent_counts_only_where_it_is_among_the_k(toys, mode):
     assert np.abs(expected).max() > 0.1 and not torch.allclose(found, steer(recipe, h))
 
 
+@pytest.mark.parametrize("with_sae", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_whole_map_is_steered_like_one_wide_position(toys, mode, with_sae):
+    """The loops of the 1x1 case check it on h as B x (C H W) x 1 x 1, every channel's mean repeated."""
+    sae, h = toys.sae(width=24), toys.activations(pictures=8).values[1]
+    recipe = made_from(sae, toys.recipe(width=24, positions=1, mode=mode))
+    recipe = recipe if with_sae else replace(recipe, threshold=torch.full((5,), 0.2))
+    norm = toys.normalisation()
+    spread = replace(norm, mean=norm.mean[:, :, None].expand(-1, -1, 4).flatten(1))
+    flat, sae = replace(recipe, normalisation=spread), sae if with_sae else None
+    expected = reference_change(flat, h.flatten(1)[:, :, None, None], 0.4, TARGETS.tolist(), sae).reshape(h.shape)
+    recipe = replace(recipe, normalisation=norm)
+    found = steer(recipe, h, sae=sae and replace(sae, normalisation=norm, kernel=2))
+    np.testing.assert_allclose((found - h).double().numpy(), expected, atol=1e-5)
+    half = steer(recipe, h, sae=sae, mask=torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]))
+    torch.testing.assert_close(half[..., 0, 0], found[..., 0, 0]) and torch.equal(half[..., 0, 1], h[..., 0, 1])
+    assert np.abs(expected).max() > 0.1 and not torch.equal(half[..., 1, 1], h[..., 1, 1])
+
+
+@pytest.mark.parametrize("mode", ["shift", "scale"])
+def test_a_map_of_another_size_than_the_whole_one_is_refused(toys, mode):
+    recipe = replace(toys.recipe(width=24, positions=1, mode=mode), normalisation=toys.normalisation())
+    with pytest.raises(DiffLensError, match="map at middle is 3 x 2, the recipe reads all of a 2 x 2 one"):
+        steer(recipe, torch.zeros(8, 6, 3, 2))
+
+
 def test_the_full_sae_is_read_in_chunks_with_the_same_result(toys, monkeypatch):
     sae, h = toys.sae(), toys.activations(pictures=8).values[1]
     recipe = made_from(sae, toys.recipe(mode="scale"))
@@ -280,7 +306,7 @@ def test_recipes_at_one_site_and_at_two_compose_in_order(toys):
     h = torch.pixel_shuffle(model.up(model.after_middle(h, emb)), 2)
     h = model.decoder[1](later(model.decoder[0](h, emb), 0.0, images), emb)
     x0 = torch.pixel_shuffle(model.conv_out(torch.nn.functional.silu(model.norm_out(h))), 4).clamp(-1, 1)
-    found = sample(model, noise, 1, [first, second, later])[0]
+    found = sample(model, noise, 1, [first, second, later])
     torch.testing.assert_close(found, x0, atol=1e-5, rtol=0)
     for fewer in ([second, first, later], [first, later], [first, second]):
-        assert not torch.allclose(sample(model, noise, 1, fewer)[0], found, atol=1e-3)
+        assert not torch.allclose(sample(model, noise, 1, fewer), found, atol=1e-3)

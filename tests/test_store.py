@@ -20,7 +20,7 @@ from difflens_core.controls import mean_difference
 from difflens_core.files import DiffLensError, load_tensors, save_tensors
 from difflens_core.probes import train_probes
 from difflens_core.sae import fit_normalisation
-from difflens_core.sampling import capture_pictures, noise_batches, sample, start_noise
+from difflens_core.sampling import Kept, capture_pictures, noise_batches, sample, start_noise
 from difflens_core.store import SAMPLES, Index, load_labels, open_store, record, save_labels
 from difflens_core.training import TrainingOptions, hold_out, measure_sae, train_sae
 
@@ -300,10 +300,11 @@ def test_capture_in_pieces_equals_one_sampling(toys, tmp_path):
     assert done == [2, 4, 5]
     noise = start_noise(5, 0, 16)
     for site in sites:
-        parts = [sample(model, part, 4, capture=site) for part in noise.split(2)]
-        expected = torch.cat([torch.stack(values) for _, values in parts], dim=1)
+        keep = [Kept(site) for _ in range(3)]
+        parts = [sample(model, part, 4, [k]) for part, k in zip(noise.split(2), keep, strict=True)]
+        expected = torch.cat([torch.stack(k.outputs) for k in keep], dim=1)
         assert torch.equal(store.activations(site).values, expected)
-    assert torch.equal(store.samples(), torch.cat([pictures for pictures, _ in parts]))
+    assert torch.equal(store.samples(), torch.cat(parts))
     again = capture_pictures(model, 5, 0, 4, 2, sites, folder=tmp_path / "s", on_batch=done.append)
     assert done == [2, 4, 5], "a finished store is not drawn again"
     assert torch.equal(again.samples(), store.samples())

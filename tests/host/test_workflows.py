@@ -30,8 +30,9 @@ AVATARS = FOLDER.parent / "models" / "avatars"
 NODES = (
     "LoadModel", "LoadSAE", "LoadFeatures", "LoadClassifier", "LoadRecipe", "SaveRecipe", "Capture", "LoadActivations",
     "TrainSAE", "Classify", "TrainProbes", "Attribute", "SiteScan", "RankByEffect", "Steer", "Report", "Compare",
+    "ZeroShot", "DDIMSigmas", "ReferenceSampler", "LoadPromptedModel",
 )  # fmt: skip
-NAMES = ("01 debias the avatars", "02 find the bias features", "03 dose response")
+NAMES = ("01 debias the avatars", "02 find the bias features", "03 dose response", "04 debias a prompt")
 
 
 def ui_file(name: str) -> dict:
@@ -404,7 +405,7 @@ def sampled_by_the_core(recipes: list, pictures: int, seed: int, **more: object)
     for recipe in recipes:
         shares = (1 / len(recipe.classes),) * len(recipe.classes)
         edits.append(Steering(recipe, Targets(recipe.attribute, recipe.classes, shares).of, **more))
-    return sample(model, start_noise(pictures, seed), 4, edits)[0]
+    return sample(model, start_noise(pictures, seed), 4, edits)
 
 
 def shipped(attribute: str, **settings: object):

@@ -1,0 +1,187 @@
+"""The steps by which a family of small portrait models is made, whatever it draws by."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from difflens_core.activations import Activations
+from difflens_core.attribution import attribute_features, balancing_weights
+from difflens_core.classifier import AttributeClassifier
+from difflens_core.controls import mean_difference, random_features
+from difflens_core.probes import Probes, train_probes
+from difflens_core.recipes import Recipe, build_recipe, with_settings
+from difflens_core.sae import SparseAutoencoder
+from difflens_core.training import TrainingOptions, hold_out, learning_rate_share, measure_sae, train_sae
+
+Options = Mapping[str, Any]
+Drawings = tuple[np.ndarray, Mapping[str, np.ndarray]]  # uint8 n x H x W x 3, and traits by name
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """uint8 B x H x W x 3 to float B x 3 x H x W in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def denoiser_loss(predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor) -> Tensor:
+    """Clean-picture loss of `predict(noisy, sigma)` under x_t = (1 - sigma) x0 + sigma noise, sigma uniform.
+
+    The weight 1 / (sigma^2 + 0.02) lies between the x0 loss and the velocity loss, so that details count.
+    """
+    sigma = torch.rand(len(x0))
+    s = sigma[:, None, None, None]
+    noisy = (1 - s) * x0 + s * torch.randn_like(x0)
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = predict(noisy, sigma)
+    error = (predicted.float() - x0).square().mean(dim=(1, 2, 3))
+    return (error / (sigma.square() + 0.02)).mean()
+
+
+def train_network(model: nn.Module, loss_at: Callable[[], Tensor], c: Options, checkpoint: Path) -> nn.Module:
+    """Train `model` by the options `c`; `loss_at()` draws a batch. Returns the average of its weights (EMA)."""
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=c["lr"], betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    parts = {"model": model, "ema": ema, "optimiser": optimiser}
+    start = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        start = saved.pop("step")
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    began, running = time.time(), 0.0
+    for step in range(start, c["steps"]):
+        torch.manual_seed(c["seed"] * 1_000_003 + step)  # a resumed run sees the same batches and noise
+        for group in optimiser.param_groups:
+            group["lr"] = c["lr"] * learning_rate_share(step, c["steps"])
+        loss = loss_at()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        keep = min(c["ema"], (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - keep)
+        running = loss.item() if step == start else 0.98 * running + 0.02 * loss.item()
+        if (step + 1) % 50 == 0:
+            speed = (step + 1 - start) / (time.time() - began)
+            print(f"denoiser {step + 1}/{c['steps']} loss {running:.4f} {speed:.2f} steps/s", flush=True)
+        if (step + 1) % 200 == 0 or step + 1 == c["steps"]:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            torch.save({"step": step + 1, **state}, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").replace(checkpoint)
+    return ema
+
+
+def augment(x: Tensor) -> Tensor:
+    """Shift by up to 2 pixels, blur some, add noise: generated pictures are less crisp than drawings."""
+    dx, dy = torch.randint(-2, 3, (2,)).tolist()
+    x = x.roll((dy, dx), dims=(2, 3))
+    blurred = torch.nn.functional.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    x = torch.lerp(x, blurred, torch.rand(len(x), 1, 1, 1))
+    return x + 0.1 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
+
+
+def fit_classifier(draw: Callable[[int, int], Drawings], heads: Mapping[str, tuple[str, ...]], c: Options) -> tuple:
+    """Classifier of `heads` on balanced drawings in which no attribute gives another away, and its accuracies.
+
+    draw(count, seed) gives such drawings.
+    """
+    torch.manual_seed(c["seed"])
+    images, traits = draw(c["images"], c["seed"])
+    labels = {name: torch.from_numpy(traits[name]) for name in heads}
+    model = AttributeClassifier(heads)
+    steps = c["epochs"] * (c["images"] // c["batch"])
+    optimiser = torch.optim.AdamW(model.parameters(), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, c["lr"], total_steps=steps)
+    for step in range(steps):
+        picks = torch.randint(len(images), (c["batch"],))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(augment(to_tensor(images[picks.numpy()])))
+        loss = sum(torch.nn.functional.cross_entropy(logits[n].float(), labels[n][picks]) for n in labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if (step + 1) % 100 == 0:
+            print(f"classifier {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
+    model.eval()
+    images, traits = draw(c["test_images"], c["seed"] + 1)
+    probabilities = model.classify(torch.from_numpy(images).float() / 255)
+    accuracy = {n: float((probabilities[n].argmax(1).numpy() == traits[n]).mean()) for n in heads}
+    print("classifier accuracy on balanced held-out drawings:", accuracy, flush=True)
+    return model, accuracy
+
+
+def fit_sae(activations: Activations, c: Options, checkpoint: Path) -> SparseAutoencoder:
+    """SAE on the activations of sampled pictures; an eighth of the pictures is held out to measure it."""
+    train, held_out = hold_out(activations)
+    options = TrainingOptions(**{name: c[name] for name in ("latents", "k", "steps", "seed")})
+
+    def report(step: int, loss: Tensor, _: object) -> None:
+        if step % 100 == 0:
+            print(f"SAE {step}/{options.steps} loss {float(loss):.4f}", flush=True)
+
+    sae = train_sae(train, options, report, checkpoint)
+    quality = asdict(measure_sae(sae, held_out))
+    print("SAE on held-out pictures:", quality, flush=True)
+    return replace(sae, info={**sae.info, "held_out": quality})
+
+
+def read_attributes(classifier: AttributeClassifier, pictures: Tensor) -> dict[str, Tensor]:
+    """Class (n, int64) that the classifier sees in pictures (n x H x W x 3), for each of its attributes."""
+    parts = [classifier.classify(part) for part in pictures.split(256)]
+    return {name: torch.cat([part[name].argmax(dim=1) for part in parts]) for name in parts[0]}
+
+
+# Samples pictures under a recipe: which class each shows, and which it was asked to show (n, int64).
+TryOut = Callable[[Recipe], tuple[Tensor, Tensor]]
+
+
+def make_recipe(
+    attribute: str, classes: tuple[str, ...], activations: Activations, sae: SparseAutoencoder,
+    read: Mapping[str, Tensor], fingerprint: str, c: Options, try_out: TryOut,
+) -> tuple[Recipe, Probes, dict[str, Recipe]]:  # fmt: skip
+    """Recipe of an attribute with strengths found by `try_out`, its probes, and the controls to compare it with."""
+    labels = read[attribute]
+    probes = train_probes(activations, sae, labels, attribute, classes)
+    weights = balancing_weights(labels, [others for name, others in read.items() if name != attribute])
+    attribution = attribute_features(activations, sae, probes, labels, weights=weights)
+    recipe = build_recipe(attribution, sae, probes, activations, c["per_class"], fingerprint)
+    recipe = tuned(with_settings(recipe, start=c["start"]), c, try_out)
+    controls = {
+        "random": random_features(recipe, sae, seed=1),
+        "mean_difference": mean_difference(recipe, activations, labels, weights),
+    }
+    return recipe, probes, controls
+
+
+def tuned(recipe: Recipe, c: Options, try_out: TryOut) -> Recipe:
+    """The recipe at the weakest strength, class by class, that shows the class asked for often enough."""
+    success = []
+    for strength in c["strengths"]:
+        shown, asked = try_out(with_settings(recipe, strength=strength))
+        success.append([float((shown[asked == k] == k).double().mean()) for k in range(len(recipe.classes))])
+        print(f"{recipe.attribute} strength {strength}: {success[-1]}", flush=True)
+    table = torch.tensor(success, dtype=torch.float64)
+    enough = table >= table.amax(dim=0).clamp(max=c["success"])
+    first = enough.int().argmax(dim=0).tolist()
+    strengths = tuple(c["strengths"][index] for index in first)
+    figures = {"success": [success[index][k] for k, index in enumerate(first)], "tuned_on": dict(c)}
+    return replace(recipe, strength=strengths, info={**recipe.info, **figures})
+
+
+def build(stages: dict[str, tuple[Callable[[], None], Path]], work: Path, asked: list[str]) -> None:
+    """Run the stages asked for by name, or all those whose result is not there yet."""
+    torch.set_flush_denormal(True)  # tiny Adam moments would slow the CPU many times over
+    work.mkdir(parents=True, exist_ok=True)
+    for name, (make, result) in stages.items():
+        if name in asked or (not asked and not result.exists()):
+            make()

@@ -1,0 +1,119 @@
+"""What a site's name means in ComfyUI's networks: which module, and what of its input and output is the picture's."""
+
+from __future__ import annotations
+
+import math
+from os.path import commonprefix
+from typing import Any
+
+import comfy.utils
+from comfy.ldm.flux.layers import DoubleStreamBlock
+from comfy.ldm.modules.diffusionmodules.mmdit import JointBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.qwen_image.model import QwenImageTransformerBlock
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+from ..difflens_core.activations import UPDATE, Whole, find_site, from_map, reads_update, to_map
+from ..difflens_core.files import DiffLensError
+
+# Blocks that hand two streams on: the picture's place in the output, and among the arguments or their names.
+TWO_STREAMS = {DoubleStreamBlock: (0, "img"), JointBlock: (1, 1), QwenImageTransformerBlock: (1, "hidden_states")}
+# Stacks of blocks by diffusers' names, and what ComfyUI's networks call them.
+STACKS = {
+    "transformer_blocks": ("double_blocks", "joint_blocks"),
+    "single_transformer_blocks": ("single_blocks",),
+    "mid_block": ("middle_block",),
+}
+
+
+def own_name(model: ModelPatcher, site: str) -> str:
+    """The site by the name that the model's network has for it, if `site` is diffusers' name; else as it is."""
+    network, module = model.model.diffusion_model, site.removesuffix(UPDATE)
+    head, dot, rest = module.partition(".")
+    if hasattr(network, head):
+        return site
+    own = ""
+    if isinstance(network, UNetModel):
+        weights = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+        inside = [own for theirs, own in weights.items() if theirs.startswith(f"{module}.")]
+        own = commonprefix(inside).rpartition(".")[0]  # what the names of all weights in the module begin with
+    if own in ("", "input_blocks", "output_blocks"):
+        own = next((stack + dot + rest for stack in STACKS.get(head, ()) if hasattr(network, stack)), module)
+    return own + UPDATE if reads_update(site) else own
+
+
+def picture_grid(network: nn.Module, x: Tensor) -> tuple[int, int] | None:
+    """Sides of the map that the picture's tokens form for latents x (B x C x ... x H x W), frames below each other.
+
+    None if the network does not tell its patch size.
+    """
+    patch = getattr(network, "patch_size", None)
+    if patch is None:
+        return None
+    patches = tuple(patch) if isinstance(patch, (tuple, list)) else (patch, patch)
+    patches = (1,) * (x.ndim - 2 - len(patches)) + patches
+    *frames, height, width = (math.ceil(side / size) for side, size in zip(x.shape[2:], patches, strict=True))
+    return math.prod(frames) * height, width
+
+
+class Picture(Whole):
+    """The picture's part of what a module takes and gives, tokens as a map as the picture lies.
+
+    Blocks of two streams hand the picture on beside the text, Flux's single blocks behind it (`img_slice`). Tokens of
+    reference pictures follow the picture's own and are left out.
+    """
+
+    def __init__(self, network: nn.Module, site: str, x: Tensor):
+        """`x`: the latents that the network is run on."""
+        self.place, self.argument = TWO_STREAMS.get(type(find_site(network, site)), (None, 0))
+        self.site, self.grid = site, picture_grid(network, x)
+
+    def given(self, args: tuple, kwargs: dict) -> Tensor:
+        if self.place is None:
+            found = next(iter((*args, *kwargs.values())))
+        else:
+            found = kwargs[self.argument] if self.argument in kwargs else args[self.argument]
+        return self.map_of(found, kwargs)
+
+    def read(self, output: Any, kwargs: dict) -> Tensor:
+        return self.map_of(output if self.place is None else output[self.place], kwargs)
+
+    def write(self, output: Any, kwargs: dict, h: Tensor) -> Any:
+        if self.place is None:
+            return self.replaced(output, kwargs, h)
+        streams = list(output)
+        streams[self.place] = self.replaced(streams[self.place], kwargs, h)
+        return tuple(streams)
+
+    def map_of(self, found: Any, kwargs: dict) -> Any:
+        """What a module takes or gives as a map; what is neither map nor tokens as it is."""
+        if not isinstance(found, Tensor) or found.ndim != 3:
+            return found
+        options = kwargs.get("transformer_options", {})
+        grid = self.grid or tuple(options.get("activations_shape", ())[2:])  # told by a U-Net's transformers
+        tokens = found[:, self.tokens(found, kwargs)]
+        return to_map(tokens, grid if math.prod(grid) == tokens.shape[1] else None)
+
+    def replaced(self, found: Tensor, kwargs: dict, h: Tensor) -> Tensor:
+        """The map, or the tokens with the picture's replaced by the map h."""
+        if found.ndim != 3:
+            return h
+        edited = found.clone()
+        edited[:, self.tokens(found, kwargs)] = from_map(h, 3)
+        return edited
+
+    def tokens(self, found: Tensor, kwargs: dict) -> slice:
+        """Which of the tokens (B x T x C) are the picture's."""
+        known = self.place is not None
+        first = 0
+        if not known and "img_slice" in kwargs.get("transformer_options", {}):
+            known, first = True, kwargs["transformer_options"]["img_slice"][0]
+        count = math.prod(self.grid) if self.grid else found.shape[1] - first
+        left = found.shape[1] - first - count
+        if left < 0 or (left and not known):
+            raise DiffLensError(
+                f"{self.site} has {found.shape[1]} tokens, the picture has {count}, and which of them are the "
+                "picture's is not known. Use a whole block."
+            )
+        return slice(first, first + count)

@@ -1,0 +1,279 @@
+"""Unconditional models of other programs as MODEL, DDIM's noise levels, and the reference's way to sample."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.samplers
+import comfy.supported_models_base
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from torch import Tensor, nn
+
+from ..difflens_core.adm import Adm, AdmConfig
+from ..difflens_core.checkpoints import CONFIG, WEIGHTS, Checkpoint, load_checkpoint
+from ..difflens_core.denoiser import fingerprint
+from ..difflens_core.files import DiffLensError, difflens_kind
+from ..difflens_core.schedules import Schedule, ddim_step, ddim_timesteps
+from ..difflens_core.unet2d import unet2d_class
+from . import host
+
+LOADED_BY = {"sae": "Load SAE", "recipe": "Load Recipe", "classifier": "Load Attribute Classifier"}
+
+# --- files ---
+
+
+def list_models() -> list[str]:
+    """Names that `find_model` takes: folders with a configuration, and the files that lie in none of those."""
+    paths = [Path(name) for name in host.list_files(host.MODELS)]
+    folders = {path.parent for path in paths if path.name == CONFIG and path.parent.name}
+    files = {path for path in paths if path.suffix in WEIGHTS and not folders & set(path.parents)}
+    return sorted(map(str, folders | files))
+
+
+def find_model(name: str) -> str:
+    """Path of a listed model, a file or a folder. Raises `DiffLensError` if it is gone."""
+    if Path(name).suffix in WEIGHTS:
+        return host.find_file(host.MODELS, name)
+    return str(Path(host.find_file(host.MODELS, str(Path(name) / CONFIG))).parent)
+
+
+# --- networks ---
+
+
+class Hosted:
+    """The outer side of a ComfyUI diffusion model: checks the input, runs DIFFUSION_MODEL wrappers around `_forward`.
+
+    `levels` is the number of sizes that the network works in. A learned variance is cut off.
+    """
+
+    levels: int
+
+    def forward(self, x, timesteps, context=None, control=None, transformer_options={}, y=None, **kwargs):  # noqa: B006
+        multiple = 2 ** (self.levels - 1)
+        if x.shape[1] != 3 or x.shape[2] % multiple or x.shape[3] % multiple:
+            found = " x ".join(map(str, x.shape[1:]))
+            raise DiffLensError(
+                f"Load Unconditional Model: this model draws pictures whose sides are multiples of {multiple} pixels "
+                f"(latents of 3 channels), got a latent of {found}. Set Empty Latent Image to such a size."
+            )
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
+        executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timesteps, context, control, transformer_options, y=y)[:, :3]
+
+
+class HostedAdm(Hosted, Adm):
+    def __init__(self, device: Any = None, dtype: Any = None, operations: Any = nn, **sizes: Any):
+        super().__init__(AdmConfig(**sizes), operations, device=device, dtype=dtype)
+        self.levels = len(self.config.channels)
+
+    def _forward(self, x, timesteps, context, control, transformer_options, y=None):
+        h, emb, skips = self.encode(x, timesteps, y)
+        h = host.after_middle(self.middle_block(h, emb), x, emb, context, y, timesteps, transformer_options)
+        return self.decode(h, emb, skips)
+
+
+@functools.cache
+def hosted_unet2d() -> type:
+    """The class of diffusers' UNet2DModel for ComfyUI, made when it is first needed."""
+    unet2d = unet2d_class()
+
+    class HostedUNet2D(Hosted, unet2d):
+        """Its layers are torch's own: ComfyUI loads it as a whole or not at all."""
+
+        def __init__(self, device: Any = None, dtype: Any = None, operations: Any = nn, **settings: Any):
+            with torch.device(device or "cpu"):
+                unet2d.__init__(self, **settings)
+            self.to(dtype)
+            self.levels = len(settings["block_out_channels"])
+            self.mid_block.out_channels = settings["block_out_channels"][-1]
+
+        @property
+        def middle_block(self) -> nn.Module:
+            """The default site by the name that it has in all our models."""
+            return self.mid_block
+
+        def _forward(self, x, timesteps, context, control, transformer_options, y=None):
+            def patch(_module: nn.Module, inputs: tuple, h: Tensor) -> Tensor:
+                return host.after_middle(h, x, inputs[1], context, y, timesteps, transformer_options)
+
+            handle = self.mid_block.register_forward_hook(patch)
+            try:
+                return unet2d.forward(self, x, timesteps.long(), y).sample
+            finally:
+                handle.remove()
+
+    return HostedUNet2D
+
+
+# --- the MODEL ---
+
+
+class DiscreteSampling(comfy.model_sampling.ModelSamplingDiscrete):
+    """ComfyUI's sampling of models with a list of betas, for any list, with the clean picture clipped."""
+
+    def __init__(self, schedule: Schedule):
+        nn.Module.__init__(self)
+        self.sigma_data, self.clip = 1.0, schedule.clip
+        self._register_schedule(given_betas=schedule.betas)
+
+    def percent_to_sigma(self, percent: float) -> float:
+        """As ComfyUI's, which takes every model to have 1000 timesteps."""
+        if 0 < percent < 1:
+            return self.sigma(torch.tensor((1 - percent) * (len(self.sigmas) - 1))).item()
+        return super().percent_to_sigma(percent)
+
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        clean = super().calculate_denoised(sigma, model_output, model_input)
+        return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
+
+    def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
+        """x at the first noise level: pure noise of variance 1 for the network if there is no picture to keep.
+
+        DDIM starts so wherever its timesteps begin; ComfyUI only at the very last timestep. The start of a sampling is
+        told by its sigma being a single number: inpainting passes one for each picture.
+        """
+        start = sigma.ndim == 0 and not latent_image.any()
+        return super().noise_scaling(sigma, noise, latent_image, max_denoise or start)
+
+
+PREDICTS = {
+    "epsilon": comfy.model_sampling.EPS,
+    "v_prediction": comfy.model_sampling.V_PREDICTION,
+    "sample": comfy.model_sampling.X0,
+}
+
+
+class PixelConfig(comfy.supported_models_base.BASE):
+    unet_extra_config = {}
+    latent_format = comfy.latent_formats.ChromaRadiance  # 3 channels, as large as the picture
+    supported_inference_dtypes = [torch.float16, torch.float32]
+
+
+class PixelModel(comfy.model_base.BaseModel):
+    """A network on pixels with a list of betas."""
+
+    def __init__(self, config: PixelConfig, checkpoint: Checkpoint, network: type, device: torch.device):
+        super().__init__(config, device=device, unet_model=network)
+        self.classes, self.live_values = checkpoint.classes, checkpoint.live_values
+
+        class ModelSampling(DiscreteSampling, PREDICTS[checkpoint.schedule.prediction]):
+            pass
+
+        self.model_sampling = ModelSampling(checkpoint.schedule)
+
+    def encode_adm(self, class_label: int = 0, **kwargs: Any) -> Tensor | None:
+        """The class that the conditioning asks for, if the model has classes."""
+        return torch.tensor([class_label]) if self.classes else None
+
+    def memory_required(self, input_shape: list[int], cond_shapes: dict = {}) -> float:  # noqa: B006
+        """Bytes for one evaluation of pictures of that shape (B x 3 x H x W), without the weights."""
+        pixels = input_shape[0] * input_shape[2] * input_shape[3]
+        return pixels * self.live_values * comfy.model_management.dtype_size(self.get_dtype_inference())
+
+
+def compute_dtype(weights: dict[str, Tensor], device: torch.device) -> torch.dtype:
+    """fp16 where the device computes well in it, else fp32: diffusers' layers cannot cast as they go."""
+    supported = PixelConfig.supported_inference_dtypes
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    dtype = comfy.model_management.unet_dtype(model_params=parameters, supported_dtypes=supported)
+    castless = comfy.model_management.unet_manual_cast(dtype, device, supported) is None
+    return dtype if castless else torch.float32
+
+
+def load_model(path: str, *choices: Any) -> tuple[ModelPatcher, str, int]:
+    """A file or folder as MODEL, what was found in it, and how many classes it has.
+
+    choices: as for `load_checkpoint`. Raises `DiffLensError` if it is no unconditional model.
+    """
+    kind = difflens_kind(path)
+    if kind == "denoiser":
+        return host.load_unconditional(path), "architecture: DiffLens denoiser", 0
+    if kind is not None:
+        use = f"Use {LOADED_BY[kind]}." if kind in LOADED_BY else "Expected a model."
+        raise DiffLensError(f"{Path(path).name}: this is a DiffLens {kind} file. {use}")
+    checkpoint = load_checkpoint(path, *choices)
+    return as_model(checkpoint, (path, *choices)), checkpoint.report, checkpoint.classes
+
+
+def as_model(checkpoint: Checkpoint, source: tuple, disable_dynamic: bool = False) -> ModelPatcher:
+    """The checkpoint as MODEL; `source` is what `load_again` loads it from."""
+    adm = isinstance(checkpoint.config, AdmConfig)
+    load_device = comfy.model_management.get_torch_device()
+    offload_device = comfy.model_management.unet_offload_device()
+    dtype = compute_dtype(checkpoint.weights, load_device)
+    config = PixelConfig(asdict(checkpoint.config) if adm else checkpoint.config)
+    config.set_inference_dtype(dtype, None)
+    model = PixelModel(config, checkpoint, HostedAdm if adm else hosted_unet2d(), offload_device)
+    kind = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(model, load_device=load_device, offload_device=offload_device)
+    weights = {name: tensor.to(dtype) for name, tensor in checkpoint.weights.items()}
+    model.load_model_weights(weights, assign=patcher.is_dynamic())
+    patcher.set_attachments(host.FINGERPRINT, fingerprint(checkpoint.weights))
+    patcher.cached_patcher_init = (load_again, source)
+    return patcher
+
+
+def load_again(path: str, *choices: Any, disable_dynamic: bool = False) -> ModelPatcher:
+    """What ComfyUI calls where it needs a second copy of the network."""
+    return as_model(load_checkpoint(path, *choices), (path, *choices), disable_dynamic)
+
+
+def class_conditioning(class_label: int, classes: int) -> list:
+    """A CONDITIONING that says nothing, or only the class to a model that has some."""
+    if not classes:
+        return host.unconditional_conditioning()
+    if class_label >= classes:
+        raise DiffLensError(f"class_label is {class_label}, the model has classes 0 to {classes - 1}.")
+    return [[tensor, {"class_label": class_label}] for tensor, _ in host.unconditional_conditioning()]
+
+
+# --- sampling ---
+
+
+def ddim_sigmas(model: ModelPatcher, steps: int, spacing: str) -> Tensor:
+    """SIGMAS (steps + 1, the last 0) of the timesteps that DDIM takes."""
+    sigmas = model.get_model_object("model_sampling").sigmas.cpu()
+    return torch.cat([sigmas[ddim_timesteps(len(sigmas), steps, spacing)], torch.zeros(1)])
+
+
+def reference_sampler(eta: float) -> comfy.samplers.Sampler:
+    """A SAMPLER as the reference DiffLens samples: DDIM with noise, two evaluations of the model a step.
+
+    The picture to move to comes from the edited model, the direction back to the noise from the unedited one. The first
+    and the last step are left unedited. Noise is drawn for each picture by the seed plus its place in the batch.
+    """
+    return comfy.samplers.KSAMPLER(functools.partial(sample_two_passes, eta=eta))
+
+
+PICTURE_SEEDS = 2**62  # far from the seeds that users choose, which draw the starting noise
+
+
+@torch.no_grad()
+def sample_two_passes(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0):
+    sampling = model.inner_model.inner_model.model_sampling
+    flow = isinstance(sampling, comfy.model_sampling.CONST)
+    levels = [(1 - sigma if flow else 1.0, sigma) for sigma in sigmas.tolist()]
+    options = extra_args["model_options"]
+    unedited = options | {"transformer_options": options.get("transformer_options", {}) | {host.UNEDITED: True}}
+    seed = (extra_args.get("seed") or 0) + PICTURE_SEEDS
+    generators = [torch.Generator().manual_seed((seed + i) % 2**64) for i in range(len(x))]
+    last = len(levels) - 2
+    for step, (now, then) in enumerate(zip(levels, levels[1:], strict=False)):
+        sigma = sigmas[step] * x.new_ones(len(x))
+        plain = model(x, sigma, **(extra_args | {"model_options": unedited}))
+        clean = model(x, sigma, **extra_args) if 0 < step < last else plain
+        if callback is not None:
+            callback({"x": x, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": clean})
+        noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in generators])
+        x = ddim_step(x, clean, plain, now, then, eta, noise.to(x))
+    return x

@@ -1,0 +1,108 @@
+"""The model that draws by prompt, loaded by our node and driven by ComfyUI's own CLIP Text Encode and KSampler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from host import HostError
+from make_workflows import FOLDER, Graph, Node, sampler, steer, to_api
+from test_workflows import latents
+
+from difflens_core.denoiser import load_prompted
+from difflens_core.recipes import load_recipe
+from difflens_core.sampling import Guidance, sample, start_noise
+from difflens_core.steering import Steering
+from difflens_core.targets import Targets
+
+FILES = FOLDER.parent / "models" / "prompted_avatars"
+CFG, STEPS, SEED = 2.0, 4, 5
+
+
+class Prompts(Graph):
+    """A graph with the prompted avatars loaded."""
+
+    def __init__(self, pictures: int = 2):
+        super().__init__("prompts")
+        self.group("all")
+        self.model = self.add("DiffLensLoadPromptedModel", model_name="prompted_avatars.safetensors")
+        self.latent = self.add("EmptyLatentImage", width=64, height=64, batch_size=pictures)
+
+    def text(self, prompt: str) -> Node:
+        return self.add("CLIPTextEncode", text=prompt, clip=self.model[1])
+
+    def draw(self, prompt: str, cfg: float = CFG, model: Node | None = None) -> Node:
+        drawn = sampler(
+            self, None, (model or self.model)[0], self.text(prompt)[0], self.latent, SEED, self.text("")[0], cfg
+        )
+        drawn.inputs["steps"] = STEPS
+        return self.add("SaveLatent", samples=drawn[0], filename_prefix="latents/prompted")
+
+
+def drawn_by_the_core(prompt: str, cfg: float = CFG, edits: tuple = ()) -> torch.Tensor:
+    model, text = load_prompted(FILES / "difflens_models" / "prompted_avatars.safetensors")
+    guidance = Guidance(text.encode([prompt]), text.encode([""]), cfg)
+    return sample(model, start_noise(2, SEED), STEPS, edits, guidance=guidance)
+
+
+def test_stock_nodes_draw_what_the_core_draws(server):
+    graph = Prompts()
+    nurse, doctor, unguided = graph.draw("portrait of a nurse"), graph.draw("a doctor"), graph.draw("a doctor", 1.0)
+    entry = server.run(to_api(graph))
+    for node, how in ((nurse, ("portrait of a nurse",)), (doctor, ("a doctor",)), (unguided, ("a doctor", 1.0))):
+        found = latents(server, entry, node).clamp(-1, 1)
+        torch.testing.assert_close(found, drawn_by_the_core(*how), atol=2e-3, rtol=0)
+    assert not torch.allclose(latents(server, entry, nurse), latents(server, entry, doctor), atol=0.2)
+
+
+def test_steering_a_prompt_equals_the_core(server):
+    graph = Prompts()
+    recipe = graph.add("DiffLensLoadRecipe", recipe_name="prompted_avatars_age.safetensors")
+    steered = graph.draw("a doctor", model=steer(graph, None, graph.model[0], recipe[0]))
+    plain = graph.draw("a doctor")
+    entry = server.run(to_api(graph))
+    recipe = load_recipe(FILES / "difflens_recipes" / "prompted_avatars_age.safetensors")
+    targets = Targets(recipe.attribute, recipe.classes, (1 / 3,) * 3)
+    found = latents(server, entry, steered)
+    expected = drawn_by_the_core("a doctor", edits=(Steering(recipe, targets.of),))
+    torch.testing.assert_close(found.clamp(-1, 1), expected, atol=5e-3, rtol=0)
+    assert not torch.allclose(found, latents(server, entry, plain), atol=0.1)
+
+
+def test_words_can_be_weighed(server):
+    graph = Prompts()
+    prompts = ("a nurse", "a (nurse:1.0)", "a (nurse:1.5)", "a (nurse:0.0)")
+    saved = [graph.draw(prompt) for prompt in prompts]
+    entry = server.run(to_api(graph))
+    plain, one, more, none = (latents(server, entry, node) for node in saved)
+    assert torch.equal(plain, one) and not torch.allclose(plain, more, atol=1e-2)
+    assert not torch.allclose(plain, none, atol=0.1)
+
+
+def test_a_long_prompt_is_read_to_its_end(server):
+    graph = Prompts()
+    words = "a " * 20
+    saved = [graph.draw(words + end) for end in ("doctor", "nurse")]
+    entry = server.run(to_api(graph))
+    assert not torch.allclose(*(latents(server, entry, node) for node in saved), atol=0.1)
+
+
+def test_files_and_texts_of_other_models_are_refused(server):
+    for node, name, expected in (
+        ("DiffLensLoadPromptedModel", "avatars", "draws without prompts. Load it with Load Unconditional Model"),
+        ("DiffLensLoadModel", "prompted_avatars", "draws by prompt. Load it with Load Prompted Model"),
+    ):
+        graph = Graph("wrong")
+        graph.group("all")
+        loaded = graph.add(node, model_name=f"{name}.safetensors")
+        latent = graph.add("EmptyLatentImage", width=64, height=64, batch_size=1)
+        text = loaded[1] if node.endswith("LoadModel") else graph.add("CLIPTextEncode", text="", clip=loaded[1])[0]
+        drawn = sampler(graph, None, loaded[0], text, latent, 0)
+        graph.add("SaveLatent", samples=drawn[0], filename_prefix="latents/wrong")
+        with pytest.raises(HostError, match=expected):
+            server.run(to_api(graph))
+    graph = Prompts()
+    other = graph.add("DiffLensLoadModel", model_name="avatars.safetensors")
+    drawn = sampler(graph, None, graph.model[0], other[1], graph.latent, 0)
+    graph.add("SaveLatent", samples=drawn[0], filename_prefix="latents/wrong")
+    with pytest.raises(HostError, match="Connect CLIP Text Encode with the CLIP of the same Load Prompted Model"):
+        server.run(to_api(graph))

@@ -1,0 +1,97 @@
+"""Steering goes on working under samplers, compilers and offloading, and at strength 0 changes no bit under any."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from difflens_core.steering import Steering
+
+SAMPLERS = ("euler", "dpmpp_2m", "heun", "dpm_2", "dpmpp_sde", "dpm_adaptive")
+OFF_SCHEDULE = ("dpm_2", "dpmpp_sde", "dpm_adaptive")  # they evaluate between the steps
+# A site that a patch reaches and one that a hook reaches, with its channels and positions.
+SITES = {("U-Net", "mid_block"): (64, 64), ("Flux", "double_blocks.1"): (48, 64)}
+STEPS = 3
+
+
+def steered(inside, toys, model, family, site, strength, seen=None):
+    width, positions = SITES[family, site]
+    recipe = toys.recipe(width=width, positions=positions, steps=4, mode="move", strength=(strength,) * 3)
+    steering = Steering(replace(recipe, site=site), lambda images: images % 3)
+
+    def edit(h, progress, images):
+        if seen is not None:
+            seen.append(progress)
+        return steering(h, progress, images)
+
+    return inside.host.apply_site(model, site, edit, "Steer")
+
+
+def draw(inside, model, family, sampler="euler"):
+    return inside.sample(model, inside.prompt(family, 1), latent=inside.latent(family), steps=STEPS, sampler=sampler)
+
+
+def check(inside, toys, model, family, site, sampler="euler", seen=None):
+    """What a steered model draws; unsteered and at strength 0 it draws the same. `seen` gets the progress met."""
+    plain = draw(inside, model, family, sampler)
+    found = draw(inside, steered(inside, toys, model, family, site, 1.0, seen), family, sampler)
+    assert (found - plain).abs().max() > 0.01 * plain.std() and torch.isfinite(found).all()
+    assert torch.equal(draw(inside, steered(inside, toys, model, family, site, 0.0), family, sampler), plain)
+    assert torch.equal(draw(inside, model, family, sampler), plain), "a trace was left"
+    return found
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("family", "site"), SITES)
+def test_with_every_sampler(inside, toys, family, site, sampler):
+    model, seen = inside.model(family), []
+    check(inside, toys, model, family, site, sampler, seen)
+    schedule = inside.schedule(model, STEPS, sampler)
+    passed = [*map(inside.host.progress_of(model), schedule)]
+    between = [at for at in seen if min(abs(at - step) for step in passed) > 1e-4]
+    assert bool(between) == (sampler in OFF_SCHEDULE)
+
+
+@pytest.mark.parametrize(("family", "site"), SITES)
+def test_under_torch_compile(inside, toys, family, site):
+    """The stock node, with the backend that traces the network but needs no compiler for the machine."""
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    model = inside.model(family)
+
+    def compiled(patcher):
+        return TorchCompileModel.execute(patcher, "eager").result[0]
+
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    expected = draw(inside, steered(inside, toys, model, family, site, 1.0), family)
+    of_compiled = check(inside, toys, compiled(model), family, site)
+    compiled_last = draw(inside, compiled(steered(inside, toys, model, family, site, 1.0)), family)
+    for found in (of_compiled, compiled_last):
+        torch.testing.assert_close(found, expected, atol=1e-3 * float(expected.std()), rtol=1e-3)
+    assert counters["frames"]["ok"] > 0, "nothing was compiled"
+
+
+@pytest.mark.parametrize(("family", "site"), SITES)
+def test_with_weights_that_are_brought_in_one_by_one(inside, toys, family, site):
+    """The state that a card too small for the model has it in, with a LoRA applied on the way."""
+    model, moved = inside.with_lora(inside.model(family)), []
+
+    def offload(patcher):
+        patcher.unpatch_model(torch.device("cpu"))
+        patcher.patch_model(torch.device("cpu"), lowvram_model_memory=1)
+        modules = patcher.model.diffusion_model.modules()
+        moved.append(sum(len(getattr(module, "weight_function", ())) for module in modules))
+
+    expected = draw(inside, steered(inside, toys, model, family, site, 1.0), family)
+    offloaded = model.clone()
+    offloaded.add_callback_with_key(inside.CallbacksMP.ON_PRE_RUN, "test", offload)
+    found = check(inside, toys, offloaded, family, site)
+    assert len(moved) == 4 and min(moved) > 1, "no weight was changed on the way"
+    torch.testing.assert_close(found, expected, atol=1e-3 * float(expected.std()), rtol=1e-3)
+    assert not torch.equal(
+        expected, draw(inside, steered(inside, toys, inside.model(family), family, site, 1.0), family)
+    )
