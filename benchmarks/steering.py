@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from difflens_core.recipes import recipe_from_features  # noqa: E402
 from difflens_core.sae import Normalisation, SparseAutoencoder  # noqa: E402
 from difflens_core.steering import Steering  # noqa: E402
 
@@ -66,9 +67,10 @@ def rows() -> list[dict]:
     sae, draw = random_sae(), torch.Generator().manual_seed(1)
     h = torch.randn(PICTURES, WIDTH, MAP, MAP, generator=draw)
     images, features = torch.arange(PICTURES), torch.randperm(LATENTS, generator=draw)[:FEATURES].sort().values
-    full = Steering.from_sae(sae, "any", {"only": features.tolist()}, torch.zeros_like)
+    recipe = recipe_from_features(sae, "any", {"only": features})
+    full = Steering(recipe, torch.zeros_like, sae)
     torch.testing.assert_close(full(h, 0.0, images), dense_edit(sae, h, features), atol=1e-4, rtol=1e-4)
-    scaled = replace(full, sae=None, _moved={}, _maps={})
+    scaled = Steering(replace(recipe, threshold=torch.zeros(FEATURES)), torch.zeros_like)
     levels = torch.rand(1, 2, FEATURES, MAP * MAP, generator=draw)
     two = replace(
         scaled.recipe, classes=("one", "other"), strength=(1.0, 1.0), mode="shift", levels=levels,

@@ -134,16 +134,6 @@ def class_sum(rows: Tensor, latents: Latents, labels: Tensor, classes: int, size
     return total.index_add_(0, flat, rows.flatten()).view(classes, size, positions)
 
 
-def class_levels(latents: Latents, labels: Tensor, classes: int, size: int, weights: Tensor) -> Tensor:
-    """Weighted mean activity of every latent at every position in the pictures of each class: K x N x P.
-
-    weights: B, one a picture.
-    """
-    total = class_sum(latents.values * weights[:, None, None], latents, labels, classes, size)
-    sums = torch.zeros(classes, device=labels.device).index_add_(0, labels, weights).clamp(min=1e-12)
-    return total / sums[:, None, None]
-
-
 def balancing_weights(labels: Tensor, others: Iterable[Tensor], rounds: int = 20, limit: float = 4.0) -> Tensor:
     """Weights (B) under which every class of `labels` shows the same mix of each other attribute.
 
@@ -200,7 +190,7 @@ def attribute_features(
     counts = torch.bincount(labels, minlength=classes).float()
     device = labels.device
     weights = torch.ones(len(labels), device=device) if weights is None else weights
-    totals = torch.bincount(labels, weights, minlength=classes)
+    shares = weights / torch.bincount(labels, weights, minlength=classes)[labels]  # of the picture in its class
     positions = activations.positions // sae.kernel**2
     levels, by_step, by_position = [], [], torch.zeros(classes, size, positions, device=device)
     by_gradient = method in ("integrated gradients", "activation x gradient")
@@ -211,8 +201,7 @@ def attribute_features(
         for first, values in activations.batches(s):
             own = slice(first, first + len(values))
             latents = sae.encode(values.to(device), sae.normalisation.step_at(float(progress)))
-            share = torch.bincount(labels[own], weights[own], minlength=classes) / totals
-            level += class_levels(latents, labels[own], classes, size, weights[own]) * share[:, None, None]
+            level += class_sum(latents.values * shares[own, None, None], latents, labels[own], classes, size)
             if not by_gradient:
                 continue
             if method == "integrated gradients":

@@ -94,6 +94,12 @@ def causal_effect(
         raise DiffLensError(f"causal effect: mode {mode!r} is unknown, expected one of {', '.join(EFFECTS)}.")
     if pictures < 2:
         raise DiffLensError(f"causal effect: {pictures} pictures per feature, expected at least 2.")
+    if recipe.levels.shape[-1] == 0 if mode == "amplify" else recipe.needs_sae:
+        raise DiffLensError(
+            f"causal effect: to {mode} its features, the recipe for {recipe.attribute} needs "
+            f"{'class levels' if mode == 'amplify' else 'thresholds'}, which one from feature files lacks. "
+            "Use a recipe from Attribute Features."
+        )
     jobs = torch.arange((len(recipe.features) + 1) * pictures)  # the first `pictures` are left as they are
     read = []
     for job in jobs.split(batch):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .files import DiffLensError, load_tensors, save_tensors
+from .files import DiffLensError, digest, load_tensors, save_tensors
 from .text import TextEncoder
 
 
@@ -236,7 +235,4 @@ def load_prompted(path: str | Path) -> tuple[Denoiser, TextEncoder | None]:
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
     """Twelve hex digits that tell one set of weights from another (names, shapes and rounded sums)."""
-    digest = sha256()
-    for name in sorted(weights):
-        digest.update(f"{name}{tuple(weights[name].shape)}{float(weights[name].double().sum()):.3e}".encode())
-    return digest.hexdigest()[:12]
+    return digest(*(f"{name}{tuple(w.shape)}{float(w.double().sum()):.3e}" for name, w in sorted(weights.items())))

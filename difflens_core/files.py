@@ -7,6 +7,7 @@ import os
 import pickle
 import uuid
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 METADATA_KEY = "difflens"
+
+
+def digest(*parts: bytes | str) -> str:
+    """Twelve hex digits that tell one sequence of bytes from another, however it is cut into parts."""
+    found = sha256()
+    for part in parts:
+        found.update(part.encode() if isinstance(part, str) else part)
+    return found.hexdigest()[:12]
 
 
 class DiffLensError(ValueError):

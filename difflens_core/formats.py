@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -175,19 +175,23 @@ def site_in_names(weights: Path, notes: list[str]) -> str:
     return ""
 
 
-def load_class_features(folder: str | Path, latents: int) -> dict[str, Tensor]:
+def load_class_features(folder: str | Path, latents: int, classes: Sequence[str] = ()) -> dict[str, Tensor]:
     """Chosen latents of every class, best first, from the reference DiffLens files {class}.pt in `folder`.
 
-    Each holds flat ids, id = position * latents + latent. Returns latent ids (int64), each once.
+    Each holds flat ids, id = position * latents + latent. `classes`: those to read, in this order; all by their names
+    if empty. Returns latent ids (int64), each once.
     """
-    features = {}
-    for path in sorted(Path(folder).glob("*.pt")):
-        ids = read_tensors(path).get("")
-        if ids is None or ids.ndim != 1 or ids.is_floating_point() or (ids < 0).any():
-            raise DiffLensError(f"{path.name}: expected a list of feature ids, as the reference DiffLens writes them.")
-        features[path.stem] = torch.tensor(list(dict.fromkeys((ids % latents).tolist())), dtype=torch.int64)
-    if not features:
+    files = {path.stem: path for path in sorted(Path(folder).glob("*.pt"))}
+    if not files:
         raise DiffLensError(f"{folder}: holds no feature file ({{class}}.pt).")
+    if missing := [name for name in classes if name not in files]:
+        raise DiffLensError(f"{Path(folder).name} has no feature file of {', '.join(missing)}, but {', '.join(files)}.")
+    features = {}
+    for name in classes or files:
+        ids = read_tensors(files[name]).get("")
+        if ids is None or ids.ndim != 1 or ids.is_floating_point() or (ids < 0).any():
+            raise DiffLensError(f"{name}.pt: expected a list of feature ids, as the reference DiffLens writes them.")
+        features[name] = torch.tensor(list(dict.fromkeys((ids % latents).tolist())), dtype=torch.int64)
     return features
 
 

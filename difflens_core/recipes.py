@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isqrt
 from pathlib import Path
@@ -19,6 +19,9 @@ from .probes import Probes
 from .sae import NORMALISATION, Normalisation, SparseAutoencoder
 
 MODES = ("shift", "add", "add own", "add fixed", "add own fixed", "move", "clamp", "scale", "ablate")
+# Modes that read how active the latents are; the others add maps that are known beforehand.
+READING = ("move", "clamp", "scale", "ablate")
+WITHOUT_LEVELS = ("add fixed", "add own fixed", "scale", "ablate")
 # Probes are surer of their class than right. Divided by this, a picture near the border is still pushed a little.
 SOFTENING = 1.5
 
@@ -28,10 +31,11 @@ class Recipe:
     """F latents of an SAE with what steering by them needs.
 
     encoder, decoder: F x width, which is C, or C H W for an SAE of the whole map (`kernel`); bias, threshold: F (a
-    latent is active where its pre-activation exceeds the threshold, fitted to agree with TopK); member: K x F, which
-    latents belong to which class; levels: S x K x F x P, mean activity per step, class and position; probe_weight:
-    S x K x width and probe_bias: S x K read the class that a picture is about to show. mode, strength, start, end: how
-    to edit, see `Steering`. model: fingerprint of the weights it was made on. info: provenance and figures.
+    latent is active where its pre-activation exceeds the threshold, fitted to agree with TopK, or below 0 if only the
+    SAE itself can tell); member: K x F, which latents belong to which class; levels: S x K x F x P, mean activity per
+    step, class and position (no positions: not known); probe_weight: S x K x width and probe_bias: S x K read the class
+    that a picture is about to show. mode, strength, start, end: how to edit, see `Steering`. model: fingerprint of the
+    weights it was made on. info: provenance and figures.
     """
 
     attribute: str
@@ -61,10 +65,20 @@ class Recipe:
             raise DiffLensError(
                 f"recipe for {self.attribute}: {len(self.strength)} strengths for {len(self.classes)} classes."
             )
+        if self.levels.shape[-1] == 0 and self.mode not in WITHOUT_LEVELS:
+            raise DiffLensError(
+                f"recipe for {self.attribute}: mode {self.mode!r} needs class levels, and this recipe has none. Use "
+                f"one of {', '.join(WITHOUT_LEVELS)}, or a recipe from Attribute Features."
+            )
 
     @property
     def width(self) -> int:
         return self.decoder.shape[1]
+
+    @property
+    def needs_sae(self) -> bool:
+        """Whether only the SAE can tell where the latents are active."""
+        return bool((self.threshold < 0).any())
 
     @property
     def channels(self) -> int:
@@ -120,6 +134,33 @@ def build_recipe(
         strength=(1.0,) * len(classes),
         info={"gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures},
     )  # fmt: skip
+
+
+def recipe_from_features(
+    sae: SparseAutoencoder,
+    attribute: str,
+    features: Mapping[str, Sequence[int] | Tensor],
+    mode: str = "scale",
+    strength: float | tuple[float, ...] = 1.0,
+) -> Recipe:
+    """Recipe of latents chosen elsewhere, without probes or levels: `features` holds those of every class.
+
+    strength: one for all classes or one each. Where TopK decides which latents are active, no threshold stands in for
+    it: modes that read the latents then need the SAE as well.
+    """
+    wanted = {name: torch.as_tensor(numbers, dtype=torch.int64) for name, numbers in features.items()}
+    chosen = torch.cat([*wanted.values()]).unique()
+    if len(chosen) == 0 or not 0 <= int(chosen[0]) <= int(chosen[-1]) < sae.latents:
+        raise DiffLensError(f"{attribute}: the features must be some of the SAE's latents 0 to {sae.latents - 1}.")
+    member = torch.stack([torch.isin(chosen, own) for own in wanted.values()])
+    steps, k, count = len(sae.normalisation.progress), len(wanted), len(chosen)
+    threshold = torch.full((count,), -1.0) if sae.activation == "topk" else sae.gate.expand(sae.latents)[chosen]
+    recipe = Recipe(
+        attribute, tuple(wanted), sae.site, "", chosen, sae.encoder[chosen], sae.encoder_bias[chosen], threshold,
+        sae.decoder[chosen], member, torch.zeros(steps, k, count, 0), torch.zeros(steps, k, sae.width),
+        torch.zeros(steps, k), sae.normalisation, mode, (1.0,) * k,
+    )  # fmt: skip
+    return with_settings(recipe, strength=strength)
 
 
 @torch.no_grad()

@@ -175,7 +175,11 @@ class SparseAutoencoder:
 
     def encode(self, h: Tensor, step: int) -> Latents:
         """Latents (B x P x k) of activations B x C x H x W taken at row `step` of the normalisation."""
-        pre = F.linear(self.rows(h, step), self.encoder, self.encoder_bias)
+        return self.encode_rows(self.rows(h, step))
+
+    def encode_rows(self, rows: Tensor) -> Latents:
+        """Latents (B x P x k) of normalised rows B x P x width."""
+        pre = F.linear(rows, self.encoder, self.encoder_bias)
         if self.activation == "topk":
             return top_k(pre, self.k)
         active = pre > self.gate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,13 +11,10 @@ from torch.nn import functional as F
 
 from .attribution import contrast
 from .files import DiffLensError
-from .recipes import Recipe
+from .recipes import READING, WITHOUT_LEVELS, Recipe
 from .sae import SparseAutoencoder
 
 DEVICE_TENSORS = ("encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias")
-# Modes that read how active the latents are; the others add maps that are known beforehand.
-READING = ("move", "clamp", "scale", "ablate")
-WITHOUT_LEVELS = ("add fixed", "add own fixed", "scale", "ablate")
 CHUNK = 2**22  # pre-activations of the full SAE that are held at once
 CACHE_BYTES = 2**26  # for the decoded class maps
 GROUP = 16  # pre-activations a group in `kth_largest`
@@ -59,41 +56,19 @@ class Steering:
     def __post_init__(self) -> None:
         recipe, sae = self.recipe, self.sae
         if sae is None:
+            if recipe.needs_sae and recipe.mode in READING:
+                raise DiffLensError(
+                    f"recipe for {recipe.attribute}: mode {recipe.mode!r} must know where the latents are active, and "
+                    "only their SAE can tell. Give the SAE as well, or use mode add fixed or add own fixed."
+                )
             return
         fits = sae.width == recipe.width and int(recipe.features.max()) < sae.latents
         # Recipes are stored in fp16.
         if not fits or not torch.allclose(sae.decoder[recipe.features], recipe.decoder, atol=2e-3):
             raise DiffLensError(
                 f"recipe for {recipe.attribute}: it was made from another SAE than the one given ({sae.latents} "
-                f"latents of width {sae.width}). Use the SAE that Attribute Features got, or none."
+                f"latents of width {sae.width}). Use the one it was made from, or none."
             )
-
-    @classmethod
-    def from_sae(
-        cls,
-        sae: SparseAutoencoder,
-        attribute: str,
-        features: dict[str, Sequence[int]],
-        target_of: Callable[[Tensor], Tensor],
-        mode: str = "scale",
-        strength: float = 1.0,
-    ) -> Steering:
-        """Steering by latents chosen elsewhere, without probes or levels: `features` holds those of every class."""
-        if mode not in WITHOUT_LEVELS:
-            raise DiffLensError(f"mode {mode!r} needs a recipe's class levels. Use one of {', '.join(WITHOUT_LEVELS)}.")
-        wanted = {name: torch.as_tensor(numbers, dtype=torch.int64) for name, numbers in features.items()}
-        chosen = torch.cat([*wanted.values()]).unique()
-        if len(chosen) == 0 or not 0 <= int(chosen[0]) <= int(chosen[-1]) < sae.latents:
-            raise DiffLensError(f"{attribute}: the features must be some of the SAE's latents 0 to {sae.latents - 1}.")
-        member = torch.stack([torch.isin(chosen, own) for own in wanted.values()])
-        steps, k, count = len(sae.normalisation.progress), len(wanted), len(chosen)
-        recipe = Recipe(
-            attribute, tuple(wanted), sae.site, "", chosen, sae.encoder[chosen], sae.encoder_bias[chosen],
-            sae.gate.expand(sae.latents)[chosen], sae.decoder[chosen], member,
-            torch.zeros(steps, k, count, 0), torch.zeros(steps, k, sae.width), torch.zeros(steps, k),
-            sae.normalisation, mode, (float(strength),) * k,
-        )  # fmt: skip
-        return cls(recipe, target_of, sae)
 
     @property
     def site(self) -> str:

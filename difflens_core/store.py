@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .activations import Activations
-from .files import METADATA_KEY, DiffLensError, load_tensors, save_tensors
+from .files import METADATA_KEY, DiffLensError, digest, load_tensors, save_tensors
 
 VERSION = 1
 INDEX, LABELS = "index.json", "labels.safetensors"
@@ -77,7 +76,7 @@ class Index:
     @property
     def digest(self) -> str:
         """Twelve hex digits that every shard carries, so that one of another capture is noticed."""
-        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        return digest(json.dumps(asdict(self), sort_keys=True))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +42,25 @@ def parse_target(text: str, classes: tuple[str, ...]) -> np.ndarray:
             f'or {len(classes)} shares such as "{", ".join(["1"] * len(classes))}".'
         ) from None
     return np.asarray(numbers) / sum(numbers)
+
+
+def parse_numbers(text: str, classes: Sequence[str], what: str, kind: type = float) -> list:
+    """A number of `kind` for each of `classes` from what a user types: one for all, or one each in their order.
+
+    Whole numbers must not be negative. `what` names the numbers in the error.
+    """
+    try:
+        numbers = [kind(part) for part in re.split(r"[,;\s]+", text.strip())]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        numbers *= len(classes)
+    if len(numbers) != len(classes) or not np.isfinite(numbers).all() or (kind is int and min(numbers) < 0):
+        raise DiffLensError(
+            f'{what} "{text}" is not understood. Expected {"a whole" if kind is int else "one"} number for all, '
+            f"or {len(classes)} in the order {', '.join(classes)}."
+        )
+    return numbers
 
 
 def assign_targets(shares: np.ndarray, count: int, seed: int) -> np.ndarray:

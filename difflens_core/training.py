@@ -292,7 +292,7 @@ def measure_sae(sae: SparseAutoencoder, activations: Activations) -> Quality:
         total = torch.zeros(sae.width, dtype=torch.float64)
         for _, values in activations.batches(s):
             rows = sae.rows(values, step)
-            latents = sae.encode(values, step)
+            latents = sae.encode_rows(rows)
             error += float((rows - sae.decode(latents)).double().square().sum())
             variance += float(rows.double().square().sum())
             total += rows.double().sum(dim=(0, 1))

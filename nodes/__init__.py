@@ -5,7 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .attribute import AttributeFeatures, TrainProbes
 from .capture import CaptureActivations, LoadActivations
 from .explore import RankByEffect, SiteScan
-from .load import LoadClassifier, LoadModel, LoadPromptedModel, LoadRecipe, LoadSAE, SaveRecipe
+from .load import LoadClassifier, LoadFeatures, LoadModel, LoadPromptedModel, LoadRecipe, LoadSAE, SaveRecipe
 from .measure import ClassifyImages, CompareImages, FairnessReport
 from .sampling import DDIMSigmas, ReferenceSampler
 from .steer import Steer
@@ -13,7 +13,7 @@ from .train import TrainSAE
 from .zero_shot import ZeroShot
 
 NODES: list[type[io.ComfyNode]] = [
-    LoadModel, LoadPromptedModel, LoadSAE, LoadClassifier, LoadRecipe, SaveRecipe,
+    LoadModel, LoadPromptedModel, LoadSAE, LoadFeatures, LoadClassifier, LoadRecipe, SaveRecipe,
     CaptureActivations, LoadActivations, TrainSAE, ClassifyImages, TrainProbes, AttributeFeatures,
     SiteScan, RankByEffect, ZeroShot,
     Steer, FairnessReport, CompareImages,

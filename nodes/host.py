@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,7 +36,7 @@ from ..difflens_core import checkpoints
 from ..difflens_core.activations import UPDATE, find_site
 from ..difflens_core.activations import edit_site as hooked
 from ..difflens_core.denoiser import Denoiser, DenoiserConfig, ResBlock, Stack, fingerprint, load_denoiser_weights
-from ..difflens_core.files import DiffLensError
+from ..difflens_core.files import DiffLensError, digest
 from ..difflens_core.formats import CONFIGS, WEIGHTS
 from ..difflens_core.sampling import Draw, noise_batches
 from ..difflens_core.sampling import Edit as SiteEdit
@@ -86,11 +85,29 @@ def find_file(kind: str, name: str) -> str:
 
 
 def list_saes() -> list[str]:
-    """Names that `find_sae` takes: folders with a configuration, and the files that lie in none of those."""
+    """Names that `find_sae` takes: folders with a configuration, and the files that lie in none of those.
+
+    A .pt file in a folder without a configuration is no SAE; it may name features (`list_feature_folders`).
+    """
     paths = [Path(name) for name in list_files(SAES)]
     folders = {path.parent for path in paths if path.name in CONFIGS and path.parent.name}
     files = {path for path in paths if path.suffix in WEIGHTS and not folders & set(path.parents)}
-    return sorted(map(str, folders | files))
+    features = {path for path in files if path.suffix == ".pt" and path.parent.name}
+    return sorted(map(str, folders | files - features))
+
+
+def list_feature_folders() -> list[str]:
+    """Names that `find_features` takes: folders with .pt files that no configuration makes an SAE."""
+    paths = [Path(name) for name in list_files(SAES)]
+    configured = {path.parent for path in paths if path.name in CONFIGS}
+    found = {path.parent for path in paths if path.suffix == ".pt" and path.parent.name}
+    return sorted(map(str, found - configured))
+
+
+def find_features(name: str) -> Path:
+    """A listed folder with feature files. Raises `DiffLensError` if it is gone."""
+    files = [path for path in list_files(SAES) if Path(path).parent == Path(name) and Path(path).suffix == ".pt"]
+    return Path(find_file(SAES, files[0] if files else name)).parent
 
 
 def find_sae(name: str) -> str:
@@ -581,12 +598,11 @@ class Watch:
         return values
 
 
-def digest(*tensors: Tensor) -> str:
-    """Twelve hex digits that tell one set of tensors from another."""
-    found = sha256()
+def content(tensors: Sequence[Tensor]) -> Iterator[bytes | str]:
+    """What tells one set of tensors from another, for `digest`."""
     for tensor in tensors:
-        found.update(f"{tuple(tensor.shape)}".encode() + tensor.cpu().float().numpy().tobytes())
-    return found.hexdigest()[:12]
+        yield f"{tuple(tensor.shape)}"
+        yield tensor.cpu().float().numpy().tobytes()
 
 
 def conditioning_tensors(conditioning: list) -> list[Tensor]:
@@ -625,10 +641,10 @@ def capture(
         raise DiffLensError(f"no step lies between {span[0]} and {span[1]} of the sampling. Widen the span.")
     if cfg != 1 and not negative:
         raise DiffLensError(f"cfg is {cfg:g}, which guides away from a negative, but none is connected. Connect it.")
-    inputs = digest(start, *conditioning_tensors(positive))
+    inputs = digest(*content([start, *conditioning_tensors(positive)]))
     info = {"steps": steps, "sampler": sampler_name, "scheduler": scheduler, "latent and conditioning": inputs}
     if cfg != 1:
-        info |= {"cfg": cfg, "negative": digest(*conditioning_tensors(negative))}
+        info |= {"cfg": cfg, "negative": digest(*content(conditioning_tensors(negative)))}
     progress = tuple(passed[step] for step in kept)
     index = Index(sites, progress, pictures, min(batch, pictures), seed, model_fingerprint(model), dtype, info)
     watch = Watch(model, sites, schedule.sigmas[kept], DTYPES[dtype])

@@ -8,10 +8,12 @@ from ..difflens_core.activations import UPDATE
 from ..difflens_core.checkpoints import AUTO
 from ..difflens_core.faces import load_face_finder
 from ..difflens_core.files import DiffLensError
-from ..difflens_core.formats import load_any_sae
-from ..difflens_core.recipes import Recipe, load_recipe, save_recipe
+from ..difflens_core.formats import load_any_sae, load_class_features
+from ..difflens_core.recipes import WITHOUT_LEVELS, Recipe, load_recipe, recipe_from_features, save_recipe
 from ..difflens_core.resnet_classifiers import load_any_classifier
+from ..difflens_core.sae import SparseAutoencoder
 from ..difflens_core.schedules import BETAS, PREDICTIONS
+from ..difflens_core.targets import parse_numbers
 from . import host, host_unconditional
 from .host_classifiers import HostedClassifier
 from .sockets import CATEGORY, SAE, Classifier, RecipeSocket
@@ -189,6 +191,77 @@ class LoadSAE(io.ComfyNode):
                 "middle_block. (" + report.replace("\n", "; ") + ")"
             )
         return io.NodeOutput(sae, report)
+
+
+class LoadFeatures(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffLensLoadFeatures",
+            display_name="Load Feature Files",
+            category=CATEGORY,
+            description="Makes a recipe of an SAE and a folder that names the features of every class, as the "
+            "reference DiffLens writes them: male.pt and female.pt, for example.",
+            search_aliases=["reference", "bias features", "paper"],
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=host.list_feature_folders(),
+                    tooltip="A folder in models/difflens_saes with a .pt file for every class.",
+                ),
+                SAE.Input("sae", tooltip="The SAE whose features the files name."),
+                io.String.Input(
+                    "attribute",
+                    default="",
+                    tooltip="What the classes are of, such as age. Empty: the folder's name. Fairness Report wants the "
+                    "classifier's name.",
+                ),
+                io.String.Input(
+                    "classes",
+                    default="",
+                    tooltip="Names of the files to read, in the order that the numbers below and Steer's target are "
+                    "in. Empty: all of them by the alphabet. Fairness Report wants the classifier's order.",
+                ),
+                io.String.Input(
+                    "features_per_class",
+                    default="30",
+                    tooltip='How many to take of every class, best first: one number, or one a class ("30, 100, 30, '
+                    '30").',
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(WITHOUT_LEVELS),
+                    default="scale",
+                    tooltip="How Steer changes them. scale: times 1 + strength; ablate: times 1 - strength; both need "
+                    "the SAE at Steer too if it is a TopK one. add own fixed: plus the strength; add fixed: that, and "
+                    "minus the strength for the other classes' features.",
+                ),
+                io.String.Input(
+                    "strength",
+                    default="1",
+                    tooltip='One number, or one a class ("0.43, 0"). The paper\'s scale of 1.43 is a strength of 0.43.',
+                ),
+            ],
+            outputs=[
+                RecipeSocket.Output(display_name="recipe", tooltip="The recipe, for Steer."),
+                io.String.Output(display_name="report", tooltip="The features of every class, best first."),
+            ],
+        )
+
+    @classmethod
+    @host.clear_errors
+    def execute(
+        cls, folder: str, sae: SparseAutoencoder, attribute: str, classes: str, features_per_class: str, mode: str,
+        strength: str,
+    ) -> io.NodeOutput:  # fmt: skip
+        path, names = host.find_features(folder), classes.replace(",", " ").split()
+        features = load_class_features(path, sae.latents, names)
+        counts = parse_numbers(features_per_class, features, "features_per_class", int)
+        features = {name: ids[:count] for (name, ids), count in zip(features.items(), counts, strict=True)}
+        strengths = tuple(parse_numbers(strength, features, "strength"))
+        recipe = recipe_from_features(sae, attribute.strip() or path.name, features, mode, strengths)
+        lines = [f"{name}: {len(ids)} features, {', '.join(f'#{i}' for i in ids)}" for name, ids in features.items()]
+        return io.NodeOutput(recipe, "\n".join([f"{recipe.attribute}, at {recipe.site}", *lines]))
 
 
 class LoadClassifier(io.ComfyNode):

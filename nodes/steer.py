@@ -30,7 +30,7 @@ class Steer(io.ComfyNode):
             search_aliases=["debias", "fairness"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the recipe was made on."),
-                RecipeSocket.Input("recipe", tooltip="From Load Recipe or Attribute Features."),
+                RecipeSocket.Input("recipe", tooltip="From Load Recipe, Attribute Features or Load Feature Files."),
                 io.String.Input(
                     "target",
                     default="uniform",

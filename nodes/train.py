@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from hashlib import sha256
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..difflens_core.activations import Activations as CapturedActivations
+from ..difflens_core.files import digest
 from ..difflens_core.plots import line_chart
 from ..difflens_core.sae import save_sae
 from ..difflens_core.training import (
@@ -103,7 +103,7 @@ class TrainSAE(io.ComfyNode):
         train, held_out = hold_out(activations)
         path = host.new_file(host.SAES, save_as)[0] if save_as.strip() else None
         options = TrainingOptions(latents, k, steps, batch_size, learning_rate, activation, precision, seed=seed)
-        checkpoint = host.temporary_file(f"difflens_sae_{digest(options, activations)}.pt")
+        checkpoint = host.temporary_file(f"difflens_sae_{mark_of(options, activations)}.pt")
         report = host.progress_bar(steps)
         curves: dict[str, list[tuple[float, float]]] = {"training": [], "held out": [], "dead latents": []}
 
@@ -138,11 +138,9 @@ def loss_chart(curves: dict[str, list[tuple[float, float]]]) -> np.ndarray:
     return line_chart("Training the SAE", shown, "step", "share of variance not explained, of latents dead")
 
 
-def digest(options: TrainingOptions, activations: CapturedActivations) -> str:
-    """Twelve hex digits that tell one training run from another."""
+def mark_of(options: TrainingOptions, activations: CapturedActivations) -> str:
+    """Tells one training run from another."""
     shape = (len(activations.progress), activations.pictures, activations.width, activations.positions)
-    found = sha256(f"{options}{activations.site}{activations.model}{shape}".encode())
     # Some rows tell captures apart; all of them may be more than one wants to read from the disk.
     some = activations.rows(activations.draw(2**14, options.seed, step=0))
-    found.update(some.view(torch.uint8).numpy())
-    return found.hexdigest()[:12]
+    return digest(f"{options}{activations.site}{activations.model}{shape}", some.view(torch.uint8).numpy().tobytes())

@@ -13,7 +13,6 @@ from difflens_core.attribution import (
     activation_gradient,
     attribute_features,
     balancing_weights,
-    class_levels,
     class_sum,
     contrast,
     difference,
@@ -125,15 +124,19 @@ def test_path_integral_equals_adaptive_quadrature(toys, size):
     np.testing.assert_allclose(path_integral(start, change, target)[0].numpy(), expected, atol=1e-9)
 
 
-def test_class_sum_and_class_levels_equal_loops(toys):
-    latents = toys.sae().encode(toys.activations().values[0], 0)
-    sums, levels, weights = torch.zeros(3, 20, 4), torch.zeros(3, 20, 4), 1 + torch.arange(12) / 4
+def test_class_sums_and_weighted_levels_equal_loops(toys):
+    activations, sae, weights = toys.activations(), toys.sae(), 1 + torch.arange(12) / 4
+    latents = sae.encode(activations.values[0], 0)
+    sums, levels = torch.zeros(3, 20, 4), torch.zeros(3, 20, 4)
     for b, p, j in np.ndindex(12, 4, 4):
         n, value = latents.indices[b, p, j], latents.values[b, p, j]
         sums[LABELS[b], n, p] += value
         levels[LABELS[b], n, p] += value * weights[b] / weights[LABELS[b] == LABELS].sum()
     torch.testing.assert_close(class_sum(latents.values, latents, LABELS, 3, 20), sums)
-    torch.testing.assert_close(class_levels(latents, LABELS, 3, 20, weights), levels)
+    whole = attribute_features(activations, sae, toys.probes(), LABELS, weights=weights)
+    cut = Activations(activations.values.split(5, dim=1), activations.progress, "middle")
+    for found in (whole, attribute_features(cut, sae, toys.probes(), LABELS, weights=weights)):
+        torch.testing.assert_close(found.levels[0].float(), levels, atol=1e-3, rtol=1e-3)
 
 
 def test_balancing_weights_give_every_class_the_same_mix_of_the_other_attributes():
@@ -225,7 +228,8 @@ def test_contrastive_scores_multiply_probe_and_activity_contrasts(toys):
     activations, sae, probes = toys.activations(), toys.sae(), toys.probes()
     expected = torch.zeros(3, 20)
     for s in range(3):
-        level = class_levels(sae.encode(activations.values[s], s), LABELS, 3, 20, torch.ones(12)).mean(dim=2)
+        latents = sae.encode(activations.values[s], s)
+        level = class_sum(latents.values, latents, LABELS, 3, 20).mean(dim=2) / torch.bincount(LABELS)[:, None]
         for c, n in np.ndindex(3, 20):
             others = [i for i in range(3) if i != c]
             read = [float(probes.weight[s, i] @ sae.decoder[n]) for i in range(3)]

@@ -234,6 +234,10 @@ def test_class_features_are_latents_of_flat_ids(tmp_path):
     torch.save(torch.tensor([19], dtype=torch.int32), tmp_path / "female.pt")
     found = load_class_features(tmp_path, N)
     assert {name: ids.tolist() for name, ids in found.items()} == {"female": [19], "male": [3, 7, 0]}
+    assert [*load_class_features(tmp_path, N, ("male", "female"))] == ["male", "female"]
+    assert [*load_class_features(tmp_path, N, ("male",))] == ["male"]
+    with pytest.raises(DiffLensError, match="has no feature file of old, but female, male"):
+        load_class_features(tmp_path, N, ("male", "old"))
     torch.save(torch.tensor([0.5]), tmp_path / "old.pt")
     with pytest.raises(DiffLensError, match="old.pt: expected a list of feature ids"):
         load_class_features(tmp_path, N)

@@ -12,7 +12,7 @@ from difflens_core.attribution import attribute_features
 from difflens_core.files import DiffLensError, load_tensors, save_tensors
 from difflens_core.gradients import integrated_gradients_of
 from difflens_core.probes import train_probes
-from difflens_core.recipes import build_recipe
+from difflens_core.recipes import build_recipe, recipe_from_features
 from difflens_core.sae import Latents, fit_normalisation, load_sae, save_sae, sparse_decode, top_k
 from difflens_core.steering import Steering
 from difflens_core.training import measure_sae
@@ -254,9 +254,14 @@ def test_kinds_that_do_not_fit_together_are_refused(toys, change, message):
 @pytest.mark.parametrize("kind", KINDS)
 def test_steering_by_a_kind_with_a_threshold_changes_what_exceeds_it(toys, kind):
     sae, h = replace(toys.sae(), activation=kind, **KINDS[kind]), toys.activations(pictures=3).values[0]
-    steering = Steering.from_sae(sae, "age", {"old": [2, 7, 11]}, lambda images: images * 0, strength=0.5)
+    recipe = recipe_from_features(sae, "age", {"old": [2, 7, 11]}, strength=0.5)
     z = dense(sae.encode(h, 0), 20)
     z[..., [n for n in range(20) if n not in (2, 7, 11)]] = 0
     assert (z > 0).any()
     change = (0.5 * z @ sae.decoder * sae.normalisation.scale[0]).transpose(1, 2).reshape(h.shape)
-    torch.testing.assert_close(steering(h, 0.0, torch.arange(3)), h + change)
+    for given in (sae, None):  # the thresholds are in the recipe, but TopK is not
+        if kind == "topk" and given is None:
+            with pytest.raises(DiffLensError, match="only their SAE can tell. Give the SAE as well"):
+                Steering(recipe, torch.zeros_like)
+            continue
+        torch.testing.assert_close(Steering(recipe, torch.zeros_like, given)(h, 0.0, torch.arange(3)), h + change)

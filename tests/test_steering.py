@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from difflens_core.causal import causal_effect
 from difflens_core.files import DiffLensError
-from difflens_core.recipes import MODES, Recipe
+from difflens_core.recipes import MODES, READING, WITHOUT_LEVELS, Recipe, recipe_from_features, with_settings
 from difflens_core.sae import SparseAutoencoder
 from difflens_core.sampling import sample, start_noise
-from difflens_core.steering import READING, WITHOUT_LEVELS, Steering, kth_largest
+from difflens_core.steering import Steering, kth_largest
 
 TARGETS = torch.tensor([0, 1, 2, 2, 1, 0, 2, 1])
 IMAGES = torch.arange(8)
@@ -213,21 +214,23 @@ def test_kth_largest_equals_sorting(toys, n, k):
 
 
 @pytest.mark.parametrize("mode", WITHOUT_LEVELS)
-def test_steering_by_chosen_latents_of_an_sae_needs_no_recipe(toys, mode):
+def test_a_recipe_of_chosen_latents_needs_neither_probes_nor_levels(toys, mode):
     sae, h = toys.sae(), toys.activations(pictures=8).values[1]
     features = {"young": [3, 8], "adult": [0], "senior": [8, 12, 17]}
-    found = Steering.from_sae(sae, "age", features, lambda i: TARGETS[i], mode, 0.5)(h, 0.4, IMAGES)
+    recipe = recipe_from_features(sae, "age", features, mode, (0.5, 0.3, 2.0))
+    found = steer(recipe, h, sae=sae)
     norm, own = sae.normalisation, [*features.values()]
     latents = sae.encode(h, 1)
     z = torch.zeros(8, 4, 20).scatter_(-1, latents.indices, latents.values)
     change = torch.zeros_like(z)
     for b, c in enumerate(TARGETS.tolist()):
+        strength = (0.5, 0.3, 2.0)[c]
         for n in {n for numbers in own for n in numbers}:
             change[b, :, n] = {
-                "add fixed": torch.full((4,), 0.5 if n in own[c] else -0.5),
-                "add own fixed": torch.full((4,), 0.5 * (n in own[c])),
-                "scale": 0.5 * (n in own[c]) * z[b, :, n],
-                "ablate": -0.5 * (n in own[c]) * z[b, :, n],
+                "add fixed": torch.full((4,), strength if n in own[c] else -strength),
+                "add own fixed": torch.full((4,), strength * (n in own[c])),
+                "scale": strength * (n in own[c]) * z[b, :, n],
+                "ablate": -min(1, strength) * (n in own[c]) * z[b, :, n],
             }[mode]
     expected = h + (change @ sae.decoder * norm.scale[1]).transpose(1, 2).reshape(h.shape)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -238,11 +241,19 @@ def test_an_sae_or_latents_that_do_not_fit_are_refused(toys):
     for other in (toys.sae(seed=9), toys.sae(latents=10), toys.sae(width=7)):
         with pytest.raises(DiffLensError, match="was made from another SAE"):
             steer(recipe, toys.activations(pictures=8).values[1], sae=other)
-    with pytest.raises(DiffLensError, match="mode 'shift' needs a recipe's class levels"):
-        Steering.from_sae(toys.sae(), "age", {"young": [1]}, lambda i: i, "shift")
     for numbers in ([], [20], [-1]):
         with pytest.raises(DiffLensError, match="latents 0 to 19"):
-            Steering.from_sae(toys.sae(), "age", {"young": numbers}, lambda i: i)
+            recipe_from_features(toys.sae(), "age", {"young": numbers})
+
+
+def test_a_recipe_without_levels_or_thresholds_is_not_asked_for_them(toys):
+    recipe = recipe_from_features(toys.sae(), "age", {"young": [1], "old": []}, "add fixed")
+    for mode in set(MODES) - set(WITHOUT_LEVELS):
+        with pytest.raises(DiffLensError, match=f"mode '{mode}' needs class levels"):
+            with_settings(recipe, mode=mode)
+    for mode, what in (("amplify", "class levels"), ("ablate", "thresholds")):
+        with pytest.raises(DiffLensError, match=f"to {mode} its features, .* needs {what}"):
+            causal_effect(recipe, lambda edits, which: torch.zeros(2), lambda images: images, mode=mode)
 
 
 @pytest.mark.parametrize("mode", MODES)

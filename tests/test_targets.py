@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from difflens_core.files import DiffLensError
-from difflens_core.targets import Targets, assign_targets, parse_target
+from difflens_core.targets import Targets, assign_targets, parse_numbers, parse_target
 
 CLASSES = ("Young", "adult", "senior")
 MIXES = st.lists(st.integers(0, 60), min_size=2, max_size=8).filter(any).map(lambda w: np.array(w) / sum(w))
@@ -89,3 +89,18 @@ def test_a_target_can_be_typed_in_every_documented_form(text, shares):
 def test_a_target_that_makes_no_mix_is_refused_with_the_classes(text):
     with pytest.raises(DiffLensError, match="Young, adult, senior"):
         parse_target(text, CLASSES)
+
+
+def test_numbers_for_each_class_are_one_for_all_or_one_each_in_order():
+    assert parse_numbers(" 0.5 ", CLASSES, "strength") == [0.5] * 3
+    assert parse_numbers("30, 0 -50.5", CLASSES, "strength") == [30, 0, -50.5]
+    assert parse_numbers("10,0;30", CLASSES, "features", int) == [10, 0, 30]
+
+
+@pytest.mark.parametrize("text", ["", "1, 2", "1 2 3 4", "a", "nan", "inf, 1, 1"])
+def test_other_numbers_are_refused_with_the_classes_in_order(text):
+    with pytest.raises(DiffLensError, match=r'strength ".*" is not understood.* 3 in the order Young, adult, senior'):
+        parse_numbers(text, CLASSES, "strength")
+    for odd in ("1.5", "1, -2, 3"):
+        with pytest.raises(DiffLensError, match="Expected a whole number for all, or 3"):
+            parse_numbers(odd, CLASSES, "features", int)

@@ -19,8 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from difflens_core.denoiser import fingerprint, load_denoiser, save_denoiser
-from difflens_core.recipes import load_recipe, save_recipe
-from difflens_core.sae import load_sae
+from difflens_core.recipes import load_recipe, recipe_from_features, save_recipe
+from difflens_core.sae import SparseAutoencoder, load_sae
 from difflens_core.sampling import capture_pictures, sample, start_noise
 from difflens_core.steering import Steering
 from difflens_core.store import open_store
@@ -28,9 +28,9 @@ from difflens_core.targets import Targets
 
 AVATARS = FOLDER.parent / "models" / "avatars"
 NODES = (
-    "LoadModel", "LoadSAE", "LoadClassifier", "LoadRecipe", "SaveRecipe", "Capture", "LoadActivations", "TrainSAE",
-    "Classify", "TrainProbes", "Attribute", "SiteScan", "RankByEffect", "Steer", "Report", "Compare", "ZeroShot",
-    "DDIMSigmas", "ReferenceSampler", "LoadPromptedModel",
+    "LoadModel", "LoadSAE", "LoadFeatures", "LoadClassifier", "LoadRecipe", "SaveRecipe", "Capture", "LoadActivations",
+    "TrainSAE", "Classify", "TrainProbes", "Attribute", "SiteScan", "RankByEffect", "Steer", "Report", "Compare",
+    "ZeroShot", "DDIMSigmas", "ReferenceSampler", "LoadPromptedModel",
 )  # fmt: skip
 NAMES = ("01 debias the avatars", "02 find the bias features", "03 dose response", "04 debias a prompt")
 
@@ -325,6 +325,68 @@ def test_an_sae_of_another_program_is_listed_by_its_folder_and_loads(server):
     texts = [entry["outputs"][str(node.id)]["text"][0] for node in shown]
     assert "sparsify" in texts[0] and "topk, k 2" in texts[0] and "the output of middle_block.0" in texts[0]
     assert "the output of middle_block\n" in texts[1] + "\n" and "format: DiffLens" in texts[2]
+
+
+def feature_files(server: Server, sae: SparseAutoencoder) -> dict[str, list[int]]:
+    """Files as the reference DiffLens writes them, in a folder below an SAE's; returns 12 latents of each class."""
+    folder = server.base / "models" / "difflens_saes" / "paper" / "age"
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = shipped("age")
+    chosen = {name: recipe.features[own][:12].tolist() for name, own in zip(recipe.classes, recipe.member, strict=True)}
+    for name, latents in chosen.items():
+        positions = torch.arange(len(latents)) % 5
+        torch.save(
+            torch.cat([positions * sae.latents + torch.tensor(latents), torch.tensor(latents[:1])]),
+            folder / f"{name}.pt",
+        )
+    save_file({"encoder": torch.ones(1)}, folder.parent / "odd.safetensors")
+    return chosen
+
+
+def test_feature_files_of_the_paper_steer_a_stock_graph(server):
+    sae = load_sae(AVATARS / "difflens_saes" / "avatars.safetensors")
+    chosen = feature_files(server, sae)
+    info = server.object_info()
+    folder = str(Path("paper", "age"))
+    assert info["DiffLensLoadFeatures"]["input"]["required"]["folder"][1]["options"] == [folder]
+    names = info["DiffLensLoadSAE"]["input"]["required"]["sae_name"][1]["options"]
+    assert not [name for name in names if name.endswith(".pt")] and str(Path("paper", "odd.safetensors")) in names
+
+    graph = Small(pictures=4)
+    loaded = graph.add("DiffLensLoadSAE", sae_name="avatars.safetensors")
+
+    def steered(with_sae: bool, **settings: object) -> tuple[Node, Node]:
+        inputs = {"attribute": "", "classes": "young, senior", "features_per_class": "12, 7", "strength": "0.5, 3"}
+        features = graph.add("DiffLensLoadFeatures", folder=folder, sae=loaded[0], **{**inputs, **settings})
+        node = steer(graph, None, graph.model[0], features[0])
+        node.inputs |= {"sae": loaded[0]} if with_sae else {}
+        drawn = sampler(graph, None, node[0], graph.model[1], graph.latent, 3)
+        drawn.inputs["steps"] = 4
+        return drawn, features
+
+    scaled, features = steered(True, mode="scale")
+    saved = graph.save(scaled), graph.save(steered(False, mode="add own fixed")[0])
+    shown = graph.add("PreviewAny", source=features[1])
+    entry = server.run(to_api(graph))
+    (text,) = entry["outputs"][str(shown.id)]["text"]
+    assert text.startswith("age, at middle_block\nyoung: 12 features, #") and "\nsenior: 7 features, #" in text
+    wanted = {"young": chosen["young"], "senior": chosen["senior"][:7]}
+    plain = sampled_by_the_core([], 4, 3)
+    for node, mode, given in zip(saved, ("scale", "add own fixed"), (sae, None), strict=True):
+        expected = sampled_by_the_core([recipe_from_features(sae, "age", wanted, mode, (0.5, 3.0))], 4, 3, sae=given)
+        torch.testing.assert_close(latents(server, entry, node).clamp(-1, 1), expected, atol=2e-3, rtol=0)
+        assert float((expected - plain).abs().amax(dim=(1, 2, 3)).min()) > 0.05
+
+    for settings, phrase in (
+        ({"mode": "scale"}, "Steer: recipe for age: mode 'scale' must know where the latents are active"),
+        ({"mode": "scale", "strength": "1, 2, 3"}, "Load Feature Files: strength .* 2 in the order young, senior"),
+        ({"mode": "scale", "classes": "old"}, "Load Feature Files: age has no feature file of old, but adult, senior"),
+    ):
+        graph = Small()
+        loaded = graph.add("DiffLensLoadSAE", sae_name="avatars.safetensors")
+        graph.save(steered(False, **settings)[0])
+        with pytest.raises(HostError, match=phrase):
+            server.run(to_api(graph))
 
 
 @pytest.fixture(scope="session")
