@@ -32,7 +32,15 @@ NODES = (
     "TrainSAE", "Classify", "TrainProbes", "Attribute", "SiteScan", "RankByEffect", "Steer", "Report", "Compare",
     "ZeroShot", "DDIMSigmas", "ReferenceSampler", "LoadPromptedModel",
 )  # fmt: skip
-NAMES = ("01 debias the avatars", "02 find the bias features", "03 dose response", "04 debias a prompt")
+NAMES = (
+    "01 debias the avatars", "02 find the bias features", "03 dose response", "04 debias a prompt",
+    "05 paper unconditional", "06 paper Stable Diffusion",
+)  # fmt: skip
+# What 05 and 06 ask the user to bring, by the input that names it.
+BROUGHT = {
+    "model_name": {"celebahq_p2.pt"}, "ckpt_name": {"v1-5-pruned-emaonly.safetensors"}, "sae_name": {"p2", "sd15"},
+    "folder": {"p2/gender", "sd15/age"}, "classifier_name": {"res34_fair_align_multi_7_20190809.pt"},
+}  # fmt: skip
 
 
 def ui_file(name: str) -> dict:
@@ -82,6 +90,7 @@ def test_every_node_explains_itself(server, object_info, name):
 def test_the_shipped_files_are_listed(object_info):
     for node, name, files in (
         ("LoadModel", "model_name", ["avatars"]),
+        ("LoadPromptedModel", "model_name", ["prompted_avatars"]),
         ("LoadSAE", "sae_name", ["avatars"]),
         ("LoadClassifier", "classifier_name", ["avatars"]),
         ("LoadRecipe", "recipe_name", ["avatars_presentation", "avatars_age", "avatars_skin_tone"]),
@@ -96,8 +105,8 @@ def test_workflows_are_templates(server):
     for name in NAMES:
         path = f"/api/workflow_templates/{PACK_NAME}/{urllib.parse.quote(name)}"
         assert json.loads(server.request(f"{path}.json"))["nodes"]
-        thumbnail = Image.open(io.BytesIO(server.request(f"{path}.jpg")))
-        assert thumbnail.width == 512
+        if name[:2] not in ("05", "06"):  # which nobody can run without the weights
+            assert Image.open(io.BytesIO(server.request(f"{path}.jpg"))).width == 512
 
 
 # --- the workflow files ---
@@ -120,7 +129,7 @@ def widgets_of(info: dict, values: list) -> dict:
             if choices is None and type_ not in ("INT", "FLOAT", "STRING", "BOOLEAN"):
                 continue
             found[name] = value = next(values)
-            assert choices is None or value in choices, name
+            assert choices is None or value in choices or value in BROUGHT.get(name, ()), name
             if type_ in ("INT", "FLOAT"):
                 assert options["min"] <= value <= options["max"], name
             if options.get("control_after_generate", name in ("seed", "noise_seed")):
@@ -193,6 +202,25 @@ def test_a_workflow_makes_its_pictures(server, ran, name, count, columns, lines)
             assert read_image(server, entry, node_id).std() > 10, f"node {node_id} made an empty picture"
     report = read_report(prompt, entry)
     assert report["n"] == count and sum(report["before"]["shares"]) == pytest.approx(1)
+
+
+def test_one_recipe_debiases_every_prompt(server, ran):
+    prompt, entry = ran(NAMES[3])
+    for job in ("doctor", "nurse", "firefighter", "receptionist"):
+        (node,) = [
+            i for i, n in prompt.items() if n["_meta"]["title"] == f"{job.title()}: the report for machines (JSON)"
+        ]
+        report = json.loads(entry["outputs"][node]["text"][0])
+        assert report["n"] == 16 and report["before"]["fd"] > 0.3 > 0.1 > report["after"]["fd"], job
+        assert report["after"]["success"] >= 0.9 and report["kept"]["occupation"] >= 0.9, job
+    grid = read_image(server, entry, find(prompt, "SaveImage", images=[find(prompt, "DiffLensCompare"), 0]))
+    assert grid.shape[1] == 16 * 134 + 6 and grid.std() > 10
+
+
+def test_the_workflows_of_the_paper_name_what_is_missing(server):
+    for name, missing in (("05 paper unconditional", "celebahq_p2.pt"), ("06 paper Stable Diffusion", "v1-5-pruned")):
+        with pytest.raises(HostError, match=missing):
+            server.run(api_file(name))
 
 
 def test_debiasing_brings_the_mix_to_the_target(ran):
