@@ -69,7 +69,7 @@ RECIPE = {
 }
 STEERED = ("presentation", "age")
 CFG = 2.0
-CARD = {"pictures": 128, "seed": 4_100}
+CARD = {"pictures": 256, "seed": 4_100}
 
 
 class Prompted(nn.Module):
