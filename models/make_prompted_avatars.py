@@ -62,7 +62,7 @@ SAE = {"pictures": 3_072, "latents": 1_024, "k": 32, "steps": 3_000, "seed": 2_1
 RECIPE = {
     "per_class": 120,
     "start": 0.2,
-    "strengths": (1.5, 2.0, 2.5),
+    "strengths": (0.75, 1.0, 1.5),
     "success": 0.98,
     "tuning_pictures": 256,
     "tuning_seed": 3_100,
