@@ -28,6 +28,7 @@ from comfy import sd1_clip
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from comfy.weight_adapter import WeightAdapterBase
 from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor, nn
@@ -399,6 +400,32 @@ def model_fingerprint(model: ModelPatcher) -> str:
     return fingerprint({name: weights[name] for name in chosen})
 
 
+def patches_mark(model: ModelPatcher) -> str:
+    """Tells the patches on a MODEL from others', "" if it has none. Stable from one start of the server to the next.
+
+    ComfyUI's own mark, patches_uuid, is drawn anew for every patch. Patches of weights, such as LoRAs, count with
+    their strengths and tensors. What acts while sampling counts by its place and kind: its settings cannot be read.
+    """
+    found = described((model.patches, model.object_patches, model.wrappers, model.model_options))
+    return "" if found == described(({}, {}, {}, {})) else digest(found)
+
+
+def described(value: Any) -> str:
+    """Text that is the same for equal patches, whichever objects hold them."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {float(value.double().sum()):.6e}"
+    if isinstance(value, WeightAdapterBase):
+        return f"{value.name} {described(value.weights)}"
+    if isinstance(value, dict):
+        parts = [f"{key}: {text}" for key, inner in value.items() if (text := described(inner)) != "{}"]
+        return "{" + ", ".join(sorted(parts)) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(described, value))})"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
 # --- reading and editing a site while ComfyUI samples ---
 
 Edit = Callable[[Tensor, float, Tensor], Tensor]
@@ -645,6 +672,7 @@ def capture(
     info = {"steps": steps, "sampler": sampler_name, "scheduler": scheduler, "latent and conditioning": inputs}
     if cfg != 1:
         info |= {"cfg": cfg, "negative": digest(*content(conditioning_tensors(negative)))}
+    info |= {"patches": mark} if (mark := patches_mark(model)) else {}
     progress = tuple(passed[step] for step in kept)
     index = Index(sites, progress, pictures, min(batch, pictures), seed, model_fingerprint(model), dtype, info)
     watch = Watch(model, sites, schedule.sigmas[kept], DTYPES[dtype])
