@@ -632,6 +632,14 @@ def content(tensors: Sequence[Tensor]) -> Iterator[bytes | str]:
         yield tensor.cpu().float().numpy().tobytes()
 
 
+def check_guidance(negative: list | None, cfg: float) -> None:
+    """Raises `DiffLensError` if there is nothing to guide away from."""
+    if cfg != 1 and not negative:
+        raise DiffLensError(
+            f"cfg is {cfg:g}, which guides away from a negative, but none is connected. Connect it, or set cfg to 1."
+        )
+
+
 def conditioning_tensors(conditioning: list) -> list[Tensor]:
     """The tensors of a CONDITIONING, in order."""
     return [t for main, more in conditioning for t in (main, *more.values()) if isinstance(t, Tensor)]
@@ -666,8 +674,7 @@ def capture(
     kept = [step for step, progress in enumerate(passed) if span[0] <= progress <= span[1]]
     if not kept:
         raise DiffLensError(f"no step lies between {span[0]} and {span[1]} of the sampling. Widen the span.")
-    if cfg != 1 and not negative:
-        raise DiffLensError(f"cfg is {cfg:g}, which guides away from a negative, but none is connected. Connect it.")
+    check_guidance(negative, cfg)
     inputs = digest(*content([start, *conditioning_tensors(positive)]))
     info = {"steps": steps, "sampler": sampler_name, "scheduler": scheduler, "latent and conditioning": inputs}
     if cfg != 1:
@@ -695,12 +702,13 @@ def capture(
 
 def drawer(
     model: ModelPatcher, positive: list, latent: dict, vae: comfy.sd.VAE, pictures: int, steps: int, sampler_name: str,
-    scheduler: str, seed: int, node: str,
+    scheduler: str, seed: int, node: str, negative: list | None = None, cfg: float = 1.0,
 ) -> Draw:  # fmt: skip
-    """`Draw` that samples (cfg 1) from the noises of a run of `pictures`; Cancel works at every step.
+    """`Draw` that samples from the noises of a run of `pictures`; Cancel works at every step.
 
-    Errors that come up while sampling begin with the name `node`.
+    Edits act on what the positive conditioning draws. Errors that come up while sampling begin with the name `node`.
     """
+    check_guidance(negative, cfg)
     start = comfy.utils.repeat_to_batch_size(empty_latents(model, positive, latent), pictures)
     noise = comfy.sample.prepare_noise(start, seed)
 
@@ -709,7 +717,7 @@ def drawer(
         for edit in edits:
             edited = apply_site(edited, edit.site, edit, node)
         samples = comfy.sample.sample(
-            edited, noise[which], steps, 1.0, sampler_name, scheduler, positive, positive, start[which],
+            edited, noise[which], steps, cfg, sampler_name, scheduler, positive, negative or positive, start[which],
             callback=lambda *_: comfy.model_management.throw_exception_if_processing_interrupted(),
             disable_pbar=True, seed=seed,
         )  # fmt: skip
@@ -721,10 +729,10 @@ def drawer(
 def some_sites(model: ModelPatcher) -> list[str]:
     """Sites of a network worth a scan, from its input to its output.
 
-    Of a U-Net as ComfyUI builds it the last module of three blocks before and after the middle; of diffusers' the last
-    residual block of every level; of other networks the modules right below it that put out a map, as far as their type
-    tells, with the first of each stack (the first and the last convolution only touch pixels), and three of each list
-    of blocks.
+    Of a U-Net as ComfyUI builds it the last module of three blocks before and after the middle (some distilled ones
+    have nothing there); of diffusers' the last residual block of every level; of other networks the modules right below
+    it that put out a map, as far as their type tells, with the first of each stack (the first and the last convolution
+    only touch pixels), and three of each list of blocks.
     """
     network = model.model.diffusion_model
 
@@ -735,7 +743,8 @@ def some_sites(model: ModelPatcher) -> list[str]:
         return [f"{name}.{i}{last[i]}" for i in chosen]
 
     if hasattr(network, "input_blocks") and hasattr(network, "output_blocks"):
-        return [*three("input_blocks"), MIDDLE_BLOCK, *three("output_blocks")]
+        middle = [] if network.middle_block is None else [MIDDLE_BLOCK]
+        return [*three("input_blocks"), *middle, *three("output_blocks")]
     if hasattr(network, "down_blocks"):  # diffusers
         down, up = (
             [f"{name}.{i}.resnets.{len(block.resnets) - 1}" for i, block in enumerate(getattr(network, name))]
