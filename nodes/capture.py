@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..difflens_core.store import open_store
 from . import host
+from .inputs import guidance_inputs, sampling_inputs, schedule_inputs
 from .sockets import CATEGORY, Activations
 
 
@@ -21,32 +22,9 @@ class CaptureActivations(io.ComfyNode):
             description="Samples pictures and keeps what one module of the model puts out at every step. "
             "The pictures are those that a KSampler draws from the same seed.",
             inputs=[
-                io.Model.Input("model", tooltip="The model to look into."),
-                io.Conditioning.Input(
-                    "positive", tooltip="What to draw: a prompt, or Load Unconditional Model's conditioning."
-                ),
-                io.Latent.Input(
-                    "latent_image",
-                    tooltip="An empty latent of the size of the pictures. Its batch size tells how many are drawn at "
-                    "once; it changes memory and speed, not the result.",
-                ),
-                io.Vae.Input("vae", tooltip="Turns the finished latents into images."),
+                *sampling_inputs(),
                 io.Int.Input("pictures", default=256, min=1, max=65536, tooltip="How many pictures to draw in all."),
-                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps."),
-                io.Combo.Input(
-                    "sampler_name", options=host.SAMPLERS, default="euler", tooltip="One that keeps to the schedule."
-                ),
-                io.Combo.Input(
-                    "scheduler", options=host.SCHEDULERS, default="simple", tooltip="How the noise levels are spaced."
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=True,
-                    tooltip="Seed of the pictures' noise.",
-                ),
+                *schedule_inputs(),
                 io.String.Input(
                     "site",
                     default="middle_block",
@@ -90,20 +68,7 @@ class CaptureActivations(io.ComfyNode):
                     "main memory does not limit the number of pictures. What a cancelled run has finished is kept: "
                     "queue again and it goes on. Empty: kept in main memory.",
                 ),
-                io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="What to guide away from, as you will sample. Only what the positive draws is kept.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    optional=True,
-                    tooltip="Strength of the guidance, as you will sample; 1 is none, and needs no negative.",
-                ),
+                *guidance_inputs(),
             ],
             outputs=[
                 Activations.Output(

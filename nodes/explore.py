@@ -15,42 +15,17 @@ from ..difflens_core.plots import bar_chart
 from ..difflens_core.recipes import Recipe
 from ..difflens_core.scan import scan_chart, scan_sites, scan_table
 from . import host
+from .inputs import guidance_inputs, sampling_inputs, schedule_inputs
 from .measure import classes_of
 from .sockets import CATEGORY, Classifier, RecipeSocket
 
 CHARTED = 10  # features of every class in the bar chart
 
 
-def sampling_inputs() -> list[io.Input]:
-    """The inputs of a node that samples pictures of its own."""
-    return [
-        io.Model.Input("model", tooltip="The model to look into. It stays as it was."),
-        io.Conditioning.Input(
-            "positive", tooltip="What to draw: a prompt, or Load Unconditional Model's conditioning."
-        ),
-        io.Latent.Input(
-            "latent_image",
-            tooltip="An empty latent of the size of the pictures. Its batch size tells how many are drawn at once.",
-        ),
-        io.Vae.Input("vae", tooltip="Turns the finished latents into images."),
-        Classifier.Input("classifier", tooltip="From Load Attribute Classifier or Zero-shot Classifier."),
-    ]
-
-
-def schedule_inputs() -> list[io.Input]:
-    return [
-        io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps."),
-        io.Combo.Input("sampler_name", options=host.SAMPLERS, default="euler", tooltip="As for KSampler."),
-        io.Combo.Input("scheduler", options=host.SCHEDULERS, default="simple", tooltip="As for KSampler."),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**64 - 1,
-            control_after_generate=True,
-            tooltip="Seed of the pictures' noise. All experiments start from the same noise.",
-        ),
-    ]
+def experiment_inputs() -> list[io.Input]:
+    """What is sampled, and what reads the pictures."""
+    classifier = Classifier.Input("classifier", tooltip="From Load Attribute Classifier or Zero-shot Classifier.")
+    return [*sampling_inputs(), classifier]
 
 
 class SiteScan(io.ComfyNode):
@@ -64,7 +39,7 @@ class SiteScan(io.ComfyNode):
             "before any SAE is trained.",
             search_aliases=["where", "layer search", "mean difference"],
             inputs=[
-                *sampling_inputs(),
+                *experiment_inputs(),
                 io.String.Input("attribute", default="presentation", tooltip="One of the classifier's attributes."),
                 io.String.Input(
                     "sites",
@@ -91,6 +66,7 @@ class SiteScan(io.ComfyNode):
                     "strength", default=1.0, min=0.0, max=10.0, step=0.1, tooltip="Times the difference of the means."
                 ),
                 *schedule_inputs(),
+                *guidance_inputs(),
             ],
             outputs=[
                 io.String.Output(display_name="table", tooltip="A line for every site and part of the sampling."),
@@ -108,7 +84,7 @@ class SiteScan(io.ComfyNode):
     def execute(
         cls, model: Any, positive: list, latent_image: dict, vae: Any, classifier: ImageClassifier, attribute: str,
         sites: str, pictures: int, per_class: int, strength: float, steps: int, sampler_name: str, scheduler: str,
-        seed: int,
+        seed: int, negative: list | None = None, cfg: float = 1.0,
     ) -> io.NodeOutput:  # fmt: skip
         classes = classes_of(classifier, attribute)
         names = [name.strip() for name in sites.replace(",", "\n").splitlines()]
@@ -117,7 +93,7 @@ class SiteScan(io.ComfyNode):
             host.site_width(model, name)
         draw = host.drawer(
             model, positive, latent_image, vae, pictures, steps, sampler_name, scheduler, seed,
-            cls.define_schema().display_name,
+            cls.define_schema().display_name, negative, cfg,
         )  # fmt: skip
         found = scan_sites(
             names, draw, classifier.classify, attribute, classes, pictures, per_class, strength,
@@ -140,7 +116,7 @@ class RankByEffect(io.ComfyNode):
             "change the class most.",
             search_aliases=["causal effect", "ablation"],
             inputs=[
-                *sampling_inputs(),
+                *experiment_inputs(),
                 RecipeSocket.Input("recipe", tooltip="A recipe of this model with a short list of features."),
                 io.Combo.Input(
                     "change",
@@ -161,6 +137,7 @@ class RankByEffect(io.ComfyNode):
                     "features_per_class", default=30, min=1, max=4096, tooltip="Best features of each class to keep."
                 ),
                 *schedule_inputs(),
+                *guidance_inputs(),
             ],
             outputs=[
                 RecipeSocket.Output(display_name="recipe", tooltip="The recipe with the features that are kept."),
@@ -177,7 +154,7 @@ class RankByEffect(io.ComfyNode):
     def execute(
         cls, model: Any, positive: list, latent_image: dict, vae: Any, classifier: ImageClassifier, recipe: Recipe,
         change: str, strength: float, pictures: int, features_per_class: int, steps: int, sampler_name: str,
-        scheduler: str, seed: int,
+        scheduler: str, seed: int, negative: list | None = None, cfg: float = 1.0,
     ) -> io.NodeOutput:  # fmt: skip
         if classes_of(classifier, recipe.attribute) != recipe.classes:
             raise DiffLensError(
@@ -186,7 +163,7 @@ class RankByEffect(io.ComfyNode):
             )
         draw = host.drawer(
             model, positive, latent_image, vae, pictures, steps, sampler_name, scheduler, seed,
-            cls.define_schema().display_name,
+            cls.define_schema().display_name, negative, cfg,
         )  # fmt: skip
         effects = causal_effect(
             recipe, draw, lambda images: classifier.classify(images)[recipe.attribute], pictures, change, strength,

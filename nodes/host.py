@@ -28,6 +28,7 @@ from comfy import sd1_clip
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from comfy.weight_adapter import WeightAdapterBase
 from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor, nn
@@ -399,6 +400,32 @@ def model_fingerprint(model: ModelPatcher) -> str:
     return fingerprint({name: weights[name] for name in chosen})
 
 
+def patches_mark(model: ModelPatcher) -> str:
+    """Tells the patches on a MODEL from others', "" if it has none. Stable from one start of the server to the next.
+
+    ComfyUI's own mark, patches_uuid, is drawn anew for every patch. Patches of weights, such as LoRAs, count with
+    their strengths and tensors. What acts while sampling counts by its place and kind: its settings cannot be read.
+    """
+    found = described((model.patches, model.object_patches, model.wrappers, model.model_options))
+    return "" if found == described(({}, {}, {}, {})) else digest(found)
+
+
+def described(value: Any) -> str:
+    """Text that is the same for equal patches, whichever objects hold them."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {float(value.double().sum()):.6e}"
+    if isinstance(value, WeightAdapterBase):
+        return f"{value.name} {described(value.weights)}"
+    if isinstance(value, dict):
+        parts = [f"{key}: {text}" for key, inner in value.items() if (text := described(inner)) != "{}"]
+        return "{" + ", ".join(sorted(parts)) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(described, value))})"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
 # --- reading and editing a site while ComfyUI samples ---
 
 Edit = Callable[[Tensor, float, Tensor], Tensor]
@@ -605,6 +632,14 @@ def content(tensors: Sequence[Tensor]) -> Iterator[bytes | str]:
         yield tensor.cpu().float().numpy().tobytes()
 
 
+def check_guidance(negative: list | None, cfg: float) -> None:
+    """Raises `DiffLensError` if there is nothing to guide away from."""
+    if cfg != 1 and not negative:
+        raise DiffLensError(
+            f"cfg is {cfg:g}, which guides away from a negative, but none is connected. Connect it, or set cfg to 1."
+        )
+
+
 def conditioning_tensors(conditioning: list) -> list[Tensor]:
     """The tensors of a CONDITIONING, in order."""
     return [t for main, more in conditioning for t in (main, *more.values()) if isinstance(t, Tensor)]
@@ -639,12 +674,12 @@ def capture(
     kept = [step for step, progress in enumerate(passed) if span[0] <= progress <= span[1]]
     if not kept:
         raise DiffLensError(f"no step lies between {span[0]} and {span[1]} of the sampling. Widen the span.")
-    if cfg != 1 and not negative:
-        raise DiffLensError(f"cfg is {cfg:g}, which guides away from a negative, but none is connected. Connect it.")
+    check_guidance(negative, cfg)
     inputs = digest(*content([start, *conditioning_tensors(positive)]))
     info = {"steps": steps, "sampler": sampler_name, "scheduler": scheduler, "latent and conditioning": inputs}
     if cfg != 1:
         info |= {"cfg": cfg, "negative": digest(*content(conditioning_tensors(negative)))}
+    info |= {"patches": mark} if (mark := patches_mark(model)) else {}
     progress = tuple(passed[step] for step in kept)
     index = Index(sites, progress, pictures, min(batch, pictures), seed, model_fingerprint(model), dtype, info)
     watch = Watch(model, sites, schedule.sigmas[kept], DTYPES[dtype])
@@ -667,12 +702,13 @@ def capture(
 
 def drawer(
     model: ModelPatcher, positive: list, latent: dict, vae: comfy.sd.VAE, pictures: int, steps: int, sampler_name: str,
-    scheduler: str, seed: int, node: str,
+    scheduler: str, seed: int, node: str, negative: list | None = None, cfg: float = 1.0,
 ) -> Draw:  # fmt: skip
-    """`Draw` that samples (cfg 1) from the noises of a run of `pictures`; Cancel works at every step.
+    """`Draw` that samples from the noises of a run of `pictures`; Cancel works at every step.
 
-    Errors that come up while sampling begin with the name `node`.
+    Edits act on what the positive conditioning draws. Errors that come up while sampling begin with the name `node`.
     """
+    check_guidance(negative, cfg)
     start = comfy.utils.repeat_to_batch_size(empty_latents(model, positive, latent), pictures)
     noise = comfy.sample.prepare_noise(start, seed)
 
@@ -681,7 +717,7 @@ def drawer(
         for edit in edits:
             edited = apply_site(edited, edit.site, edit, node)
         samples = comfy.sample.sample(
-            edited, noise[which], steps, 1.0, sampler_name, scheduler, positive, positive, start[which],
+            edited, noise[which], steps, cfg, sampler_name, scheduler, positive, negative or positive, start[which],
             callback=lambda *_: comfy.model_management.throw_exception_if_processing_interrupted(),
             disable_pbar=True, seed=seed,
         )  # fmt: skip
@@ -693,10 +729,10 @@ def drawer(
 def some_sites(model: ModelPatcher) -> list[str]:
     """Sites of a network worth a scan, from its input to its output.
 
-    Of a U-Net as ComfyUI builds it the last module of three blocks before and after the middle; of diffusers' the last
-    residual block of every level; of other networks the modules right below it that put out a map, as far as their type
-    tells, with the first of each stack (the first and the last convolution only touch pixels), and three of each list
-    of blocks.
+    Of a U-Net as ComfyUI builds it the last module of three blocks before and after the middle (some distilled ones
+    have nothing there); of diffusers' the last residual block of every level; of other networks the modules right below
+    it that put out a map, as far as their type tells, with the first of each stack (the first and the last convolution
+    only touch pixels), and three of each list of blocks.
     """
     network = model.model.diffusion_model
 
@@ -707,7 +743,8 @@ def some_sites(model: ModelPatcher) -> list[str]:
         return [f"{name}.{i}{last[i]}" for i in chosen]
 
     if hasattr(network, "input_blocks") and hasattr(network, "output_blocks"):
-        return [*three("input_blocks"), MIDDLE_BLOCK, *three("output_blocks")]
+        middle = [] if network.middle_block is None else [MIDDLE_BLOCK]
+        return [*three("input_blocks"), *middle, *three("output_blocks")]
     if hasattr(network, "down_blocks"):  # diffusers
         down, up = (
             [f"{name}.{i}.resnets.{len(block.resnets) - 1}" for i, block in enumerate(getattr(network, name))]

@@ -14,12 +14,9 @@ from types import ModuleType
 
 import torch
 from environment import ensure_comfyui
-from launch_comfyui import install_mends
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ensure_comfyui()))  # before the repository: ComfyUI has a module called nodes, too
-
-install_mends()
 
 import comfy.cli_args  # noqa: E402
 

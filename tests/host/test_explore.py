@@ -1,0 +1,198 @@
+"""Site Scan and resumed captures on small networks of ComfyUI's own classes and on the avatars (see `inside.py`)."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+AVATARS = Path(__file__).resolve().parents[2] / "models" / "avatars" / "difflens_models" / "avatars.safetensors"
+STEPS, PICTURES, SEED, CFG = 2, 3, 5, 3.0
+SCHEDULE = ("euler", "normal")
+SITES = {
+    "SD1.5": [
+        "input_blocks.3.0", "input_blocks.6.0", "input_blocks.11.0", "middle_block",
+        "output_blocks.3.1", "output_blocks.6.1", "output_blocks.11.1",
+    ],
+    "SDXL": [
+        "input_blocks.2.0", "input_blocks.4.1", "input_blocks.8.1", "middle_block",
+        "output_blocks.2.2", "output_blocks.4.1", "output_blocks.8.0",
+    ],
+    "avatars": ["encoder.0", "encoder", "down", "middle_block", "after_middle", "up", "decoder.0", "decoder"],
+}  # fmt: skip
+SITES["SDXL without a middle"] = [site for site in SITES["SDXL"] if site != "middle_block"]
+
+
+@dataclass
+class Given:
+    """What is sampled; the batch is smaller than the number of pictures."""
+
+    model: object
+    positive: list
+    negative: list
+    latent: dict
+
+    def draw(self, inside, cfg: float = CFG) -> torch.Tensor:
+        """What a stock KSampler draws from one batch of all pictures."""
+        start = {"samples": self.latent["samples"][:1].repeat(PICTURES, 1, 1, 1)}
+        return inside.sample(self.model, self.positive, self.negative, cfg, start, STEPS, seed=SEED)
+
+    def drawer(self, inside, negative: list | None, cfg: float):
+        vae = inside.host.pixel_space_vae()
+        return inside.host.drawer(
+            self.model, self.positive, self.latent, vae, PICTURES, STEPS, *SCHEDULE, SEED, "Scan", negative, cfg
+        )
+
+
+@pytest.fixture(scope="module", params=[*SITES])
+def given(inside, request) -> Given:
+    kind = request.param
+    if kind == "avatars":
+        nothing = inside.host.unconditional_conditioning()
+        latent = {"samples": torch.zeros(2, 3, 64, 64)}
+        return Given(inside.host.load_unconditional(str(AVATARS)), nothing, nothing, latent)
+    family = kind.partition(" ")[0]
+    model = inside.model(family)
+    if family != kind:
+        make, sizes, _ = inside.SMALL[family]
+        model = inside.random_model(make, sizes | {"transformer_depth_middle": -2})
+    return Given(model, inside.prompt(family, 1), inside.prompt(family, 2), inside.latent(family))
+
+
+@pytest.fixture
+def sites(inside, given, request) -> list[str]:
+    """Those that the host proposes, which must be those that are written down here."""
+    found = inside.host.some_sites(given.model)
+    assert found == SITES[request.node.callspec.params["given"]]
+    return found
+
+
+def hook(model, site: str, change):
+    """A plain forward hook; ComfyUI's U-Net never calls its middle block itself, but the modules in it."""
+    module = model.model.diffusion_model.get_submodule(site)
+    return (module[-1] if isinstance(module, torch.nn.Sequential) else module).register_forward_hook(change)
+
+
+@dataclass
+class Louder:
+    """Edit that strengthens each picture by another factor; 0: none."""
+
+    site: str
+    by: float = 0.5
+
+    def __call__(self, h: torch.Tensor, progress: float, images: torch.Tensor) -> torch.Tensor:
+        assert 0 <= progress < 1
+        return h * self.factors(len(h))[images] if self.by else h
+
+    def factors(self, count: int) -> torch.Tensor:
+        return 1 + self.by * (1 + torch.arange(count))[:, None, None, None]
+
+
+def test_every_proposed_site_is_captured(inside, given, sites):
+    """Guided and in batches of 2, against plain hooks and one batch, whose second half is the positive's."""
+    store = inside.host.capture(
+        given.model, given.positive, given.latent, PICTURES, STEPS, *SCHEDULE, SEED, tuple(sites), dtype="bfloat16",
+        negative=given.negative, cfg=CFG,
+    )  # fmt: skip
+    inside.forget()
+    seen = {site: [] for site in sites}
+    with ExitStack() as stack:
+        for site in sites:
+            keep = hook(given.model, site, lambda _module, _inputs, h, site=site: seen[site].append(h[PICTURES:]))
+            stack.callback(keep.remove)
+        drawn = given.draw(inside)
+    torch.testing.assert_close(store.samples(), drawn, atol=1e-3, rtol=0)
+    for site in sites:
+        expected, found = torch.stack(seen[site]), store.activations(site).values.float()
+        assert found.shape == expected.shape and expected.std() > 0.01, site
+        torch.testing.assert_close(found, expected, atol=2e-2 * float(expected.std()), rtol=1e-2, msg=site)
+
+
+def test_every_proposed_site_is_edited_while_sampling_with_guidance(inside, given, sites):
+    draw, numbers, vae = (
+        given.drawer(inside, given.negative, CFG),
+        torch.arange(PICTURES),
+        inside.host.pixel_space_vae(),
+    )
+    plain = vae.decode(given.draw(inside))
+    for site in sites:
+        assert torch.equal(draw([Louder(site, by=0)], numbers), plain), site
+
+        def louder(_module, _inputs, h):
+            return torch.cat([h[:PICTURES], h[PICTURES:] * Louder("").factors(PICTURES)])
+
+        handle = hook(given.model, site, louder)
+        expected = vae.decode(given.draw(inside))
+        handle.remove()
+        found = draw([Louder(site)], numbers)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0, msg=site)
+        assert float((found - plain).abs().amax(dim=(1, 2, 3)).min()) > 0.01, site
+    assert torch.equal(draw([], numbers), plain)
+    assert not any(module._forward_hooks for module in given.model.model.diffusion_model.modules())
+    with pytest.raises(inside.host.DiffLensError, match="cfg is 3, .* none is connected"):
+        given.drawer(inside, None, CFG)
+
+
+class Tone:
+    """Classifier that tells light pictures from dark ones."""
+
+    def __init__(self, middle: torch.Tensor):
+        self.attributes, self.middle = {"tone": ("dark", "light")}, middle
+
+    def classify(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        light = (100 * (images.mean(dim=(1, 2, 3)) - self.middle)).sigmoid()
+        return {"tone": torch.stack([1 - light, light], dim=1)}
+
+
+def test_site_scan_tries_every_proposed_site_with_guidance(inside, given, sites):
+    vae, scan = inside.host.pixel_space_vae(), inside.pack_module("nodes.explore").SiteScan
+    start = given.latent["samples"][:1].repeat(6, 1, 1, 1)
+    drawn = inside.sample(given.model, given.positive, given.negative, CFG, {"samples": start}, STEPS, seed=SEED)
+    classifier = Tone(vae.decode(drawn).mean(dim=(1, 2, 3)).median() + 1e-6)
+    table, _, chart = scan.execute(
+        given.model, given.positive, given.latent, vae, classifier, "tone", "", 6, 1, 1.0, STEPS, *SCHEDULE, SEED,
+        given.negative, CFG,
+    ).result  # fmt: skip
+    inside.forget()
+    parts = inside.pack_module("difflens_core.scan").PARTS
+    assert all(sum(line.startswith(f"{site} ") for line in table.splitlines()) == len(parts) for site in sites), table
+    assert chart.shape[-1] == 3 and chart.std() > 0
+
+
+def patched(model, strength: float, seed: int = 4):
+    """A clone with a LoRA on one weight."""
+    from comfy.weight_adapter import LoRAAdapter
+
+    draw, clone = torch.Generator().manual_seed(seed), model.clone()
+    up, down = torch.randn(32, 2, generator=draw), torch.randn(2, 288, generator=draw)
+    key = "diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    assert clone.add_patches({key: LoRAAdapter(set(), (up, down, 2.0, None, None, None))}, strength) == [key]
+    return clone
+
+
+def test_a_capture_is_only_gone_on_with_by_a_model_with_the_same_patches(inside, tmp_path):
+    host, model = inside.host, inside.model("SD1.5")
+    mark = host.patches_mark(patched(model, 0.5))
+    assert host.patches_mark(model) == "" and host.patches_mark(patched(model, 0.5)) == mark
+    edited = [host.apply_site(model, site, Louder(site), "Scan") for site in ("middle_block", "input_blocks.3.0")]
+    again = host.apply_site(model, "middle_block", Louder("middle_block"), "Scan")
+    assert host.patches_mark(again) == host.patches_mark(edited[0])
+    others = [patched(model, 0.6), patched(model, 0.5, seed=6), *edited, model]
+    assert len({mark, *map(host.patches_mark, others)}) == 6
+
+    def capture(by) -> torch.Tensor:
+        store = host.capture(
+            by, inside.prompt("SD1.5", 1), inside.latent("SD1.5"), PICTURES, STEPS, *SCHEDULE, SEED, ("middle_block",),
+            folder=tmp_path / "store",
+        )  # fmt: skip
+        inside.forget()
+        return store.samples()
+
+    first = capture(patched(model, 0.5))
+    assert torch.equal(capture(patched(model, 0.5)), first)
+    for other in (model, patched(model, 0.6)):
+        with pytest.raises(host.DiffLensError, match=f"begun with other settings: patches {mark}, now"):
+            capture(other)
