@@ -36,6 +36,11 @@ COMFYUI_IN_SDIST = ("vendor", "ComfyUI")
 TORCH = "torch==2.13.0"
 TORCH_COMPANIONS = ("torchvision==0.28.0", "torchaudio==2.11.0")
 
+# The programs whose SAEs we read, for the tests that have both read the same file. The last two go in without their
+# dependencies, which ask for far more than reading an SAE takes.
+LIBRARIES = ("sae-lens==6.54.12", "eai-sparsify==1.3.3", "python-socketio", "pytest>=8", "hypothesis>=6")
+LIBRARIES_ALONE = ("dictionary-learning==0.1.0", "nnsight==0.3.7")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -60,8 +65,8 @@ def ensure_environment(extra: Sequence[str] = ()) -> Path:
         python = Path(os.path.abspath(shutil.which(given) or given))  # the server runs in a folder of its own
         _check_installed(python, [*pack_requirements.splitlines(), *extra])
         return python
-    python, comfyui = _virtual_environment(), ensure_comfyui()
-    stamp = _environment_folder() / "difflens-stamp.json"
+    python, comfyui = _virtual_environment("env"), ensure_comfyui()
+    stamp = _stamp("env")
     asked = "\n".join([TORCH, *TORCH_COMPANIONS, pack_requirements])
     asked += (comfyui / "requirements.txt").read_text(encoding="utf-8")
     key = hashlib.sha256(asked.encode()).hexdigest()
@@ -78,6 +83,18 @@ def ensure_environment(extra: Sequence[str] = ()) -> Path:
         _pip_install(", ".join(missing), python, *missing)
         done["extra"] += missing
         stamp.write_text(json.dumps(done), encoding="utf-8")
+    return python
+
+
+def ensure_libraries() -> Path:
+    """Return the Python of an environment with LIBRARIES, made on the first call (about 2 GB)."""
+    python, stamp = _virtual_environment("libraries"), _stamp("libraries")
+    asked = json.dumps([TORCH, *LIBRARIES, *LIBRARIES_ALONE])
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != asked:
+        requirements = str(REPOSITORY / "requirements.txt")
+        _pip_install("SAE libraries", python, TORCH, *LIBRARIES, "-r", requirements)
+        _pip_install("dictionary-learning", python, "--no-deps", *LIBRARIES_ALONE)
+        stamp.write_text(asked, encoding="utf-8")
     return python
 
 
@@ -114,15 +131,16 @@ def _has_accelerator(python: str) -> bool:
     return subprocess.run([python, "-c", code], capture_output=True).returncode == 0
 
 
-def _environment_folder() -> Path:
-    return cache_folder() / "env"
+def _stamp(name: str) -> Path:
+    """The file that tells what was installed into a virtual environment."""
+    return cache_folder() / name / "difflens-stamp.json"
 
 
-def _virtual_environment() -> Path:
-    """The Python of the virtual environment, made anew if it is not of the running Python's version."""
+def _virtual_environment(name: str) -> Path:
+    """The Python of a virtual environment, made anew if it is not of the running Python's version."""
     if sys.version_info < (3, 10):  # noqa: UP036 (this file runs on whatever Python the user has)
         raise HostError(f"ComfyUI needs Python 3.10 or newer; this is {platform.python_version()}.")
-    folder = _environment_folder()
+    folder = cache_folder() / name
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     config = folder / "pyvenv.cfg"
     version = f"version = {platform.python_version()}\n"
@@ -138,7 +156,7 @@ def _virtual_environment() -> Path:
 
 def _download_sdist(folder: Path) -> Path:
     """Download the pinned source distribution; pip refuses an archive whose hash is not the pinned one."""
-    python = os.environ.get("COMFYUI_PYTHON") or str(_virtual_environment())
+    python = os.environ.get("COMFYUI_PYTHON") or str(_virtual_environment("env"))
     wanted = folder / "wanted.txt"
     wanted.write_text(f"{COMFYUI_SDIST} --hash=sha256:{COMFYUI_SDIST_SHA256}\n", encoding="utf-8")
     # The package asks for a newer Python than ComfyUI itself does. `--no-binary` names this package only, or

@@ -1,6 +1,7 @@
 """Run every check: style, unit tests, and tests in a real ComfyUI.
 
     python scripts/test.py               all of it; the first run makes an environment in .cache
+    python scripts/test.py --libraries   reads SAEs with the very programs that wrote them as well (2 GB more)
     python scripts/test.py -k plots -x   further arguments go to pytest
 
 Standard library only. Exits with 0 if all is well. Nothing is written outside the cache folder but temporary files.
@@ -13,37 +14,45 @@ import subprocess
 import sys
 from pathlib import Path
 
-from environment import REPOSITORY, HostError, cache_folder, ensure_comfyui, ensure_environment
+from environment import REPOSITORY, HostError, cache_folder, ensure_comfyui, ensure_environment, ensure_libraries
 
+LIBRARIES = "--libraries"
 PACKAGES = ("pytest>=8", "hypothesis>=6", "ruff>=0.9", "diffusers>=0.42")
 
 
-def checks(python: Path, pytest_arguments: list[str]) -> dict[str, list[str]]:
+def checks(python: Path, libraries: Path | None, pytest_arguments: list[str]) -> dict[str, list[str]]:
     """Each check's name and command."""
     cache = cache_folder()
     run = [str(python), "-m"]
     ruff = ["--cache-dir", str(cache / "ruff"), "--exclude", ".cache", "."]
-    return {
+    pytest = ["pytest", "-o", f"cache_dir={cache / 'pytest'}"]
+    found = {
         "style": [*run, "ruff", "check", *ruff],
         "format": [*run, "ruff", "format", "--check", *ruff],
-        "tests": [*run, "pytest", "-o", f"cache_dir={cache / 'pytest'}", *pytest_arguments],
+        "tests": [*run, *pytest, *pytest_arguments],
     }
+    if libraries:
+        found["libraries"] = [str(libraries), "-m", *pytest, "tests/test_formats.py"]
+    return found
 
 
 def main() -> int:
-    """Make the environment, run the checks; returns 0, or the exit code of the last that failed."""
+    """Make the environments, run the checks; returns 0, or the exit code of the last that failed."""
+    pytest_arguments = [argument for argument in sys.argv[1:] if argument != LIBRARIES]
     try:
         python = ensure_environment(PACKAGES)
         ensure_comfyui()
+        libraries = ensure_libraries() if LIBRARIES in sys.argv else None
     except HostError as error:
         print(error, file=sys.stderr)
         return 1
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(cache_folder() / "hypothesis")
     failed = 0
-    for name, command in checks(python, sys.argv[1:]).items():
+    for name, command in checks(python, libraries, pytest_arguments).items():
         print(f"--- {name}", flush=True)
-        failed = subprocess.run(command, cwd=REPOSITORY).returncode or failed
+        there = {"DIFFLENS_LIBRARIES": "1"} if name == "libraries" else {}
+        failed = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **there}).returncode or failed
     return failed
 
 
