@@ -34,6 +34,8 @@ SIZES = {
     "DiffLensTrainProbes": (460, 300),
     "DiffLensAttribute": (460, 300),
     "DiffLensReport": (520, 340),
+    "DiffLensSiteScan": (560, 340),
+    "DiffLensRankByEffect": (560, 340),
     "PreviewAny": (520, 260),
     "SaveImage": (460, 260),
 }
@@ -425,9 +427,90 @@ def paper_stable_diffusion() -> Graph:
     return graph
 
 
+def experiment(graph: Graph, type: str, model: Node, latent: Node, classifier: Node, **settings: object) -> Node:
+    """A node that samples pictures of its own, ten quick steps each, and reads them."""
+    return graph.add(
+        type, None, model=model[0], positive=model[1], latent_image=latent[0], vae=model[2], classifier=classifier[0],
+        steps=10, sampler_name="euler", scheduler="simple", seed=1, cfg=1.0, **settings,
+    )  # fmt: skip
+
+
+def where_is_it_decided() -> Graph:
+    graph = Graph("08 where is it decided")
+    graph.group("Start here")
+    graph.note(
+        "# Where in the model is it decided, and when?\n\n"
+        "Before you capture and train: which module should it be? **Site Scan** tries some. At each it takes the mean "
+        "of what comes out for either presentation, then draws portraits again and adds the difference, to turn one "
+        "into the other.\n\n"
+        "Each group of bars is a module, from the model's input to its output. A bar is the share of portraits that "
+        "turned. *whole*: the difference was added in all steps; then in a *third* of them alone; *reversed*: it was "
+        "taken away instead, which must not work.\n\n"
+        "A good place for an SAE has a high *whole* and no *reversed*. The table also tells what else changed.\n\n"
+        "**Try next**\n"
+        "- `attribute`: age, skin_tone\n"
+        "- `sites` empty: all that the node proposes\n"
+        "- your own model: prompts into positive and negative, `cfg` as you use it"
+    )
+    graph.group("Model and classifier")
+    model = load_model(graph)
+    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors", face_detector="none")
+    latent = graph.add("EmptyLatentImage", "Pictures in a batch", width=64, height=64, batch_size=32)
+    graph.group("Try some modules")
+    scan = experiment(
+        graph, "DiffLensSiteScan", model, latent, classifier, attribute="presentation",
+        sites="encoder\ndown\nmiddle_block\nafter_middle\ndecoder", pictures=96, per_class=8, strength=1.0,
+    )  # fmt: skip
+    graph.column()
+    graph.add("SaveImage", "Save the chart", images=scan[2], filename_prefix="difflens/sites")
+    graph.add("PreviewAny", "The table", source=scan[0])
+    return graph
+
+
+def which_features_count() -> Graph:
+    graph = Graph("09 which features count")
+    graph.group("Start here")
+    graph.note(
+        "# Which features really do it?\n\n"
+        "The recipe names 120 features that should carry the presentation. **Rank by Effect** puts that to the test: "
+        "it strengthens each of them alone while the same four portraits are drawn, and sees how the class changes. "
+        "It keeps the ten of each class that change it most.\n\n"
+        "Then eight portraits are drawn three times from the same noise: as the model likes, steered to *feminine* by "
+        "all features, and by those that were kept.\n\n"
+        "**Try next**\n"
+        "- `features_per_class` in Rank by Effect: 3, 30\n"
+        "- `change`: ablate\n"
+        "- more `pictures`: the whiskers, one standard error, get shorter\n"
+        "- Save Recipe keeps the short recipe"
+    )
+    graph.group("Model, recipe and classifier")
+    model = load_model(graph)
+    recipe = graph.add("DiffLensLoadRecipe", None, recipe_name="avatars_presentation.safetensors")
+    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors", face_detector="none")
+    batch = graph.add("EmptyLatentImage", "Pictures in a batch", width=64, height=64, batch_size=32)
+    latent = graph.add("EmptyLatentImage", "How many pictures", width=64, height=64, batch_size=8)
+    graph.group("Change every feature alone")
+    ranked = experiment(
+        graph, "DiffLensRankByEffect", model, batch, classifier, recipe=recipe[0], change="amplify", strength=10.0,
+        pictures=4, features_per_class=10,
+    )  # fmt: skip
+    graph.add("PreviewAny", "Effect of every feature", source=ranked[2])
+    graph.group("Steer by all and by the best")
+    full = steer(graph, "Steer by all", model[0], recipe[0], "feminine")
+    short = steer(graph, "Steer by the best", model[0], ranked[0], "feminine")
+    graph.column()
+    titles = ["Before", "All features", "The best"]
+    models = [model[0], full[0], short[0]]
+    drawn = [sampler(graph, name, node, model[1], latent, 7) for name, node in zip(titles, models, strict=True)]
+    graph.column()
+    pictures = [graph.add("VAEDecode", None, samples=node[0], vae=model[2]) for node in drawn]
+    measure(graph, "presentation", "feminine", classifier[0], pictures, titles, 8, short[1])
+    return graph
+
+
 GRAPHS = (
     debias_the_avatars, find_the_bias_features, dose_response, debias_a_prompt, paper_unconditional,
-    paper_stable_diffusion,
+    paper_stable_diffusion, where_is_it_decided, which_features_count,
 )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ NODES = (
 )  # fmt: skip
 NAMES = (
     "01 debias the avatars", "02 find the bias features", "03 dose response", "04 debias a prompt",
-    "05 paper unconditional", "06 paper Stable Diffusion",
+    "05 paper unconditional", "06 paper Stable Diffusion", "08 where is it decided", "09 which features count",
 )  # fmt: skip
 # What 05 and 06 ask the user to bring, by the input that names it.
 BROUGHT = {
@@ -189,7 +189,8 @@ def ran(server):
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "columns", "lines"), [(NAMES[0], 16, 8, 4), (NAMES[1], 32, 16, 4), (NAMES[2], 8, 8, 5)]
+    ("name", "count", "columns", "lines"),
+    [(NAMES[0], 16, 8, 4), (NAMES[1], 32, 16, 4), (NAMES[2], 8, 8, 5), (NAMES[7], 8, 8, 3)],
 )
 def test_a_workflow_makes_its_pictures(server, ran, name, count, columns, lines):
     prompt, entry = ran(name)
@@ -243,6 +244,26 @@ def test_features_found_from_scratch_steer(server, ran):
 def test_the_dose_counts(ran):
     report = read_report(*ran(NAMES[2]))
     assert report["after"]["success"] >= 0.85 > 0.5 > report["before"]["shares"][2]
+
+
+def test_the_scan_tells_where_it_is_decided(server, ran):
+    prompt, entry = ran(NAMES[6])
+    scan = find(prompt, "DiffLensSiteScan")
+    (table,) = entry["outputs"][find(prompt, "PreviewAny", source=[scan, 0])]["text"]
+    rows = [line.split() for line in table.splitlines()[2:]]
+    success = {(row[0], row[1]): float(row[2]) for row in rows if row[1] in ("whole", "reversed")}
+    assert len(rows) == 5 * 5 and success["middle_block", "whole"] >= 75 >= 25 >= success["middle_block", "reversed"]
+    chart = read_image(server, entry, find(prompt, "SaveImage", images=[scan, 2]))
+    assert chart.shape == (440, 720, 3) and chart.std() > 10
+
+
+def test_few_features_that_count_steer(ran):
+    prompt, entry = ran(NAMES[7])
+    report = read_report(prompt, entry)
+    assert report["after"]["success"] >= 0.85 > report["before"]["shares"][1]
+    ranked = find(prompt, "DiffLensRankByEffect")
+    (table,) = entry["outputs"][find(prompt, "PreviewAny", source=[ranked, 2])]["text"]
+    assert len(table.splitlines()) == 2 + 120
 
 
 # --- small graphs of our own ---
