@@ -56,7 +56,9 @@ def given(inside, request) -> Given:
     if kind == "avatars":
         nothing = inside.host.unconditional_conditioning()
         latent = {"samples": torch.zeros(2, 3, 64, 64)}
-        return Given(inside.host.load_unconditional(str(AVATARS)), nothing, nothing, latent)
+        return Given(
+            inside.pack_module("nodes.host_avatars").load_unconditional(str(AVATARS)), nothing, nothing, latent
+        )
     family = kind.partition(" ")[0]
     model = inside.model(family)
     if family != kind:
