@@ -21,7 +21,10 @@ SITES = {
         "input_blocks.2.0", "input_blocks.4.1", "input_blocks.8.1", "middle_block",
         "output_blocks.2.2", "output_blocks.4.1", "output_blocks.8.0",
     ],
-    "avatars": ["encoder.0", "encoder", "down", "middle_block", "after_middle", "up", "decoder.0", "decoder"],
+    "avatars": [
+        "encoder", "down", "middle_block.0", "middle_block", "after_middle.0", "after_middle", "up", "decoder.0",
+        "decoder",
+    ],
 }  # fmt: skip
 SITES["SDXL without a middle"] = [site for site in SITES["SDXL"] if site != "middle_block"]
 
@@ -86,7 +89,7 @@ class Louder:
     by: float = 0.5
 
     def __call__(self, h: torch.Tensor, progress: float, images: torch.Tensor) -> torch.Tensor:
-        assert 0 <= progress < 1
+        assert 0 <= progress <= 1
         return h * self.factors(len(h))[images] if self.by else h
 
     def factors(self, count: int) -> torch.Tensor:
