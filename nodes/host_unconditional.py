@@ -25,7 +25,7 @@ from ..difflens_core.denoiser import fingerprint
 from ..difflens_core.files import DiffLensError, difflens_kind
 from ..difflens_core.schedules import Schedule, ddim_step, ddim_timesteps
 from ..difflens_core.unet2d import unet2d_class
-from . import host
+from . import host, host_avatars
 
 LOADED_BY = {"sae": "Load SAE", "recipe": "Load Recipe", "classifier": "Load Attribute Classifier"}
 
@@ -197,7 +197,7 @@ def load_model(path: str, *choices: Any) -> tuple[ModelPatcher, str, int]:
     """
     kind = difflens_kind(path)
     if kind == "denoiser":
-        return host.load_unconditional(path), "architecture: DiffLens denoiser", 0
+        return host_avatars.load_unconditional(path), "architecture: DiffLens denoiser", 0
     if kind is not None:
         use = f"Use {LOADED_BY[kind]}." if kind in LOADED_BY else "Expected a model."
         raise DiffLensError(f"{Path(path).name}: this is a DiffLens {kind} file. {use}")

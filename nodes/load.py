@@ -14,7 +14,7 @@ from ..difflens_core.resnet_classifiers import load_any_classifier
 from ..difflens_core.sae import SparseAutoencoder
 from ..difflens_core.schedules import BETAS, PREDICTIONS
 from ..difflens_core.targets import parse_numbers
-from . import host, host_unconditional
+from . import host, host_avatars, host_unconditional
 from .host_classifiers import HostedClassifier
 from .sockets import CATEGORY, SAE, Classifier, RecipeSocket
 
@@ -138,7 +138,9 @@ class LoadPromptedModel(io.ComfyNode):
     @classmethod
     @host.clear_errors
     def execute(cls, model_name: str) -> io.NodeOutput:
-        return io.NodeOutput(*host.load_prompted(host.find_file(host.MODELS, model_name)), host.pixel_space_vae())
+        return io.NodeOutput(
+            *host_avatars.load_prompted(host.find_file(host.MODELS, model_name)), host.pixel_space_vae()
+        )
 
 
 class LoadSAE(io.ComfyNode):

@@ -56,7 +56,9 @@ def given(inside, request) -> Given:
     if kind == "avatars":
         nothing = inside.host.unconditional_conditioning()
         latent = {"samples": torch.zeros(2, 3, 64, 64)}
-        return Given(inside.host.load_unconditional(str(AVATARS)), nothing, nothing, latent)
+        return Given(
+            inside.pack_module("nodes.host_avatars").load_unconditional(str(AVATARS)), nothing, nothing, latent
+        )
     family = kind.partition(" ")[0]
     model = inside.model(family)
     if family != kind:
@@ -80,18 +82,22 @@ def hook(model, site: str, change):
 
 
 @dataclass
-class Louder:
-    """Edit that strengthens each picture by another factor; 0: none."""
+class Mirror:
+    """Edit that adds to each picture its mirror image, times another factor each; 0: none.
+
+    Not merely a louder picture: the norm behind the last block would undo that.
+    """
 
     site: str
     by: float = 0.5
 
     def __call__(self, h: torch.Tensor, progress: float, images: torch.Tensor) -> torch.Tensor:
         assert 0 <= progress <= 1
-        return h * self.factors(len(h))[images] if self.by else h
+        return mirrored(h, self.by * (1 + images)) if self.by else h
 
-    def factors(self, count: int) -> torch.Tensor:
-        return 1 + self.by * (1 + torch.arange(count))[:, None, None, None]
+
+def mirrored(h: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    return h + factors[:, None, None, None] * h.flip(-1)
 
 
 def test_every_proposed_site_is_captured(inside, given, sites):
@@ -107,7 +113,7 @@ def test_every_proposed_site_is_captured(inside, given, sites):
             keep = hook(given.model, site, lambda _module, _inputs, h, site=site: seen[site].append(h[PICTURES:]))
             stack.callback(keep.remove)
         drawn = given.draw(inside)
-    torch.testing.assert_close(store.samples(), drawn, atol=1e-3, rtol=0)
+    torch.testing.assert_close(store.samples(), drawn, atol=1e-3, rtol=1e-3)
     for site in sites:
         expected, found = torch.stack(seen[site]), store.activations(site).values.float()
         assert found.shape == expected.shape and expected.std() > 0.01, site
@@ -122,16 +128,16 @@ def test_every_proposed_site_is_edited_while_sampling_with_guidance(inside, give
     )
     plain = vae.decode(given.draw(inside))
     for site in sites:
-        assert torch.equal(draw([Louder(site, by=0)], numbers), plain), site
+        assert torch.equal(draw([Mirror(site, by=0)], numbers), plain), site
 
-        def louder(_module, _inputs, h):
-            return torch.cat([h[:PICTURES], h[PICTURES:] * Louder("").factors(PICTURES)])
+        def mirror(_module, _inputs, h):
+            return torch.cat([h[:PICTURES], mirrored(h[PICTURES:], 0.5 * (1 + numbers))])
 
-        handle = hook(given.model, site, louder)
+        handle = hook(given.model, site, mirror)
         expected = vae.decode(given.draw(inside))
         handle.remove()
-        found = draw([Louder(site)], numbers)
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0, msg=site)
+        found = draw([Mirror(site)], numbers)
+        torch.testing.assert_close(found, expected, atol=3e-3, rtol=0, msg=site)
         assert float((found - plain).abs().amax(dim=(1, 2, 3)).min()) > 0.01, site
     assert torch.equal(draw([], numbers), plain)
     assert not any(module._forward_hooks for module in given.model.model.diffusion_model.modules())
@@ -180,8 +186,8 @@ def test_a_capture_is_only_gone_on_with_by_a_model_with_the_same_patches(inside,
     host, model = inside.host, inside.model("SD1.5")
     mark = host.patches_mark(patched(model, 0.5))
     assert host.patches_mark(model) == "" and host.patches_mark(patched(model, 0.5)) == mark
-    edited = [host.apply_site(model, site, Louder(site), "Scan") for site in ("middle_block", "input_blocks.3.0")]
-    again = host.apply_site(model, "middle_block", Louder("middle_block"), "Scan")
+    edited = [host.apply_site(model, site, Mirror(site), "Scan") for site in ("middle_block", "input_blocks.3.0")]
+    again = host.apply_site(model, "middle_block", Mirror("middle_block"), "Scan")
     assert host.patches_mark(again) == host.patches_mark(edited[0])
     others = [patched(model, 0.6), patched(model, 0.5, seed=6), *edited, model]
     assert len({mark, *map(host.patches_mark, others)}) == 6

@@ -10,8 +10,9 @@ from test_workflows import latents
 
 from difflens_core.denoiser import load_prompted
 from difflens_core.recipes import load_recipe
-from difflens_core.sampling import Guidance, sample, start_noise
+from difflens_core.sampling import Guidance, Kept, sample, start_noise
 from difflens_core.steering import Steering
+from difflens_core.store import open_store
 from difflens_core.targets import Targets
 
 FILES = FOLDER.parent / "models" / "prompted_avatars"
@@ -106,3 +107,40 @@ def test_files_and_texts_of_other_models_are_refused(server):
     graph.add("SaveLatent", samples=drawn[0], filename_prefix="latents/wrong")
     with pytest.raises(HostError, match="Connect CLIP Text Encode with the CLIP of the same Load Prompted Model"):
         server.run(to_api(graph))
+
+
+def test_from_a_prompt_to_a_recipe_with_another_prompt_as_baseline(server):
+    """Capture under guidance equals the core's; integrated gradients begin at the other prompt's activations."""
+    graph, count = Prompts(4), 24
+
+    def capture(prompt: str, save_as: str = "") -> Node:
+        return graph.add(
+            "DiffLensCapture", model=graph.model[0], positive=graph.text(prompt)[0], latent_image=graph.latent[0],
+            vae=graph.model[2], pictures=count, steps=STEPS, sampler_name="euler", scheduler="simple", seed=SEED,
+            site="middle_block", negative=graph.text("")[0], cfg=CFG, save_as=save_as,
+        )  # fmt: skip
+
+    captured, baseline = capture("portrait of a person", "by prompt"), capture("portrait of a woman")
+    sae = graph.add("DiffLensLoadSAE", sae_name="prompted_avatars.safetensors", site="")
+    classifier = graph.add(
+        "DiffLensLoadClassifier", classifier_name="prompted_avatars.safetensors", face_detector="none"
+    )
+    labels = graph.add("DiffLensClassify", images=captured[1], classifier=classifier[0], attribute="presentation")
+    probes = graph.add("DiffLensTrainProbes", activations=captured[0], sae=sae[0], labels=labels[0])
+    inputs = {"model": graph.model[0], "activations": captured[0], "sae": sae[0], "probes": probes[0]}
+    tables = [
+        graph.add(
+            "DiffLensAttribute", **inputs, labels=labels[0], method="integrated gradients", features_per_class=5, **more
+        )
+        for more in ({}, {"baseline": baseline[0]})
+    ]
+    shown = [graph.add("PreviewAny", source=table[2]) for table in tables]
+    entry = server.run(to_api(graph))
+    plain, based = (entry["outputs"][str(node.id)]["text"][0] for node in shown)
+    assert "presentation, by integrated gradients" in plain and len(based.splitlines()) == 7 and plain != based
+    model, text = load_prompted(FILES / "difflens_models" / "prompted_avatars.safetensors")
+    keep, guidance = Kept("middle_block"), Guidance(text.encode(["portrait of a person"]), text.encode([""]), CFG)
+    sample(model, start_noise(count, SEED)[:4], STEPS, [keep], guidance=guidance)
+    store = open_store(server.base / "models" / "difflens_activations" / "by prompt")
+    found = store.activations().part(0, 4).values.float()
+    torch.testing.assert_close(found, torch.stack(keep.outputs).float(), atol=2e-2, rtol=2e-2)

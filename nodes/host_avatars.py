@@ -1,0 +1,149 @@
+"""The avatars as ComfyUI models: the denoiser as MODEL, and the text encoder of those that draw by prompt as CLIP."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models_base
+import torch
+from comfy import sd1_clip
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from torch import Tensor, nn
+
+from ..difflens_core.denoiser import Denoiser, DenoiserConfig, load_denoiser_weights
+from ..difflens_core.files import DiffLensError
+from ..difflens_core.text import END, TextEncoder, tokenize
+from . import host
+
+TIMESTEPS = 1000  # what ComfyUI's flow models multiply sigma by
+
+
+class HostedDenoiser(Denoiser):
+    """The denoiser as a ComfyUI diffusion model: it tells the velocity (x - x0) / sigma, as flow models do.
+
+    Runs DIFFUSION_MODEL wrappers and `middle_block_after_patch` patches as ComfyUI's own UNet does.
+    """
+
+    def __init__(self, device: Any = None, dtype: Any = None, operations: Any = nn, **sizes: int):
+        super().__init__(DenoiserConfig(**sizes), operations, device=device, dtype=dtype)
+
+    def forward(self, x, timesteps, context=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
+        """Velocity (like x) for x (B x 3 x size x size) at `timesteps` (B, 1000 sigma)."""
+        size = self.config.size
+        if x.shape[1:] != (3, size, size):
+            found = " x ".join(map(str, x.shape[1:]))
+            raise DiffLensError(
+                f"Load Unconditional Model: this model draws {size} x {size} pictures (latents 3 x {size} x {size}), "
+                f"got a latent of {found}. Set Empty Latent Image to {size} x {size}."
+            )
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
+        width = self.config.context_width
+        if width and (context is None or context.shape[-1] != width):
+            found = "none" if context is None else f"one of width {context.shape[-1]}"
+            raise DiffLensError(
+                f"Load Prompted Model: this model reads a text of width {width}, got {found}. Connect CLIP Text Encode "
+                "with the CLIP of the same Load Prompted Model."
+            )
+        executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timesteps, context, control, transformer_options, **kwargs)
+
+    def _forward(self, x, timesteps, context, control, transformer_options, **kwargs):
+        sigma = timesteps / TIMESTEPS
+        h, emb = self.encode(x, sigma)
+        middle = self.middle_block(h, emb, context if self.config.context_width else None)
+        h = host.after_middle(middle, x, emb, context, None, timesteps, transformer_options)
+        return (x - self.decode(h, emb)) / sigma[:, None, None, None]
+
+
+class UnconditionalConfig(comfy.supported_models_base.BASE):
+    """Rectified flow on pixels: x_t = (1 - sigma) x0 + sigma noise, without a shift."""
+
+    unet_extra_config = {}
+    sampling_settings = {"shift": 1.0, "multiplier": TIMESTEPS}
+    latent_format = comfy.latent_formats.ChromaRadiance  # 3 channels, as large as the picture
+    supported_inference_dtypes = [torch.float32]
+    memory_usage_factor = 0.03
+
+
+def load_unconditional(path: str) -> ModelPatcher:
+    """A denoiser that draws without prompts as a MODEL. Raises `DiffLensError` if the file does not fit."""
+    if load_denoiser_weights(path)[0].context_width:
+        raise DiffLensError(f"{Path(path).name} draws by prompt. Load it with Load Prompted Model.")
+    return load_denoiser_model(path)
+
+
+def load_denoiser_model(path: str, disable_dynamic: bool = False) -> ModelPatcher:
+    """A denoiser file as a MODEL that stock samplers take. Raises `DiffLensError` if the file does not fit."""
+    sizes, weights, _ = load_denoiser_weights(path)
+    config = UnconditionalConfig(asdict(sizes))
+    config.set_inference_dtype(torch.float32, None)
+    load_device = comfy.model_management.get_torch_device()
+    offload_device = comfy.model_management.unet_offload_device()
+    flow = comfy.model_base.ModelType.FLOW
+    model = comfy.model_base.BaseModel(config, flow, device=offload_device, unet_model=HostedDenoiser)
+    kind = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(model, load_device=load_device, offload_device=offload_device)
+    model.load_model_weights(weights, assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_denoiser_model, (path,))
+    return patcher
+
+
+class PromptTokenizer:
+    """Words and their weights, such as (doctor:1.3), for ComfyUI's CLIP."""
+
+    def __init__(self, words: Sequence[str], length: int):
+        self.words, self.length = words, length
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict:
+        """Chunks of `length` pairs (token, weight); with `return_word_ids` of (token, weight, number of the word)."""
+        found = [
+            (token, weight)
+            for part, weight in sd1_clip.token_weights(sd1_clip.escape_important(text), 1.0)
+            for token in tokenize(sd1_clip.unescape_important(part), self.words)
+        ]
+        found += [(END, 1.0)] * (-len(found) % self.length if found else self.length)
+        if return_word_ids:
+            found = [(*pair, number + 1 if pair[0] != END else 0) for number, pair in enumerate(found)]
+        return {"difflens": [found[i : i + self.length] for i in range(0, len(found), self.length)]}
+
+
+class HostedTextEncoder(nn.Module, sd1_clip.ClipTokenWeightEncoder):
+    """The text encoder as the model behind ComfyUI's CLIP, which weighs tokens by their distance from no prompt."""
+
+    special_tokens: ClassVar = {"pad": END}
+
+    def __init__(self, text: TextEncoder, device: Any = None, dtype: Any = None, model_options: Any = None):
+        super().__init__()
+        self.text, self.dtypes = text.to(device, dtype), {dtype}
+
+    def set_clip_options(self, options: dict) -> None:
+        """ComfyUI offers to skip layers or to move; there is one way to encode here."""
+
+    reset_clip_options = lambda self: None  # noqa: E731
+
+    def encode_token_weights(self, tokens: dict) -> tuple[Tensor, None]:
+        return super().encode_token_weights([[pair[:2] for pair in chunk] for chunk in tokens["difflens"]])
+
+    def encode(self, tokens: list[list[int]]) -> tuple[Tensor, None]:
+        return self.text(torch.tensor(tokens, device=self.text.position.device)), None
+
+
+def load_prompted(path: str) -> tuple[ModelPatcher, comfy.sd.CLIP]:
+    """A denoiser that draws by prompt, and its text encoder as CLIP. Raises `DiffLensError` if it has none."""
+    _, _, text = load_denoiser_weights(path)
+    if text is None:
+        raise DiffLensError(f"{Path(path).name} draws without prompts. Load it with Load Unconditional Model.")
+    target = comfy.supported_models_base.ClipTarget(
+        lambda **_: PromptTokenizer(text.words, text.length), functools.partial(HostedTextEncoder, text)
+    )
+    return load_denoiser_model(path), comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
