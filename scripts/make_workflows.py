@@ -441,14 +441,17 @@ def where_is_it_decided() -> Graph:
     graph.note(
         "# Where in the model is it decided, and when?\n\n"
         "Before you capture and train: which module should it be? **Site Scan** tries some. At each it takes the mean "
-        "of what comes out for either presentation, then draws portraits again and adds the difference, to turn one "
-        "into the other.\n\n"
+        "of what comes out for every age, then draws portraits of other ages again and adds half the difference, to "
+        "turn them.\n\n"
         "Each group of bars is a module, from the model's input to its output. A bar is the share of portraits that "
         "turned. *whole*: the difference was added in all steps; then in a *third* of them alone; *reversed*: it was "
         "taken away instead, which must not work.\n\n"
-        "A good place for an SAE has a high *whole* and no *reversed*. The table also tells what else changed.\n\n"
+        "A good place for an SAE has a high *whole* and no *reversed*. In the avatars all modules do alike, because "
+        "nothing goes around them; in a network with skips they differ. The first and the last third of the sampling "
+        "count more than the middle. The table also tells what else changed.\n\n"
         "**Try next**\n"
-        "- `attribute`: age, skin_tone\n"
+        "- `strength` 1: now nearly all portraits turn\n"
+        "- `attribute`: presentation, skin_tone\n"
         "- `sites` empty: all that the node proposes\n"
         "- your own model: prompts into positive and negative, `cfg` as you use it"
     )
@@ -458,8 +461,8 @@ def where_is_it_decided() -> Graph:
     latent = graph.add("EmptyLatentImage", "Pictures in a batch", width=64, height=64, batch_size=32)
     graph.group("Try some modules")
     scan = experiment(
-        graph, "DiffLensSiteScan", model, latent, classifier, attribute="presentation",
-        sites="encoder\ndown\nmiddle_block\nafter_middle\ndecoder", pictures=96, per_class=8, strength=1.0,
+        graph, "DiffLensSiteScan", model, latent, classifier, attribute="age",
+        sites="encoder\ndown\nmiddle_block\nafter_middle\ndecoder", pictures=96, per_class=6, strength=0.5,
     )  # fmt: skip
     graph.column()
     graph.add("SaveImage", "Save the chart", images=scan[2], filename_prefix="difflens/sites")
@@ -473,12 +476,13 @@ def which_features_count() -> Graph:
     graph.note(
         "# Which features really do it?\n\n"
         "The recipe names 120 features that should carry the presentation. **Rank by Effect** puts that to the test: "
-        "it strengthens each of them alone while the same four portraits are drawn, and sees how the class changes. "
-        "It keeps the ten of each class that change it most.\n\n"
+        "it strengthens each of them alone while the same six portraits are drawn, and sees how the class changes. "
+        "Few of them turn a portrait alone. The twenty of each class that change it most are kept.\n\n"
         "Then eight portraits are drawn three times from the same noise: as the model likes, steered to *feminine* by "
-        "all features, and by those that were kept.\n\n"
+        "all features, and by the third of them that was kept. The report compares the last with the first; look at the "
+        "pictures, too: what the classifier takes for a class may still be half of another.\n\n"
         "**Try next**\n"
-        "- `features_per_class` in Rank by Effect: 3, 30\n"
+        "- `features_per_class` in Rank by Effect: 5, 60\n"
         "- `change`: ablate\n"
         "- more `pictures`: the whiskers, one standard error, get shorter\n"
         "- Save Recipe keeps the short recipe"
@@ -492,12 +496,12 @@ def which_features_count() -> Graph:
     graph.group("Change every feature alone")
     ranked = experiment(
         graph, "DiffLensRankByEffect", model, batch, classifier, recipe=recipe[0], change="amplify", strength=10.0,
-        pictures=4, features_per_class=10,
+        pictures=6, features_per_class=20,
     )  # fmt: skip
     graph.add("PreviewAny", "Effect of every feature", source=ranked[2])
     graph.group("Steer by all and by the best")
-    full = steer(graph, "Steer by all", model[0], recipe[0], "feminine")
-    short = steer(graph, "Steer by the best", model[0], ranked[0], "feminine")
+    full = steer(graph, "Steer by all", model[0], recipe[0], "feminine", 2.0)
+    short = steer(graph, "Steer by the best", model[0], ranked[0], "feminine", 2.0)
     graph.column()
     titles = ["Before", "All features", "The best"]
     models = [model[0], full[0], short[0]]

@@ -1,8 +1,9 @@
 """Run every check: style, unit tests, and tests in a real ComfyUI.
 
-    python scripts/test.py               all of it; the first run makes an environment in .cache
-    python scripts/test.py --libraries   reads SAEs with the very programs that wrote them as well (2 GB more)
-    python scripts/test.py -k plots -x   further arguments go to pytest
+    python scripts/test.py               all of it; the first run makes two environments in .cache (about 5 GB)
+    python scripts/test.py -k plots -x   further arguments go to pytest, which then runs in the first one alone
+
+The second environment holds the other programs whose SAEs we read: each must read a file as we do.
 
 Standard library only. Exits with 0 if all is well. Nothing is written outside the cache folder but temporary files.
 """
@@ -16,7 +17,6 @@ from pathlib import Path
 
 from environment import REPOSITORY, HostError, cache_folder, ensure_comfyui, ensure_environment, ensure_libraries
 
-LIBRARIES = "--libraries"
 PACKAGES = ("pytest>=8", "hypothesis>=6", "ruff>=0.9", "diffusers>=0.42")
 
 
@@ -38,11 +38,11 @@ def checks(python: Path, libraries: Path | None, pytest_arguments: list[str]) ->
 
 def main() -> int:
     """Make the environments, run the checks; returns 0, or the exit code of the last that failed."""
-    pytest_arguments = [argument for argument in sys.argv[1:] if argument != LIBRARIES]
+    pytest_arguments = sys.argv[1:]
     try:
         python = ensure_environment(PACKAGES)
         ensure_comfyui()
-        libraries = ensure_libraries() if LIBRARIES in sys.argv else None
+        libraries = None if pytest_arguments else ensure_libraries()
     except HostError as error:
         print(error, file=sys.stderr)
         return 1
