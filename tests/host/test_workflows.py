@@ -207,11 +207,9 @@ def test_a_workflow_makes_its_pictures(server, ran, name, count, columns, lines)
 
 def test_one_recipe_debiases_every_prompt(server, ran):
     prompt, entry = ran(NAMES[3])
-    for job in ("doctor", "nurse", "firefighter", "receptionist"):
-        (node,) = [
-            i for i, n in prompt.items() if n["_meta"]["title"] == f"{job.title()}: the report for machines (JSON)"
-        ]
-        report = json.loads(entry["outputs"][node]["text"][0])
+    titles = {node.get("_meta", {}).get("title"): node_id for node_id, node in prompt.items()}
+    for job in ("Doctor", "Nurse", "Firefighter", "Receptionist"):
+        report = json.loads(entry["outputs"][titles[f"{job}: the report for machines (JSON)"]]["text"][0])
         assert report["n"] == 16 and report["before"]["fd"] > 0.3 > 0.1 > report["after"]["fd"], job
         assert report["after"]["success"] >= 0.9 and report["kept"]["occupation"] >= 0.9, job
     grid = read_image(server, entry, find(prompt, "SaveImage", images=[find(prompt, "DiffLensCompare"), 0]))
