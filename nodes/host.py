@@ -78,14 +78,19 @@ def find_file(kind: str, name: str) -> str:
         raise DiffLensError(f"{name} was not found. Put it into {folder} or choose another file.") from None
 
 
+def folders_and_files(kind: str, configs: Sequence[str], endings: Sequence[str]) -> tuple[set[Path], set[Path]]:
+    """Listed folders that hold one of `configs`, and the files of those endings that lie in none of them."""
+    paths = [Path(name) for name in list_files(kind)]
+    folders = {path.parent for path in paths if path.name in configs and path.parent.name}
+    return folders, {path for path in paths if path.suffix in endings and not folders & set(path.parents)}
+
+
 def list_saes() -> list[str]:
     """Names that `find_sae` takes: folders with a configuration, and the files that lie in none of those.
 
     A .pt file in a folder without a configuration is no SAE; it may name features (`list_feature_folders`).
     """
-    paths = [Path(name) for name in list_files(SAES)]
-    folders = {path.parent for path in paths if path.name in CONFIGS and path.parent.name}
-    files = {path for path in paths if path.suffix in WEIGHTS and not folders & set(path.parents)}
+    folders, files = folders_and_files(SAES, CONFIGS, WEIGHTS)
     features = {path for path in files if path.suffix == ".pt" and path.parent.name}
     return sorted(map(str, folders | files - features))
 

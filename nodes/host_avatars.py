@@ -77,14 +77,22 @@ class UnconditionalConfig(comfy.supported_models_base.BASE):
 
 def load_unconditional(path: str) -> ModelPatcher:
     """A denoiser that draws without prompts as a MODEL. Raises `DiffLensError` if the file does not fit."""
-    if load_denoiser_weights(path)[0].context_width:
+    sizes, weights, text = load_denoiser_weights(path)
+    if text is not None:
         raise DiffLensError(f"{Path(path).name} draws by prompt. Load it with Load Prompted Model.")
-    return load_denoiser_model(path)
+    return as_model(path, sizes, weights)
 
 
-def load_denoiser_model(path: str, disable_dynamic: bool = False) -> ModelPatcher:
-    """A denoiser file as a MODEL that stock samplers take. Raises `DiffLensError` if the file does not fit."""
+def load_again(path: str, disable_dynamic: bool = False) -> ModelPatcher:
+    """What ComfyUI calls where it needs a second copy of the network."""
     sizes, weights, _ = load_denoiser_weights(path)
+    return as_model(path, sizes, weights, disable_dynamic)
+
+
+def as_model(
+    path: str, sizes: DenoiserConfig, weights: dict[str, Tensor], disable_dynamic: bool = False
+) -> ModelPatcher:
+    """The denoiser of the file `path` as a MODEL that stock samplers take."""
     config = UnconditionalConfig(asdict(sizes))
     config.set_inference_dtype(torch.float32, None)
     load_device = comfy.model_management.get_torch_device()
@@ -94,7 +102,7 @@ def load_denoiser_model(path: str, disable_dynamic: bool = False) -> ModelPatche
     kind = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights(weights, assign=patcher.is_dynamic())
-    patcher.cached_patcher_init = (load_denoiser_model, (path,))
+    patcher.cached_patcher_init = (load_again, (path,))
     return patcher
 
 
@@ -140,10 +148,10 @@ class HostedTextEncoder(nn.Module, sd1_clip.ClipTokenWeightEncoder):
 
 def load_prompted(path: str) -> tuple[ModelPatcher, comfy.sd.CLIP]:
     """A denoiser that draws by prompt, and its text encoder as CLIP. Raises `DiffLensError` if it has none."""
-    _, _, text = load_denoiser_weights(path)
+    sizes, weights, text = load_denoiser_weights(path)
     if text is None:
         raise DiffLensError(f"{Path(path).name} draws without prompts. Load it with Load Unconditional Model.")
     target = comfy.supported_models_base.ClipTarget(
         lambda **_: PromptTokenizer(text.words, text.length), functools.partial(HostedTextEncoder, text)
     )
-    return load_denoiser_model(path), comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
+    return as_model(path, sizes, weights), comfy.sd.CLIP(target, model_options={"dtype": torch.float32})

@@ -34,9 +34,7 @@ LOADED_BY = {"sae": "Load SAE", "recipe": "Load Recipe", "classifier": "Load Att
 
 def list_models() -> list[str]:
     """Names that `find_model` takes: folders with a configuration, and the files that lie in none of those."""
-    paths = [Path(name) for name in host.list_files(host.MODELS)]
-    folders = {path.parent for path in paths if path.name == CONFIG and path.parent.name}
-    files = {path for path in paths if path.suffix in WEIGHTS and not folders & set(path.parents)}
+    folders, files = host.folders_and_files(host.MODELS, (CONFIG,), WEIGHTS)
     return sorted(map(str, folders | files))
 
 
