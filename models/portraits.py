@@ -350,8 +350,18 @@ def draw(traits: dict[str, int], seed: int) -> np.ndarray:
 def render(n: int, seed: int, balanced: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """n portraits, uint8 (n, 64, 64, 3), and their traits; image i depends only on (seed, i, balanced)."""
     traits = sample_traits(n, seed, balanced)
-    jitter = np.random.default_rng([seed, 1]).integers(0, 2**63, size=n, dtype=np.uint64)
-    images = np.empty((n, SIZE, SIZE, 3), np.uint8)
-    for i in range(n):
-        images[i] = draw({name: int(values[i]) for name, values in traits.items()}, int(jitter[i]))
-    return images, traits
+    return draw_all(trait_rows(traits), seed), traits
+
+
+def trait_rows(traits: dict[str, np.ndarray]) -> list[dict[str, int]]:
+    """The traits of each portrait."""
+    return [dict(zip(traits, map(int, values), strict=True)) for values in zip(*traits.values(), strict=True)]
+
+
+def draw_all(rows: list[dict[str, int]], seed: int) -> np.ndarray:
+    """A portrait of each row of traits, uint8 (n, 64, 64, 3), with jitter by (seed, number of the row)."""
+    jitter = np.random.default_rng([seed, 1]).integers(0, 2**63, size=len(rows), dtype=np.uint64)
+    images = np.empty((len(rows), SIZE, SIZE, 3), np.uint8)
+    for i, row in enumerate(rows):
+        images[i] = draw(row, int(jitter[i]))
+    return images

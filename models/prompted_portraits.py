@@ -71,10 +71,6 @@ def phrase(adjectives: Sequence[str], noun: str, article: str = "") -> str:
 def render(n: int, seed: int, balanced: bool) -> tuple[np.ndarray, dict[str, np.ndarray], list[str]]:
     """n portraits, uint8 (n, 64, 64, 3), their traits and prompts; image i depends only on (seed, i, balanced)."""
     traits = sample_traits(n, seed, balanced)
-    rows = [{name: int(values[i]) for name, values in traits.items()} for i in range(n)]
-    jitter = np.random.default_rng([seed, 1]).integers(0, 2**63, size=n, dtype=np.uint64)
+    rows = portraits.trait_rows(traits)
     wording = np.random.default_rng([seed, 4]).random((n, 7))
-    images = np.empty((n, portraits.SIZE, portraits.SIZE, 3), np.uint8)
-    for i, row in enumerate(rows):
-        images[i] = portraits.draw(row, int(jitter[i]))
-    return images, traits, [describe(row, u) for row, u in zip(rows, wording, strict=True)]
+    return portraits.draw_all(rows, seed), traits, [describe(row, u) for row, u in zip(rows, wording, strict=True)]
