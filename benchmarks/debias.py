@@ -75,26 +75,31 @@ def outcome(classifier, before: Read, after: Read, attribute: str, targets: Targ
     }
 
 
-def recipes_of(attribute: str, controls: bool) -> dict:
-    """The recipe of an attribute and its controls, by name."""
-    folder = AVATARS / "difflens_recipes"
-    recipe = load_recipe(folder / f"avatars_{attribute}.safetensors")
+def recipes_of(recipe_file: Path, control: str, controls: bool) -> dict[str, Recipe]:
+    """The recipe in a file and, if asked, its controls, by name; `control`: what their files' names begin with."""
+    recipe = load_recipe(recipe_file)
     found = {"SAE recipe": recipe}
     if controls:
-        found["random features"] = load_recipe(folder / "controls" / f"{attribute}_random.safetensors")
-        found["mean difference"] = load_recipe(folder / "controls" / f"{attribute}_mean_difference.safetensors")
+        folder = recipe_file.parent / "controls"
+        found["random features"] = load_recipe(folder / f"{control}_random.safetensors")
+        found["mean difference"] = load_recipe(folder / f"{control}_mean_difference.safetensors")
         found["strength 0"] = with_settings(recipe, strength=0.0)
     return found
+
+
+def measured(name: str, result: dict) -> str:
+    """What every table begins with: name, FD with interval, FD of counts, success."""
+    success = "  -  " if result["success"] is None else f"{result['success']:.3f}"
+    low, high = result["fd_ci"]
+    fd = f"{result['fd']:.3f} [{low:.3f}, {high:.3f}] {result['fd_hard']:.3f}"
+    return f"{name:18s} {fd:28s}  {success}"
 
 
 def row(name: str, result: dict) -> str:
     kept = result["kept"]
     others = " ".join(f"{100 * kept[key]:5.1f}" for key in kept if key in ATTRIBUTES)
     nuisance = f"{100 * kept['background']:5.1f} {100 * kept['clothes']:5.1f}"
-    success = "  -  " if result["success"] is None else f"{result['success']:.3f}"
-    low, high = result["fd_ci"]
-    fd = f"{result['fd']:.3f} [{low:.3f}, {high:.3f}] {result['fd_hard']:.3f}"
-    return f"{name:18s} {fd:28s}  {success}  {others:11s}  {nuisance}  {result['pixel_change']:.3f}"
+    return f"{measured(name, result)}  {others:11s}  {nuisance}  {result['pixel_change']:.3f}"
 
 
 def main() -> None:
@@ -116,7 +121,8 @@ def main() -> None:
         print(f"\n{attribute:18s} FD [95 % interval] hard        success  {kept}  change")
         results[attribute] = {"before": outcome(classifier, before, before, attribute, None)}
         print(row("before", results[attribute]["before"]), flush=True)
-        for name, recipe in recipes_of(attribute, not options.no_controls).items():
+        file = AVATARS / "difflens_recipes" / f"avatars_{attribute}.safetensors"
+        for name, recipe in recipes_of(file, attribute, not options.no_controls).items():
             steered, targets = run(model, options.pictures, recipe)
             after = steered, classifier.classify(steered)
             results[attribute][name] = outcome(classifier, before, after, attribute, targets)

@@ -16,11 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from debias import ROOT, STEPS, outcome, run
+from debias import ROOT, STEPS, measured, outcome, recipes_of, run
 
 from difflens_core.classifier import load_classifier
 from difflens_core.denoiser import load_prompted
-from difflens_core.recipes import Recipe, load_recipe, with_settings
 from difflens_core.sampling import Guidance
 
 FILES = ROOT / "models" / "prompted_avatars"
@@ -31,24 +30,9 @@ SEED = 91_001
 CFG = 2.0
 
 
-def recipes_of(attribute: str, controls: bool) -> dict[str, Recipe]:
-    """The recipe of an attribute and its controls, by name."""
-    folder = FILES / "difflens_recipes"
-    found = {"SAE recipe": load_recipe(folder / f"prompted_avatars_{attribute}.safetensors")}
-    if controls:
-        found["random features"] = load_recipe(folder / "controls" / f"prompted_{attribute}_random.safetensors")
-        name = f"prompted_{attribute}_mean_difference.safetensors"
-        found["mean difference"] = load_recipe(folder / "controls" / name)
-        found["strength 0"] = with_settings(found["SAE recipe"], strength=0.0)
-    return found
-
-
 def row(name: str, result: dict, attribute: str) -> str:
     kept = " ".join(f"{100 * result['kept'][key]:10.1f}" for key in SHOWN if key != attribute)
-    success = "  -  " if result["success"] is None else f"{result['success']:.3f}"
-    low, high = result["fd_ci"]
-    fd = f"{result['fd']:.3f} [{low:.3f}, {high:.3f}] {result['fd_hard']:.3f}"
-    return f"  {name:18s} {fd:28s}  {success}  {100 * result['occupation']:10.1f} {kept}  {result['pixel_change']:.3f}"
+    return f"  {measured(name, result)}  {100 * result['occupation']:10.1f} {kept}  {result['pixel_change']:.3f}"
 
 
 def main() -> None:
@@ -73,7 +57,9 @@ def main() -> None:
             print(f"\n{job}, {attribute}")
             print(f"  {'':18s} FD [95 % interval] hard          success  occupation {others}  change")
             results[job][attribute] = found = {}
-            for name, recipe in {"before": None, **recipes_of(attribute, options.controls)}.items():
+            file = FILES / "difflens_recipes" / f"prompted_avatars_{attribute}.safetensors"
+            recipes = recipes_of(file, f"prompted_{attribute}", options.controls)
+            for name, recipe in {"before": None, **recipes}.items():
                 drawn, targets = run(model, options.pictures, recipe, seed, guidance) if recipe else (pictures, None)
                 after = drawn, classifier.classify(drawn)
                 found[name] = outcome(classifier, before, after, attribute, targets)
