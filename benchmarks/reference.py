@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from host import Server  # noqa: E402
-from make_workflows import Graph, Link, Node, load_model, steer, to_api  # noqa: E402
+from make_workflows import Graph, Link, Node, load_classifier, load_model, steer, to_api  # noqa: E402
 
 ATTRIBUTES = ("presentation", "age", "skin_tone")
 STEPS, SEED = 20, 90_002
@@ -51,7 +51,7 @@ class Run(Graph):
         return self.add("VAEDecode", samples=drawn[0], vae=self.model[2])
 
     def report(self, before: Node, after: Node) -> Node:
-        classifier = self.add("DiffLensLoadClassifier", classifier_name="avatars.safetensors", face_detector="none")
+        classifier = load_classifier(self)
         report = self.add(
             "DiffLensReport", classifier=classifier[0], attribute=self.attribute, target="uniform", before=before[0],
             after=after[0], targets=self.steered[1],

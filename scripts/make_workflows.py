@@ -150,6 +150,10 @@ def load_model(graph: Graph, name: str = "avatars.safetensors") -> Node:
     )  # fmt: skip
 
 
+def load_classifier(graph: Graph, name: str = "avatars.safetensors") -> Node:
+    return graph.add("DiffLensLoadClassifier", None, classifier_name=name, face_detector="none")
+
+
 def debias_the_avatars() -> Graph:
     graph = Graph("01 debias the avatars")
     graph.group("Start here")
@@ -171,7 +175,7 @@ def debias_the_avatars() -> Graph:
     graph.group("Model, recipe and classifier")
     model = load_model(graph)
     recipe = graph.add("DiffLensLoadRecipe", None, recipe_name="avatars_presentation.safetensors")
-    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors", face_detector="none")
+    classifier = load_classifier(graph)
     latent = graph.add("EmptyLatentImage", "How many pictures", width=64, height=64, batch_size=16)
     graph.group("Draw the same pictures without and with steering")
     before_and_after(graph, model, recipe, classifier, latent, 8)
@@ -200,7 +204,7 @@ def find_the_bias_features() -> Graph:
     graph.group("1 Draw and record")
     model = load_model(graph)
     batch = graph.add("EmptyLatentImage", "Pictures in a batch", width=64, height=64, batch_size=32)
-    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors", face_detector="none")
+    classifier = load_classifier(graph)
     graph.column()
     captured = graph.add(
         "DiffLensCapture", None, model=model[0], positive=model[1], latent_image=batch[0], vae=model[2],
@@ -248,7 +252,7 @@ def dose_response() -> Graph:
     graph.group("Model, recipe and classifier")
     model = load_model(graph)
     recipe = graph.add("DiffLensLoadRecipe", None, recipe_name="avatars_age.safetensors")
-    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors", face_detector="none")
+    classifier = load_classifier(graph)
     latent = graph.add("EmptyLatentImage", "How many pictures", width=64, height=64, batch_size=8)
     graph.group("One row for each strength")
     names = [f"Strength {strength:g}" for strength in strengths]
@@ -284,9 +288,7 @@ def debias_a_prompt() -> Graph:
     graph.group("Model, recipe and classifier")
     model = graph.add("DiffLensLoadPromptedModel", None, model_name="prompted_avatars.safetensors")
     recipe = graph.add("DiffLensLoadRecipe", None, recipe_name="prompted_avatars_presentation.safetensors")
-    classifier = graph.add(
-        "DiffLensLoadClassifier", None, classifier_name="prompted_avatars.safetensors", face_detector="none"
-    )
+    classifier = load_classifier(graph, "prompted_avatars.safetensors")
     latent = graph.add("EmptyLatentImage", "How many pictures", width=64, height=64, batch_size=16)
     steered = steer(graph, None, model[0], recipe[0])
     graph.group("Prompts")
@@ -373,8 +375,7 @@ def paper_unconditional() -> Graph:
         "DiffLensLoadFeatures", None, folder="p2/gender", sae=sae[0], attribute="gender", classes="male, female",
         features_per_class="30", mode="scale", strength="0.43, 0",
     )  # fmt: skip
-    fairface = "res34_fair_align_multi_7_20190809.pt"
-    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name=fairface, face_detector="none")
+    classifier = load_classifier(graph, "res34_fair_align_multi_7_20190809.pt")
     graph.group("Draw the same pictures without and with steering")
     steered = steer_by_files(graph, model[0], sae, features)
     latent = graph.add("EmptyLatentImage", "How many pictures", width=256, height=256, batch_size=8)
@@ -409,8 +410,7 @@ def paper_stable_diffusion() -> Graph:
         "DiffLensLoadFeatures", None, folder="sd15/age", sae=sae[0], attribute="age", classes="young, adult, old",
         features_per_class="10, 0, 30", mode="add own fixed", strength="30, 0, 50",
     )  # fmt: skip
-    fairface = "res34_fair_align_multi_7_20190809.pt"
-    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name=fairface, face_detector="none")
+    classifier = load_classifier(graph, "res34_fair_align_multi_7_20190809.pt")
     graph.group("Draw the same pictures without and with steering")
     steered = steer_by_files(graph, model[0], sae, features)
     positive = graph.add("CLIPTextEncode", "Prompt", text="A face of a doctor", clip=model[1])
@@ -457,7 +457,7 @@ def where_is_it_decided() -> Graph:
     )
     graph.group("Model and classifier")
     model = load_model(graph)
-    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors", face_detector="none")
+    classifier = load_classifier(graph)
     latent = graph.add("EmptyLatentImage", "Pictures in a batch", width=64, height=64, batch_size=32)
     graph.group("Try some modules")
     scan = experiment(
@@ -490,7 +490,7 @@ def which_features_count() -> Graph:
     graph.group("Model, recipe and classifier")
     model = load_model(graph)
     recipe = graph.add("DiffLensLoadRecipe", None, recipe_name="avatars_presentation.safetensors")
-    classifier = graph.add("DiffLensLoadClassifier", None, classifier_name="avatars.safetensors", face_detector="none")
+    classifier = load_classifier(graph)
     batch = graph.add("EmptyLatentImage", "Pictures in a batch", width=64, height=64, batch_size=32)
     latent = graph.add("EmptyLatentImage", "How many pictures", width=64, height=64, batch_size=8)
     graph.group("Change every feature alone")
