@@ -27,6 +27,7 @@ from stages import (  # noqa: E402
     fit_sae,
     make_recipe,
     read_attributes,
+    recipe_rows,
     to_tensor,
     train_network,
 )
@@ -140,19 +141,15 @@ def make_card() -> None:
         shares = read[attribute].argmax(1).bincount(minlength=len(classes)) / count
         for name, drawn, share in zip(classes, portraits.BIAS[attribute], shares.tolist(), strict=True):
             bias.append(f"| {attribute} | {name} | {drawn:.2f} | {share:.3f} |")
-    recipes = []
-    for attribute in portraits.ATTRIBUTES:
-        recipe = load_recipe(RECIPES / f"avatars_{attribute}.safetensors")
-        strengths = ", ".join(f"{name} {s:g}" for name, s in zip(recipe.classes, recipe.strength, strict=True))
-        agreement = recipe.info["gate_agreement"]
-        how = f"{recipe.mode} | {recipe.start:.0%} | {strengths}"
-        recipes.append(f"| {attribute} | {len(recipe.features)} | {how} | {agreement:.3f} |")
+    recipes = recipe_rows(
+        load_recipe(RECIPES / f"avatars_{attribute}.safetensors") for attribute in portraits.ATTRIBUTES
+    )
     accuracy = load_tensors(CLASSIFIER_FILE, "classifier")[1]["info"]["accuracy"]
     quality = sae.info["held_out"]
     text = CARD_TEXT.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         d=DENOISER, c=CLASSIFIER, s=SAE, r=RECIPE, count=count, seed=CARD["seed"],
-        bias="\n".join(bias), recipes="\n".join(recipes),
+        bias="\n".join(bias), recipes=recipes,
         accuracy=", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in accuracy.items()),
         fvu=quality["fvu"], l0=quality["l0"], dead=100 * quality["dead"],
     )  # fmt: skip

@@ -28,6 +28,7 @@ from stages import (
     fit_sae,
     make_recipe,
     read_attributes,
+    recipe_rows,
     to_tensor,
     train_network,
 )
@@ -187,19 +188,14 @@ def make_card() -> None:
             bias.append(f"| {job} | {attribute} ({' / '.join(classes)}) | {drawn} | {sampled} | {seen:.3f} |")
     sheet = image_grid(rows, titles, columns=12)
     Image.fromarray(sheet).save(OUT / "contact_sheet.png", optimize=True)
-    recipes = []
-    for attribute in STEERED:
-        recipe = load_recipe(RECIPES / f"prompted_avatars_{attribute}.safetensors")
-        strengths = ", ".join(f"{name} {s:g}" for name, s in zip(recipe.classes, recipe.strength, strict=True))
-        how = f"{recipe.mode} | {recipe.start:.0%} | {strengths}"
-        recipes.append(f"| {attribute} | {len(recipe.features)} | {how} | {recipe.info['gate_agreement']:.3f} |")
+    recipes = recipe_rows(load_recipe(RECIPES / f"prompted_avatars_{attribute}.safetensors") for attribute in STEERED)
     accuracy = load_tensors(CLASSIFIER_FILE, "classifier")[1]["info"]["accuracy"]
     quality = sae.info["held_out"]
     card = CARD_TEXT.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         text=sum(p.numel() for p in text.parameters()) / 1e6,
         d=DENOISER, c=CLASSIFIER, s=SAE, r=RECIPE, cfg=CFG, count=count, seed=CARD["seed"],
-        words=", ".join(text.words), bias="\n".join(bias), recipes="\n".join(recipes),
+        words=", ".join(text.words), bias="\n".join(bias), recipes=recipes,
         accuracy=", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in accuracy.items()),
         fvu=quality["fvu"], l0=quality["l0"], dead=100 * quality["dead"],
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,17 @@ def tuned(recipe: Recipe, c: Options, try_out: TryOut) -> Recipe:
     strengths = tuple(c["strengths"][index] for index in first)
     figures = {"success": [success[index][k] for k, index in enumerate(first)], "tuned_on": dict(c)}
     return replace(recipe, strength=strengths, info={**recipe.info, **figures})
+
+
+def recipe_rows(recipes: Iterable[Recipe]) -> str:
+    """The recipes as rows of a model card's table."""
+    rows = []
+    for recipe in recipes:
+        strengths = ", ".join(f"{name} {s:g}" for name, s in zip(recipe.classes, recipe.strength, strict=True))
+        how = f"{recipe.mode} | {recipe.start:.0%} | {strengths}"
+        agreement = recipe.info["gate_agreement"]
+        rows.append(f"| {recipe.attribute} | {len(recipe.features)} | {how} | {agreement:.3f} |")
+    return "\n".join(rows)
 
 
 def build(stages: dict[str, tuple[Callable[[], None], Path]], work: Path, asked: list[str]) -> None:
