@@ -13,6 +13,7 @@ from .attribution import contrast
 from .files import DiffLensError
 from .recipes import READING, WITHOUT_LEVELS, Recipe
 from .sae import SparseAutoencoder
+from .targets import LEFT_ALONE
 
 DEVICE_TENSORS = ("encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias")
 CHUNK = 2**22  # pre-activations of the full SAE that are held at once
@@ -25,7 +26,8 @@ class Steering:
     """A recipe with a class for every picture of the run, as a callable that edits the site's output.
 
     `target_of(images)` gives the class (B, int64) that pictures `images` (B, their indices in the run) are asked to
-    show. The latents z of the recipe are changed to z' and the difference is written back through the decoder:
+    show; LEFT_ALONE leaves a picture exactly as it is. The latents z of the recipe are changed to z' and the
+    difference is written back through the decoder:
     h' = h + scale_t D (z' - z); what the SAE does not explain stays as it was. With c the asked class, s its
     strength, and "own" the latents that belong to c, per step and position:
 
@@ -87,12 +89,17 @@ class Steering:
         self.check(h)
         t = self.tensors(h.device)
         step = recipe.normalisation.step_at(progress)
-        target = self.target_of(images).to(h.device)
+        target = self.target_of(images)
+        steered = target != LEFT_ALONE
+        if not steered.any():
+            return h
+        target, steered = target.clamp(min=0).to(h.device), steered.to(h.device)
         rows, change_of = recipe.columns(h), self.read_change if recipe.mode in READING else self.known_change
         change = change_of(rows, target, step, t).unflatten(1, (recipe.channels, -1)).flatten(2)
         if self.mask is not None:
             change = change * self.resized_mask(h, images)
-        return h + change.expand(-1, -1, h.shape[2:].numel()).reshape(h.shape).to(h.dtype)
+        change = change.expand(-1, -1, h.shape[2:].numel()).reshape(h.shape).to(h.dtype)
+        return torch.where(steered[:, None, None, None], h + change, h)
 
     def known_change(self, rows: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
         """Change (B x width x P, or B x width x 1 if the same everywhere) of such rows in a mode outside READING.

@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .attribute import AttributeFeatures, TrainProbes
+from .calibrate import Calibrate, CrossEffects, PlanTargets
 from .capture import CaptureActivations, LoadActivations
 from .explore import RankByEffect, SiteScan
 from .load import LoadClassifier, LoadFeatures, LoadModel, LoadPromptedModel, LoadRecipe, LoadSAE, SaveRecipe
@@ -16,7 +17,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoadModel, LoadPromptedModel, LoadSAE, LoadFeatures, LoadClassifier, LoadRecipe, SaveRecipe,
     CaptureActivations, LoadActivations, TrainSAE, ClassifyImages, TrainProbes, AttributeFeatures,
     SiteScan, RankByEffect, ZeroShot,
-    Steer, FairnessReport, CompareImages,
+    Calibrate, PlanTargets, CrossEffects, Steer, FairnessReport, CompareImages,
     DDIMSigmas, ReferenceSampler,
 ]  # fmt: skip
 

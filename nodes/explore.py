@@ -10,13 +10,12 @@ from comfy_api.latest import io
 
 from ..difflens_core.causal import EFFECTS, Effects, causal_effect, keep_effective
 from ..difflens_core.classifier import ImageClassifier
-from ..difflens_core.files import DiffLensError
 from ..difflens_core.plots import bar_chart
 from ..difflens_core.recipes import Recipe
 from ..difflens_core.scan import scan_chart, scan_sites, scan_table
 from . import host
 from .inputs import guidance_inputs, sampling_inputs, schedule_inputs
-from .measure import classes_of
+from .measure import check_classes, classes_of
 from .sockets import CATEGORY, Classifier, RecipeSocket
 
 CHARTED = 10  # features of every class in the bar chart
@@ -156,11 +155,7 @@ class RankByEffect(io.ComfyNode):
         change: str, strength: float, pictures: int, features_per_class: int, steps: int, sampler_name: str,
         scheduler: str, seed: int, negative: list | None = None, cfg: float = 1.0,
     ) -> io.NodeOutput:  # fmt: skip
-        if classes_of(classifier, recipe.attribute) != recipe.classes:
-            raise DiffLensError(
-                f"the classifier's classes of {recipe.attribute} are not those of the recipe "
-                f"({', '.join(recipe.classes)}). Use the classifier that the recipe's labels came from."
-            )
+        check_classes(classifier, recipe)
         draw = host.drawer(
             model, positive, latent_image, vae, pictures, steps, sampler_name, scheduler, seed,
             cls.define_schema().display_name, negative, cfg,

@@ -520,6 +520,14 @@ def conditioning_tensors(conditioning: list) -> list[Tensor]:
     return [t for main, more in conditioning for t in (main, *more.values()) if isinstance(t, Tensor)]
 
 
+def run_mark(
+    model: ModelPatcher, positive: list, latent: dict, negative: list | None, cfg: float, *settings: Any
+) -> str:  # fmt: skip
+    """Tells what is sampled, and how, from anything else: model, patches, conditionings, latent and `settings`."""
+    start = [empty_latents(model, positive, latent)[:1], *conditioning_tensors([*positive, *(negative or [])])]
+    return digest(model_fingerprint(model), patches_mark(model), f"{cfg}{settings}", *content(start))
+
+
 def capture(
     model: ModelPatcher,
     positive: list,

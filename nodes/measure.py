@@ -23,7 +23,8 @@ from ..difflens_core.classifier import (
 from ..difflens_core.fairness import Report, kept_attributes, measure_fairness, pixel_change
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.plots import bar_chart, image_grid
-from ..difflens_core.targets import Targets, parse_target
+from ..difflens_core.recipes import Recipe
+from ..difflens_core.targets import Targets, parse_target, targets_of
 from . import host
 from .sockets import CATEGORY, Classifier, Labels, LabelsSocket, TargetsSocket
 
@@ -102,7 +103,7 @@ class FairnessReport(io.ComfyNode):
     @host.clear_errors
     def execute(
         cls, classifier: ImageClassifier, attribute: str, target: str, before: Tensor,
-        after: Tensor | None = None, targets: Targets | None = None,
+        after: Tensor | None = None, targets: tuple[Targets, ...] | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         classes = classes_of(classifier, attribute)
         shares = parse_target(target, classes)
@@ -113,12 +114,7 @@ class FairnessReport(io.ComfyNode):
             )
         assigned = None
         if after is not None and targets is not None:
-            if (targets.attribute, targets.classes) != (attribute, classes):
-                raise DiffLensError(
-                    f"the targets are of {targets.attribute} ({', '.join(targets.classes)}), the report is about "
-                    f"{attribute} ({', '.join(classes)}). Connect the Steer node of this attribute."
-                )
-            assigned = targets.first(len(after))
+            assigned = targets_of(targets, attribute, classes).first(len(after))
         report = host.progress_bar(len(before) * (1 if after is None else 2))
         seen = classify(classifier, before, report)
         first = measure(seen, attribute, classes, shares)
@@ -185,6 +181,15 @@ def classes_of(classifier: ImageClassifier, attribute: str) -> tuple[str, ...]:
         known = ", ".join(classifier.attributes)
         raise DiffLensError(f"the classifier knows no attribute {attribute!r}. It knows: {known}.")
     return classifier.attributes[attribute]
+
+
+def check_classes(classifier: ImageClassifier, recipe: Recipe) -> None:
+    """Raise `DiffLensError` unless the classifier knows the recipe's classes."""
+    if classes_of(classifier, recipe.attribute) != recipe.classes:
+        raise DiffLensError(
+            f"the classifier's classes of {recipe.attribute} are not those of the recipe "
+            f"({', '.join(recipe.classes)}). Use the classifier that the recipe's labels came from."
+        )
 
 
 def classify(classifier: ImageClassifier, images: Tensor, report: Any, done: int = 0) -> dict[str, Tensor]:

@@ -29,4 +29,4 @@ Classifier = io.Custom("DIFFLENS_CLASSIFIER")  # difflens_core.classifier.ImageC
 LabelsSocket = io.Custom("DIFFLENS_LABELS")  # Labels
 ProbesSocket = io.Custom("DIFFLENS_PROBES")  # difflens_core.probes.Probes
 RecipeSocket = io.Custom("DIFFLENS_RECIPE")  # difflens_core.recipes.Recipe
-TargetsSocket = io.Custom("DIFFLENS_TARGETS")  # difflens_core.targets.Targets
+TargetsSocket = io.Custom("DIFFLENS_TARGETS")  # tuple of difflens_core.targets.Targets, one an attribute

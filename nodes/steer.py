@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..difflens_core.calibration import asked_shares
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.recipes import MODES, Recipe, with_settings
 from ..difflens_core.sae import SparseAutoencoder
 from ..difflens_core.steering import Steering
-from ..difflens_core.targets import Targets, parse_target
+from ..difflens_core.targets import Targets, parse_target, targets_of
 from . import host
 from .sockets import CATEGORY, SAE, RecipeSocket, TargetsSocket
 
@@ -108,6 +110,12 @@ class Steer(io.ComfyNode):
                     "is among the SAE's k, not where the recipe's fitted threshold says so. Slower; matters to move, "
                     "clamp, scale and ablate.",
                 ),
+                TargetsSocket.Input(
+                    "targets",
+                    optional=True,
+                    tooltip="From Plan Targets: which class each picture is asked to show; pictures that fit as they "
+                    "are stay exactly as they are. target and seed then have no say.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The steered model. The model that came in stays as it was."),
@@ -123,7 +131,7 @@ class Steer(io.ComfyNode):
     def execute(
         cls, model: Any, recipe: Recipe, target: str, strength: float, mode: str, start_percent: float,
         end_percent: float, seed: int, first_image: int, conditioning: str = "positive", mask: Tensor | None = None,
-        sae: SparseAutoencoder | None = None,
+        sae: SparseAutoencoder | None = None, targets: tuple[Targets, ...] | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         check_model(model, recipe)
         if start_percent > end_percent:
@@ -135,13 +143,16 @@ class Steer(io.ComfyNode):
             start=max(recipe.start, start_percent),
             end=min(recipe.end, end_percent),
         )
-        shares = tuple(parse_target(target, recipe.classes).tolist())
-        targets = Targets(recipe.attribute, recipe.classes, shares, seed, first_image)
+        if targets is None:
+            shares = asked_shares(recipe, parse_target(target, recipe.classes))
+            dealt = Targets(recipe.attribute, recipe.classes, tuple(shares.tolist()), seed, first_image)
+        else:
+            dealt = replace(targets_of(targets, recipe.attribute, recipe.classes), first_image=first_image)
         if mask is not None:
             mask = mask.reshape(-1, *mask.shape[-2:])  # some nodes put out a single mask without a batch
-        steering = Steering(recipe, targets.of, sae, mask)
+        steering = Steering(recipe, dealt.of, sae, mask)
         steered = host.apply_site(model, recipe.site, steering, cls.define_schema().display_name, conditioning)
-        return io.NodeOutput(steered, targets)
+        return io.NodeOutput(steered, (dealt,))
 
 
 def check_model(model: Any, recipe: Recipe) -> None:

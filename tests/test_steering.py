@@ -14,6 +14,7 @@ from difflens_core.recipes import MODES, READING, WITHOUT_LEVELS, Recipe, recipe
 from difflens_core.sae import SparseAutoencoder
 from difflens_core.sampling import sample, start_noise
 from difflens_core.steering import Steering, kth_largest
+from difflens_core.targets import LEFT_ALONE
 
 TARGETS = torch.tensor([0, 1, 2, 2, 1, 0, 2, 1])
 IMAGES = torch.arange(8)
@@ -110,6 +111,20 @@ def test_a_class_of_strength_zero_is_left_alone_beside_others(toys, mode):
     h = toys.activations(pictures=8).values[1]
     changed = (steer(toys.recipe(mode=mode, strength=(1.0, 0.0, 1.0)), h) - h).flatten(1).abs().amax(dim=1)
     assert (changed[TARGETS == 1] == 0).all() and (changed[TARGETS != 1] > 0).any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pictures_that_are_left_alone_stay_the_same_to_the_bit(toys, mode):
+    recipe, h = toys.recipe(mode=mode), toys.random(31)(8, 6, 2, 2)
+    steered, some = steer(recipe, h), torch.tensor([1, 4, 6])
+
+    def target_of(images: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.isin(images, some), LEFT_ALONE, TARGETS[images])
+
+    found = Steering(recipe, target_of)(h, 0.4, IMAGES)
+    others = ~torch.isin(IMAGES, some)
+    assert torch.equal(found[some], h[some]) and torch.equal(found[others], steered[others])
+    assert Steering(recipe, lambda images: torch.full_like(images, LEFT_ALONE))(h, 0.4, IMAGES) is h
 
 
 @pytest.mark.parametrize(("progress", "same"), [(0.0, True), (0.29, True), (0.3, False), (0.6, False), (0.61, True)])

@@ -30,11 +30,12 @@ AVATARS = FOLDER.parent / "models" / "avatars"
 NODES = (
     "LoadModel", "LoadSAE", "LoadFeatures", "LoadClassifier", "LoadRecipe", "SaveRecipe", "Capture", "LoadActivations",
     "TrainSAE", "Classify", "TrainProbes", "Attribute", "SiteScan", "RankByEffect", "Steer", "Report", "Compare",
-    "ZeroShot", "DDIMSigmas", "ReferenceSampler", "LoadPromptedModel",
+    "ZeroShot", "DDIMSigmas", "ReferenceSampler", "LoadPromptedModel", "Calibrate", "Plan", "CrossEffects",
 )  # fmt: skip
 NAMES = (
     "01 debias the avatars", "02 find the bias features", "03 dose response", "04 debias a prompt",
-    "05 paper unconditional", "06 paper Stable Diffusion", "08 where is it decided", "09 which features count",
+    "05 paper unconditional", "06 paper Stable Diffusion", "07 three attributes at once",
+    "08 where is it decided", "09 which features count",
 )  # fmt: skip
 # What 05 and 06 ask the user to bring, by the input that names it.
 BROUGHT = {

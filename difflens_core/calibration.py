@@ -1,0 +1,331 @@
+"""Strengths and shares with which a recipe meets a target mix: found by drawing pictures, not guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import isotonic_regression, nnls
+from scipy.stats import binomtest
+from torch import Tensor
+
+from .fairness import measure_fairness
+from .files import DiffLensError, load_tensors, save_tensors
+from .plots import line_chart
+from .recipes import Recipe, with_settings
+from .sampling import Draw
+from .steering import Steering
+from .targets import LEFT_ALONE, assign_targets, plan_moves
+
+ROUNDS = 4  # strengths tried for every class
+WEAKEST, STRONGEST = 0.2, 3.0  # times the recipe's own strength
+AT_MOST_ONE = ("move", "clamp", "ablate")  # modes in which a strength above 1 counts as 1
+PARTS = 5  # of the budget: unsteered, dose-response, two for the search, fresh noises
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What a calibration may cost and what it must reach.
+
+    budget: pictures to draw at most; tolerance: FD at which the mix is good enough; clear: mean probability that the
+    classifier must give the class asked for, in pictures that showed another; only_where_needed: pictures that fit
+    the target mix as they are stay as they are (`plan_moves`); seed: of the deal.
+    """
+
+    budget: int = 1280
+    tolerance: float = 0.02
+    clear: float = 0.99
+    only_where_needed: bool = False
+    seed: int = 0
+
+    @property
+    def pictures(self) -> int:
+        """Noises on which the mix is measured."""
+        return self.budget // PARTS
+
+
+Doses = dict[str, list[tuple[float, float]]]  # of every class: strength, mean probability of the class asked for
+
+
+@dataclass
+class Trials:
+    """Draws pictures under a recipe and keeps what the classifier read, so that none is ever drawn twice.
+
+    classify(images) gives the class probabilities (B x K). known: by picture, class asked for and its strength.
+    With `file` they are kept there too, batch by batch: a calibration that was cut off goes on where it stopped.
+    """
+
+    recipe: Recipe
+    draw: Draw
+    classify: Callable[[Tensor], Tensor]
+    batch: int
+    on_batch: Callable[[int], None]
+    file: Path | None = None
+    known: dict[tuple[int, int, float], np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.file and self.file.exists():
+            kept, _ = load_tensors(self.file, "calibration", ("keys", "read"))
+            for (picture, asked, strength), read in zip(kept["keys"].tolist(), kept["read"].numpy(), strict=True):
+                self.known[int(picture), int(asked), strength] = read
+
+    def read(self, pictures: np.ndarray, asked: np.ndarray, strength: np.ndarray) -> np.ndarray:
+        """Class probabilities (n x K) of `pictures` (n) steered to `asked` (n) with `strength` (K)."""
+        amounts = [0.0 if c == LEFT_ALONE else float(strength[c]) for c in asked]
+        keys = list(zip(pictures.tolist(), asked.tolist(), amounts, strict=True))
+        missing = [key for key in dict.fromkeys(keys) if key not in self.known]
+        recipe = with_settings(self.recipe, strength=tuple(strength.tolist()))
+        for first in range(0, len(missing), self.batch):
+            part = missing[first : first + self.batch]
+            which, classes = (torch.tensor([key[i] for key in part]) for i in (0, 1))
+            edit = Steering(recipe, lambda images, classes=classes: classes[images])
+            drawn = self.classify(self.draw([edit], which)).double().cpu().numpy()
+            self.known |= dict(zip(part, drawn, strict=True))
+            self.save()
+            self.on_batch(len(self.known))
+        return np.stack([self.known[key] for key in keys])
+
+    def save(self) -> None:
+        if self.file:
+            keys = torch.tensor([*self.known], dtype=torch.float64)
+            save_tensors(
+                self.file, "calibration", {"keys": keys, "read": torch.from_numpy(np.stack([*self.known.values()]))}, {}
+            )
+
+
+def calibrate(
+    recipe: Recipe,
+    draw: Draw,
+    classify: Callable[[Tensor], Tensor],
+    target: np.ndarray,
+    options: CalibrationOptions | None = None,
+    batch: int = 32,
+    file: Path | None = None,
+    on_batch: Callable[[int, Doses], None] = lambda done, doses: None,
+) -> Recipe:
+    """The recipe with strengths, and shares to ask for, under which the pictures' mix meets `target` (K, sum 1).
+
+    1. Unsteered pictures tell the mix to begin with.
+    2. Dose-response: the same few pictures of other classes are steered to each class with several strengths. The
+       mean probability of the class can only grow with the strength: a monotone fit (isotonic regression) smooths
+       it, and the weakest strength that is `clear` enough is taken.
+    3. Search: the mix is drawn. If it misses, the shares asked for are solved for anew from what each class asked for
+       turned out to show, and classes that are not clear enough get more strength.
+    4. The result is drawn once more from noises that nothing was tuned on.
+
+    All on common random numbers: noises 0 to n - 1 of `draw` for 1 to 3, n to 2n - 1 for 4 (n = options.pictures).
+    The record of it all is info["calibration"] of the recipe that comes back. It says whether the target was reached
+    and if not, why. on_batch(pictures drawn, doses) may raise to cancel.
+    """
+    options = options or CalibrationOptions()
+    check(recipe, target, options)
+    doses: Doses = {name: [] for name in recipe.classes}
+    trials = Trials(recipe, draw, classify, batch, lambda done: on_batch(done, doses), file)
+    tuning = np.arange(options.pictures)
+    unsteered = trials.read(tuning, np.full_like(tuning, LEFT_ALONE), np.zeros(len(target)))
+    strength = find_strengths(trials, unsteered, target, options, doses)
+    strength, ask, rounds = search(trials, unsteered, target, options, strength)
+    fresh, moved = fresh_report(trials, target, options, strength, ask)
+    start = measure_fairness(unsteered, target, recipe.attribute, recipe.classes)
+    record = {
+        "target": target.tolist(), "ask": ask.tolist(), "only_where_needed": options.only_where_needed,
+        "reached": fresh["within"], "why": reason(recipe, rounds, fresh, options),
+        "start": {"shares": start.shares, "fd": start.fd}, "doses": doses, "rounds": rounds, "fresh": fresh | moved,
+        "pictures": options.pictures, "drawn": len(trials.known), "tolerance": options.tolerance,
+        "clear": options.clear,
+    }  # fmt: skip
+    return replace(recipe, strength=tuple(strength.tolist()), info={**recipe.info, "calibration": record})
+
+
+def check(recipe: Recipe, target: np.ndarray, options: CalibrationOptions) -> None:
+    """Raise `DiffLensError` unless there is enough to measure with."""
+    classes = int(np.count_nonzero(target))
+    if classes < 2:
+        raise DiffLensError(
+            f"calibration of {recipe.attribute}: the target asks for one class only, so there is no mix to meet. Use "
+            "Steer with that class as target, or give shares for two classes or more."
+        )
+    if options.pictures < 8 * classes:
+        raise DiffLensError(
+            f"calibration of {recipe.attribute}: a budget of {options.budget} pictures is too small for {classes} "
+            f"classes. Allow at least {8 * classes * PARTS}."
+        )
+
+
+def find_strengths(
+    trials: Trials, unsteered: np.ndarray, target: np.ndarray, options: CalibrationOptions, doses: Doses
+) -> np.ndarray:
+    """The weakest strength (K) at which each class of the target is clear; fills `doses`. See `calibrate`."""
+    recipe, own = trials.recipe, unsteered.argmax(axis=1)
+    wanted = [c for c in np.flatnonzero(target) if (own != c).sum() >= 2]
+    each = max(4, options.pictures // (ROUNDS * len(wanted))) if wanted else 0
+    pictures = {c: np.flatnonzero(own != c)[:each] for c in wanted}
+    usual = np.array([s or 1.0 for s in recipe.strength])
+    strongest = np.minimum(usual * STRONGEST, 1.0) if recipe.mode in AT_MOST_ONE else usual * STRONGEST
+    strength, low, high = np.minimum(usual, strongest), usual * WEAKEST, strongest.copy()
+    for c in wanted:
+        doses[recipe.classes[c]].append((0.0, float(unsteered[pictures[c], c].mean())))
+    for _ in range(ROUNDS):
+        which = np.concatenate([pictures[c] for c in wanted]) if wanted else np.zeros(0, int)
+        asked = np.repeat(wanted, [len(pictures[c]) for c in wanted]).astype(np.int64)
+        read = trials.read(which, asked, strength) if len(which) else np.zeros((0, len(target)))
+        for c in wanted:
+            seen = float(read[asked == c, c].mean())
+            doses[recipe.classes[c]].append((float(strength[c]), seen))
+            low[c], high[c] = (low[c], strength[c]) if seen >= options.clear else (strength[c], high[c])
+            strength[c] = round(float(np.sqrt(low[c] * high[c])), 3)
+    for c in wanted:
+        strength[c] = weakest_clear(doses[recipe.classes[c]], options.clear)
+    return strength
+
+
+def weakest_clear(doses: list[tuple[float, float]], clear: float) -> float:
+    """The weakest strength tried whose probability by the monotone fit is `clear`, or else as high as it gets."""
+    strengths, seen = np.array(sorted(doses)).T
+    fitted = isotonic_regression(seen).x
+    return float(strengths[np.argmax(fitted >= min(clear, fitted[-1] - 0.005))])
+
+
+def search(
+    trials: Trials, unsteered: np.ndarray, target: np.ndarray, options: CalibrationOptions, strength: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, list[dict]]:
+    """Strengths and shares to ask for (K each) that meet the target on the tuning noises, and what each round saw."""
+    ask, rounds, own = target, [], unsteered.argmax(axis=1)
+    usual = np.array([s or 1.0 for s in trials.recipe.strength])
+    strongest = 1.0 if trials.recipe.mode in AT_MOST_ONE else usual * STRONGEST
+    best = np.inf
+    while True:
+        asked, moved = deal(own, ask, options)
+        read = trials.read(np.arange(len(own)), np.where(moved, asked, LEFT_ALONE), strength)
+        fd = float(np.linalg.norm(read.mean(axis=0) - target))
+        shown = {c: read[moved & (asked == c)][:, c] for c in np.flatnonzero(ask)}
+        clear = {trials.recipe.classes[c]: float(p.mean()) for c, p in shown.items() if len(p)}
+        rounds.append({"strength": strength.tolist(), "ask": ask.tolist(), "fd": fd, "clear": clear})
+        if fd < best:
+            best, found = fd, (strength, ask)
+        # What is left must pay for another round and for the fresh noises, where the unsteered ones count too.
+        left = options.budget - len(trials.known)
+        if fd <= options.tolerance / 2 or left < int(moved.sum()) + fresh_cost(moved, options):
+            return *found, rounds
+        weak = [c for c, p in shown.items() if len(p) and p.mean() < options.clear]
+        stronger = np.where(np.isin(np.arange(len(ask)), weak), np.minimum(strength * 1.25, strongest), strength)
+        response = np.stack(
+            [read[asked == c].mean(axis=0) if (asked == c).any() else np.eye(len(ask))[c] for c in range(len(ask))]
+        )
+        again = solve_shares(response, target)
+        if np.allclose(again, ask, atol=1e-3) and np.allclose(stronger, strength):
+            return *found, rounds
+        strength, ask = stronger, again
+
+
+def deal(own: np.ndarray, ask: np.ndarray, options: CalibrationOptions) -> tuple[np.ndarray, np.ndarray]:
+    """The class asked of each picture (n), and whether it is steered at all; own: n, what it shows unsteered."""
+    if options.only_where_needed:
+        asked = plan_moves(own[:, None], ask, options.seed)[:, 0]
+        return asked, asked != own
+    return assign_targets(ask, len(own), options.seed), np.ones(len(own), dtype=bool)
+
+
+def fresh_cost(moved: np.ndarray, options: CalibrationOptions) -> int:
+    """Pictures that the last part draws."""
+    return int(moved.sum()) + (len(moved) if options.only_where_needed else 0)
+
+
+def solve_shares(response: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Shares to ask for (K) whose answer comes closest to `target`: min |R^T a - target| with a >= 0, sum 1.
+
+    response: K x K, the mean probabilities of pictures asked for each class.
+    """
+    heavy = 1e3  # on the row that makes the shares sum to 1
+    shares, _ = nnls(np.vstack([response.T, np.full(len(target), heavy)]), np.append(target, heavy))
+    return shares / shares.sum()
+
+
+def fresh_report(
+    trials: Trials, target: np.ndarray, options: CalibrationOptions, strength: np.ndarray, ask: np.ndarray
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Fairness on noises that nothing was tuned on; and, where only some pictures change, how many."""
+    recipe, noises = trials.recipe, np.arange(options.pictures, 2 * options.pictures)
+    own, changes = np.zeros(len(noises), dtype=np.int64), {}
+    if options.only_where_needed:
+        own = trials.read(noises, np.full_like(noises, LEFT_ALONE), strength).argmax(axis=1)
+    asked, moved = deal(own, ask, options)
+    read = trials.read(noises, np.where(moved, asked, LEFT_ALONE), strength)
+    if options.only_where_needed:
+        counts = np.bincount(own, minlength=len(target))
+        needed = float(np.abs(counts / len(own) - target).sum() / 2)
+        changes = {"changed": float(np.mean(read.argmax(axis=1) != own)), "needed": needed}
+    report = measure_fairness(read, target, recipe.attribute, recipe.classes, asked)
+    counts = np.bincount(read.argmax(axis=1), minlength=len(target))
+    intervals = [tuple(binomtest(int(count), len(noises)).proportion_ci(method="wilson")) for count in counts]
+    within = all(low <= share <= high for (low, high), share in zip(intervals, target, strict=True))
+    by_class = {
+        name: float((read[asked == c].argmax(axis=1) == c).mean())
+        for c, name in enumerate(recipe.classes)
+        if (asked == c).any()
+    }
+    found = {
+        "shares": report.shares, "intervals": intervals, "within": within, "fd": report.fd, "fd_ci": report.fd_ci,
+        "fd_hard": report.fd_hard, "success": report.success, "success_by_class": by_class,
+    }  # fmt: skip
+    return found, changes
+
+
+def reason(recipe: Recipe, rounds: list[dict], fresh: dict[str, Any], options: CalibrationOptions) -> str:
+    """In a sentence, how it ended, and if the target was not reached, why."""
+    last = rounds[-1]
+    if fresh["within"]:
+        return f"reached: on fresh noises FD {fresh['fd']:.3f}, and every class's 95 % interval holds its share."
+    weak = {name: p for name, p in last["clear"].items() if p < options.clear}
+    if weak:
+        parts = ", ".join(f"{name} {p:.0%}" for name, p in weak.items())
+        return (
+            f"not reached: pictures asked for a class show it too seldom ({parts} at up to {STRONGEST:g} times the "
+            f"recipe's strength). Use more features, another mode or an earlier start; see Diagnose."
+        )
+    if last["fd"] > options.tolerance:
+        return f"not reached: the budget of {options.budget} pictures is spent at FD {last['fd']:.3f}. Allow more."
+    return (
+        f"not reached: FD {last['fd']:.3f} on the noises tuned on, {fresh['fd']:.3f} on fresh ones. Allow a larger "
+        "budget."
+    )
+
+
+def asked_shares(recipe: Recipe, target: np.ndarray, only_where_needed: bool = False) -> np.ndarray:
+    """Shares (K) to ask for so that the pictures' mix is `target`: those of the recipe's calibration for it, if any."""
+    record = recipe.info.get("calibration")
+    if record and record["only_where_needed"] == only_where_needed and np.allclose(record["target"], target, atol=1e-6):
+        return np.array(record["ask"])
+    return target
+
+
+def dose_chart(attribute: str, doses: Doses) -> np.ndarray:
+    """Probability of the class asked for against the strength, a line a class (440 x 720 x 3, uint8)."""
+    lines = {name: sorted(points) for name, points in doses.items() if points}
+    return line_chart(f"{attribute}: dose and response", lines, "strength", "mean probability of the class asked for")
+
+
+def in_words(attribute: str, classes: tuple[str, ...], record: dict[str, Any]) -> str:
+    """A calibration's record as a table with explanations."""
+    fresh = record["fresh"]
+    lines = [
+        f"{attribute}: {record['why']}",
+        f"{'':14}{'target':>8}{'before':>8}{'after':>8}  95 % interval   success",
+    ]
+    for c, name in enumerate(classes):
+        low, high = fresh["intervals"][c]
+        success = fresh["success_by_class"].get(name)
+        row = f"{name:14.14}{record['target'][c]:8.1%}{record['start']['shares'][c]:8.1%}{fresh['shares'][c]:8.1%}"
+        lines.append(f"{row}  {low:.1%} to {high:.1%}   {'-' if success is None else f'{success:.1%}'}")
+    lines.append(
+        f"FD {record['start']['fd']:.3f} before, {fresh['fd']:.3f} after, on {record['pictures']} fresh noises."
+    )
+    if record["only_where_needed"]:
+        lines.append(f"Pictures that changed their class: {fresh['changed']:.1%}; at least {fresh['needed']:.1%} must.")
+    asked = ", ".join(f"{name} {share:.3f}" for name, share in zip(classes, record["ask"], strict=True))
+    lines.append(f"Shares to ask for: {asked}. {len(record['rounds'])} rounds, {record['drawn']} pictures drawn.")
+    return "\n".join(lines)
