@@ -15,7 +15,7 @@ from scipy import optimize
 
 from .fairness import fairness_discrepancy, one_hot
 from .files import DiffLensError
-from .intervals import DRAWS, bootstrap_means, distance_interval, share_intervals
+from .intervals import DRAWS, bootstrap_means, distance_interval, fd_interval, share_intervals
 
 CONDITION_LIMIT = 10.0
 """Largest condition number. Errors of the shares grow by up to as much: at 10 a set of pictures may tell no more than
@@ -112,14 +112,15 @@ def correct_for_errors(
     """Shares and FD from n predicted labels, a target (K) and confusion counts (K x K, rows true classes).
 
     strata: the class each steered picture was assigned (n). The intervals come from a bootstrap of the pictures and of
-    each row of the confusion counts. Raises `DiffLensError` if a class has no labelled picture or if the classifier
-    tells the classes apart too badly (`CONDITION_LIMIT`).
+    each row of the confusion counts, so that few labelled pictures make them wide (CLEAM takes the rates for known).
+    Raises `DiffLensError` if a class has no labelled picture or if the classifier tells the classes apart too badly
+    (`CONDITION_LIMIT`).
     """
     confusion, target = np.asarray(confusion), np.asarray(target, dtype=np.float64)
     check_labelled(confusion, classes)
     rates = error_rates(confusion)
     condition = float(np.linalg.cond(rates))
-    if not condition <= CONDITION_LIMIT:
+    if condition > CONDITION_LIMIT:
         raise DiffLensError(
             f"the classifier tells {', '.join(classes)} apart too badly to correct for its errors: they would grow up "
             f"to {condition:.0f} times, {CONDITION_LIMIT:.0f} is the limit. Use a better classifier or merge classes."
@@ -128,16 +129,19 @@ def correct_for_errors(
     shares = solve_shares(hard.mean(axis=0), rates)
     draws = corrected_draws(hard, confusion, strata, seed)
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    fd_low, fd_high = distance_interval(shares, draws, target)
     plausible = bool((high > 0).all() and (low < 1).all())
-    # Without any error the shares are as found: an interval that lies outside of 0..1 is stretched to reach there.
-    as_found = share_intervals(labels, len(classes), strata)
-    high, low = np.where(high <= 0, as_found[:, 1], high), np.where(low >= 1, as_found[:, 0], low)
+    if not plausible:  # the interval lies outside of 0..1: stretch it to what is true if the classifier makes no errors
+        found, found_fd = share_intervals(labels, len(classes), strata), fd_interval(hard, target, strata)
+        low, high = np.minimum(low, found[:, 0]), np.maximum(high, found[:, 1])
+        fd_low, fd_high = min(fd_low, found_fd[0]), max(fd_high, found_fd[1])
     limits = np.clip(np.stack([np.minimum(low, shares), np.maximum(high, shares)], axis=1), 0, 1)
+    farthest = np.linalg.norm(np.eye(len(classes)) - target, axis=1).max()
     return Correction(
         shares=tuple(shares.tolist()),
         shares_ci=tuple((below, above) for below, above in limits.tolist()),
         fd=fairness_discrepancy(shares[None], target),
-        fd_ci=distance_interval(shares, draws, target),
+        fd_ci=(fd_low, min(fd_high, float(farthest))),
         condition=condition,
         labelled=tuple(confusion.sum(axis=1).tolist()),
         plausible=plausible,

@@ -25,12 +25,14 @@ def target_p_value(counts: np.ndarray, target: np.ndarray, seed: int = 0) -> flo
 
     Pearson's chi-square test; where a class is expected fewer than 5 times, against 20 000 simulated samples in place
     of the chi-square distribution (Monte Carlo multinomial test). 0 if a class is shown that the target excludes.
-    For pictures dealt out in fixed shares it is too large, never too small: their mix varies less.
+    For pictures dealt out in fixed shares it is rather too large than too small: their mix varies less.
     """
     counts, target = np.asarray(counts), np.asarray(target, dtype=np.float64)
     asked = target > 0
     if counts[~asked].any():
         return 0.0
+    if asked.sum() == 1:
+        return 1.0
     counts, target = counts[asked], target[asked]
     n = int(counts.sum())
     found = chi_square(counts, target)
@@ -54,11 +56,11 @@ def fd_threshold(n: int, target: np.ndarray, level: float = 0.95, seed: int = 0)
     if n * asked.min() >= FEW and np.allclose(weights, weights[0]):
         return float(np.sqrt(weights[0] * stats.chi2.ppf(level, len(weights)) / n))
     simulated = np.random.default_rng(seed).multinomial(n, asked, size=SIMULATED) / n
-    return float(np.quantile(np.linalg.norm(simulated - asked, axis=1), level))
+    return float(np.quantile(np.linalg.norm(simulated - asked, axis=1), level, method="higher"))
 
 
 def pictures_for_fd(fd: float, target: np.ndarray, level: float = 0.95) -> int:
-    """Pictures needed so that an FD of counts of `fd` is above `fd_threshold`, that is, cannot be chance."""
+    """Pictures needed so that an FD of counts of `fd` is above `fd_threshold`, that is, cannot be chance. fd > 0."""
     many = 10**6  # where the threshold falls with the root of the number of pictures
     return math.ceil(many * (fd_threshold(many, target, level) / fd) ** 2)
 
@@ -78,7 +80,8 @@ class PairedTest:
 
     table[i][j]: pictures of class i before and j after. changed: share whose class changed, with a 95 % interval.
     needed: the least share of pictures that must change class to turn the mix before into the target; ratio: changed
-    by needed, None where nothing had to change. p_value: how often chance alone would shift the mix as much.
+    by needed, None where nothing had to change, below 1 only where the target was not reached. p_value: how often
+    chance alone would shift the mix as much.
     """
 
     n: int
