@@ -3,6 +3,7 @@
 A classifier that mistakes 1 in 10 of one class and none of the other sees a bias where there is none. How often it
 takes what for what is counted once, on labelled pictures like those measured; then the shares it finds can be corrected
 (CLEAM: Teo, Abdollahzadeh and Cheung, "On Measuring Fairness in Generative Models", NeurIPS 2023, arXiv 2310.19297).
+It holds as far as the classifier errs on these pictures as it did on the labelled ones.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .files import DiffLensError
 from .intervals import DRAWS, bootstrap_means, distance_interval, fd_interval, share_intervals
 
 CONDITION_LIMIT = 10.0
-"""Largest condition number. Errors of the shares grow by up to as much: at 10 a set of pictures may tell no more than
+"""Largest condition number. Relative errors of shares grow by up to as much: at 10 a set of pictures may tell no more than
 one a hundredth of its size. For two classes with the same accuracy a it is 1 / (2a - 1): 10 is an accuracy of 0.55."""
 
 

@@ -46,7 +46,8 @@ def joint_report(
     """Joint table and FD of the attributes in `readings` (each n x K).
 
     target: the shares (K) of each attribute, whose products are asked of the cells (as many young light as young dark
-    pictures), or the shares of the cells themselves (K1 x ... x KA, sum 1).
+    pictures), or the shares of the cells themselves (K1 x ... x KA, sum 1). The pictures are taken for independent,
+    which makes the intervals of pictures dealt out to classes rather too wide.
     """
     names = tuple(readings)
     if isinstance(target, Mapping):
@@ -109,10 +110,10 @@ def fd_bounds(counts: np.ndarray, undecided: int, target: np.ndarray) -> tuple[f
 class PromptReport:
     """FD by prompt. mean: of the prompts' hard FD, each prompt counting the same, with a 95 % interval.
 
-    Few pictures a prompt make every FD, and so the mean, larger than the truth. by_chance is the mean that pictures
-    from the target mix itself would show at these numbers, to compare with; the interval tells how far the mean would
-    move with other pictures. mean_squared is free of that: the mean of FD^2 less what chance adds (None if a
-    prompt has one picture).
+    Few pictures a prompt make every FD, and so the mean, larger than the truth. by_chance is the mean that independent
+    pictures from the target mix itself would show at these numbers, to compare with; the interval tells how far the
+    mean would move with other pictures. mean_squared is free of that: the mean of FD^2 less what chance adds (None if
+    it cannot be known for a prompt, see `unbiased_squared_fd`).
     """
 
     prompts: tuple[str, ...]
@@ -129,21 +130,29 @@ def prompt_report(
     attribute: str,
     classes: tuple[str, ...],
     prompts: Sequence[str],
+    assigned: np.ndarray | None = None,
     seed: int = 0,
 ) -> PromptReport:
-    """FD of every prompt and their mean, from n x K probabilities, a target (K) and the prompt of each picture (n)."""
+    """FD of every prompt and their mean, from n x K probabilities, a target (K) and the prompt of each picture (n).
+
+    assigned: the class that each picture was steered to (n).
+    """
     probabilities, target, prompts = np.asarray(probabilities), np.asarray(target), np.asarray(prompts)
     names = tuple(dict.fromkeys(prompts.tolist()))
-    groups = [probabilities[prompts == name] for name in names]
-    reports = tuple(measure_fairness(group, target, attribute, classes) for group in groups)
-    again, chance = [], []
-    for number, group in enumerate(groups):
-        draws = bootstrap_means(one_hot(group.argmax(axis=1), len(target)), seed=seed + number)
+    reports, again, chance = [], [], []
+    for number, name in enumerate(names):
+        own = prompts == name
+        strata = None if assigned is None else np.asarray(assigned)[own]
+        reports.append(measure_fairness(probabilities[own], target, attribute, classes, strata))
+        hard, n = one_hot(probabilities[own].argmax(axis=1), len(target)), int(own.sum())
+        draws = bootstrap_means(hard, strata, seed=seed + number)
         again.append(np.linalg.norm(draws - target, axis=1))
-        fair = np.random.default_rng(seed + number).multinomial(len(group), target, size=len(draws)) / len(group)
+        fair = np.random.default_rng(seed + number).multinomial(n, target, size=len(draws)) / n
         chance.append(np.linalg.norm(fair - target, axis=1).mean())
     mean, means = float(np.mean([report.fd_hard for report in reports])), np.mean(again, axis=0)
     low, high = np.quantile(means - means.mean(), [0.025, 0.975]) + mean
     squares = [report.fd_squared for report in reports]
     squared = None if None in squares else float(np.mean(squares))
-    return PromptReport(names, reports, mean, (max(0.0, float(low)), float(high)), float(np.mean(chance)), squared)
+    return PromptReport(
+        names, tuple(reports), mean, (max(0.0, float(low)), float(high)), float(np.mean(chance)), squared
+    )

@@ -62,7 +62,7 @@ def fd_threshold(n: int, target: np.ndarray, level: float = 0.95, seed: int = 0)
 def pictures_for_fd(fd: float, target: np.ndarray, level: float = 0.95) -> int:
     """Pictures needed so that an FD of counts of `fd` is above `fd_threshold`, that is, cannot be chance. fd > 0."""
     many = 10**6  # where the threshold falls with the root of the number of pictures
-    return math.ceil(many * (fd_threshold(many, target, level) / fd) ** 2)
+    return max(1, math.ceil(many * (fd_threshold(many, target, level) / fd) ** 2))
 
 
 def pictures_for_share(half_width: float, level: float = 0.95) -> int:

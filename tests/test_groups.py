@@ -108,6 +108,15 @@ def test_prompts_count_the_same_whatever_their_number_of_pictures():
     assert found.mean_ci[0] <= found.mean <= found.mean_ci[1]
 
 
+def test_prompts_of_steered_pictures_know_of_the_deal():
+    labels, prompts = np.arange(80) % 2, np.repeat(["nurse", "pilot"], 40)
+    labels[3] = 0
+    arguments = one_hot(labels, 2), np.full(2, 0.5), "tone", ("a", "b"), prompts
+    blind, dealt = prompt_report(*arguments), prompt_report(*arguments, assigned=np.arange(80) % 2)
+    assert [report.success for report in dealt.reports] == [39 / 40, 1]
+    assert np.ptp(dealt.mean_ci) < 0.7 * np.ptp(blind.mean_ci) and dealt.mean == blind.mean
+
+
 def test_mean_over_prompts_of_fair_pictures_is_what_chance_gives_and_its_square_is_none():
     rng, prompts = np.random.default_rng(1), np.repeat([f"prompt {i}" for i in range(12)], 25)
     found = [
