@@ -19,8 +19,8 @@ from .files import DiffLensError
 from .intervals import DRAWS, bootstrap_means, distance_interval, fd_interval, share_intervals
 
 CONDITION_LIMIT = 10.0
-"""Largest condition number. Relative errors of shares grow by up to as much: at 10 a set of pictures may tell no more than
-one a hundredth of its size. For two classes with the same accuracy a it is 1 / (2a - 1): 10 is an accuracy of 0.55."""
+"""Largest condition number. Relative errors of the shares grow by up to as much: at 10 a set of pictures may tell no
+more than one a hundredth of its size. For two classes with the same accuracy a it is 1 / (2a - 1): 10 means 0.55."""
 
 
 def parse_confusion(text: str, classes: tuple[str, ...]) -> np.ndarray:
