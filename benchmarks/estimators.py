@@ -1,6 +1,6 @@
 """Do the intervals and tests of a fairness report hold as often as they say? Answered by simulation, in two tables.
 
-    python benchmarks/estimators.py                10 000 simulated sets of pictures a row, under a minute
+    python benchmarks/estimators.py                10 000 simulated sets of pictures a row, about half a minute
     python benchmarks/estimators.py --draws 1000
 
 Every row draws sets of pictures from a known mix. `found` counts how often the 95 % interval holds the truth, or how
