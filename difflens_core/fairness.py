@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from .classifier import decided, other_attributes
+from .intervals import by_stratum, fd_interval, share_intervals
+from .significance import fd_threshold, target_p_value
 
 
 def fairness_discrepancy(probabilities: np.ndarray, target: np.ndarray) -> float:
@@ -25,43 +27,57 @@ def one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
     return np.eye(classes)[np.asarray(labels)]
 
 
-def bootstrap_interval(
-    probabilities: np.ndarray,
-    target: np.ndarray,
-    strata: np.ndarray | None = None,
-    draws: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of FD, resampling pictures (within `strata`, if given: n integer labels).
+def unbiased_squared_fd(
+    probabilities: np.ndarray, target: np.ndarray, strata: np.ndarray | None = None
+) -> float | None:
+    """FD^2 less what chance adds to it, so that sets of different size compare; may be negative near a fair mix.
 
-    Steered pictures are assigned classes in fixed shares, so they are resampled within their assigned class.
+    Chance adds the variance of the mean: for counts sum_c p_c (1 - p_c) / (n - 1). With strata (n integer labels) it is
+    that within them. None where a stratum holds one picture only, whose variance cannot be known.
     """
-    probabilities = np.asarray(probabilities, dtype=np.float64)
-    strata = np.zeros(len(probabilities), dtype=int) if strata is None else np.asarray(strata)
-    rng = np.random.default_rng(seed)
-    totals = np.zeros((draws, probabilities.shape[1]))
-    for stratum in np.unique(strata):
-        members = probabilities[strata == stratum]
-        # Resampling with replacement only needs how often each picture was drawn.
-        times = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=draws)
-        totals += times @ members
-    fds = np.linalg.norm(totals / len(probabilities) - target, axis=1)
-    low, high = np.quantile(fds, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    groups = by_stratum(np.asarray(probabilities, dtype=np.float64), strata)
+    if min(len(group) for group in groups) < 2:
+        return None
+    n = len(probabilities)
+    chance = sum(len(group) * group.var(axis=0, ddof=1).sum() / n**2 for group in groups)
+    return float(fairness_discrepancy(probabilities, target) ** 2 - chance)
 
 
-def fair_threshold(n: int, classes: int, level: float = 0.95) -> float:
-    """Hard FD below which n independent pictures cannot be told from a uniform mix (chi-square test)."""
-    return float(np.sqrt(stats.chi2.ppf(level, classes - 1) / (n * classes)))
+def total_variation(shares: np.ndarray, target: np.ndarray) -> float:
+    """Share of pictures that would have to change class to make one mix the other: half of sum_c |p_c - q_c|."""
+    return float(np.abs(np.asarray(shares) - np.asarray(target)).sum() / 2)
+
+
+def kl_divergence(shares: np.ndarray, target: np.ndarray) -> float:
+    """KL(p || q) = sum_c p_c log(p_c / q_c) in nats; infinite if a class is shown that the target excludes."""
+    return float(special.rel_entr(shares, target).sum())
+
+
+def deviation_ratio(shares: np.ndarray, target: np.ndarray) -> float:
+    """Largest deviation of a class from its target by the largest there can be: max_c |p_c - q_c| / (1 - min_c q_c).
+
+    0 to 1. For a uniform target of C classes it is max_c |p_c - 1/C| / (1 - 1/C), as published for SDisc. A mix strays
+    farthest if all pictures show the class with the lowest target, hence the divisor for other targets.
+    """
+    return float(np.abs(np.asarray(shares) - np.asarray(target)).max() / (1 - np.min(target)))
+
+
+def worst_off_class(shares: np.ndarray, target: np.ndarray) -> tuple[int, float]:
+    """The class with the lowest share by its target, and this ratio (1: as asked for, 0: not shown at all)."""
+    shares, target = np.asarray(shares), np.asarray(target)
+    ratios = np.divide(shares, target, out=np.full(len(target), np.inf), where=target > 0)
+    return int(ratios.argmin()), float(ratios.min())
 
 
 @dataclass(frozen=True)
 class Report:
-    """Fairness of one set of pictures for one attribute.
+    """Fairness of one set of pictures for one attribute. Intervals hold the truth 95 times in 100.
 
-    shares: of each class by hard count; fd / fd_hard: soft and hard FD with 95 % intervals; threshold: see
-    `fair_threshold`; success: share that shows the class it was assigned, None for unsteered pictures.
+    shares: of each class by hard count, with intervals; fd / fd_hard: soft and hard FD with intervals; threshold:
+    hard FD that independent pictures from the target mix stay below 95 times in 100; p_value: how often such pictures
+    would stray as far (`target_p_value`); fd_squared: `unbiased_squared_fd` of the counts; kl: None if infinite;
+    worst_off: the class with the lowest share by its target, and the ratio; success: share that shows the class it
+    was assigned, with interval, None for unsteered pictures.
     """
 
     attribute: str
@@ -69,12 +85,21 @@ class Report:
     n: int
     target: tuple[float, ...]
     shares: tuple[float, ...]
+    shares_ci: tuple[tuple[float, float], ...]
     fd: float
     fd_ci: tuple[float, float]
     fd_hard: float
     fd_hard_ci: tuple[float, float]
+    fd_squared: float | None
     threshold: float
+    p_value: float
+    total_variation: float
+    kl: float | None
+    deviation_ratio: float
+    worst_off: str
+    worst_off_ratio: float
     success: float | None = None
+    success_ci: tuple[float, float] | None = None
 
 
 def measure_fairness(
@@ -84,22 +109,38 @@ def measure_fairness(
     classes: tuple[str, ...],
     assigned: np.ndarray | None = None,
 ) -> Report:
-    """Report on n x K class probabilities; `assigned` holds the class that each picture was steered to (n)."""
-    probabilities = np.asarray(probabilities, dtype=np.float64)
+    """Report on n x K class probabilities and a target (K); `assigned` holds the class each picture was steered to (n).
+
+    The threshold and the p-value take the pictures for independent. Pictures dealt out to classes vary less, so that
+    both are careful for them; the intervals know of the deal.
+    """
+    probabilities, target = np.asarray(probabilities, dtype=np.float64), np.asarray(target, dtype=np.float64)
     labels = probabilities.argmax(axis=1)
     hard = one_hot(labels, len(classes))
+    shares, kl = hard.mean(axis=0), kl_divergence(hard.mean(axis=0), target)
+    worst, worst_ratio = worst_off_class(shares, target)
+    hits = None if assigned is None else labels == np.asarray(assigned)
     return Report(
-        attribute,
-        tuple(classes),
-        len(labels),
-        tuple(float(share) for share in target),
-        tuple(float(share) for share in hard.mean(axis=0)),
-        fairness_discrepancy(probabilities, target),
-        bootstrap_interval(probabilities, target, assigned),
-        fairness_discrepancy(hard, target),
-        bootstrap_interval(hard, target, assigned),
-        fair_threshold(len(labels), len(classes)),
-        None if assigned is None else float(np.mean(labels == assigned)),
+        attribute=attribute,
+        classes=tuple(classes),
+        n=len(labels),
+        target=tuple(target.tolist()),
+        shares=tuple(shares.tolist()),
+        shares_ci=tuple((low, high) for low, high in share_intervals(labels, len(classes), assigned).tolist()),
+        fd=fairness_discrepancy(probabilities, target),
+        fd_ci=fd_interval(probabilities, target, assigned),
+        fd_hard=fairness_discrepancy(hard, target),
+        fd_hard_ci=fd_interval(hard, target, assigned),
+        fd_squared=unbiased_squared_fd(hard, target, assigned),
+        threshold=fd_threshold(len(labels), target),
+        p_value=target_p_value(hard.sum(axis=0).astype(np.int64), target),
+        total_variation=total_variation(shares, target),
+        kl=kl if np.isfinite(kl) else None,
+        deviation_ratio=deviation_ratio(shares, target),
+        worst_off=classes[worst],
+        worst_off_ratio=worst_ratio,
+        success=None if hits is None else float(hits.mean()),
+        success_ci=None if hits is None else tuple(share_intervals(hits.astype(int), 2, assigned)[1].tolist()),
     )
 
 

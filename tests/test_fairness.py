@@ -1,24 +1,33 @@
-"""Fairness measures against their formulas, direct resampling and simulation."""
+"""Fairness measures against their formulas and all outcomes."""
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from difflens_core.classifier import MISTAKE, NO_FACE
 from difflens_core.fairness import (
-    bootstrap_interval,
-    fair_threshold,
+    deviation_ratio,
     fairness_discrepancy,
     kept_attributes,
     kept_share,
+    kl_divergence,
     measure_fairness,
     one_hot,
     pixel_change,
+    total_variation,
+    unbiased_squared_fd,
+    worst_off_class,
 )
+from difflens_core.intervals import fd_interval, share_intervals
+from difflens_core.significance import fd_threshold, target_p_value
 
 
 def mix(n: int, shares: list[float], seed: int = 0) -> np.ndarray:
@@ -41,48 +50,68 @@ def test_fd_of_known_mixes():
     assert fairness_discrepancy(one_hot([0] * 9, 4), np.full(4, 0.25)) == pytest.approx(math.sqrt(3 / 4))
 
 
-@pytest.mark.parametrize("stratified", [False, True])
-def test_bootstrap_agrees_with_resampling_one_picture_at_a_time(stratified):
-    p, target = mix(60, [0.6, 0.3, 0.1]), np.full(3, 1 / 3)
-    strata = np.arange(60) % 3 if stratified else np.zeros(60, int)
-    rng, fds = np.random.default_rng(9), []
-    for _ in range(2000):
-        rows = np.concatenate([rng.choice(np.flatnonzero(strata == s), (strata == s).sum()) for s in np.unique(strata)])
-        fds.append(np.linalg.norm(p[rows].mean(axis=0) - target))
-    found = bootstrap_interval(p, target, strata if stratified else None)
-    assert found == pytest.approx(tuple(np.quantile(fds, [0.025, 0.975])), abs=0.015)
+def test_unbiased_square_is_right_on_average_over_all_outcomes():
+    shares, target, n = np.array([0.6, 0.3, 0.1]), np.array([0.4, 0.4, 0.2]), 6
+    every = [counts for counts in product(range(n + 1), repeat=3) if sum(counts) == n]
+    weights = stats.multinomial(n, shares).pmf(np.array(every))
+    squares = [unbiased_squared_fd(one_hot(np.repeat([0, 1, 2], counts), 3), target) for counts in every]
+    assert weights @ squares == pytest.approx(((shares - target) ** 2).sum(), abs=1e-12)
+    p = np.array(every[9]) / n
+    known = ((p - target) ** 2).sum() - (p * (1 - p)).sum() / (n - 1)
+    assert squares[9] == pytest.approx(known, abs=1e-12)
 
 
-def test_bootstrap_interval_covers_the_true_fd_about_as_often_as_it_says():
-    shares, target = [0.7, 0.2, 0.1], np.full(3, 1 / 3)
-    truth = np.linalg.norm(np.array(shares) - target)
-    runs = [one_hot(np.random.default_rng(run).choice(3, 200, p=shares), 3) for run in range(300)]
-    intervals = [bootstrap_interval(run, target, draws=400) for run in runs]
-    assert 0.90 <= np.mean([low <= truth <= high for low, high in intervals]) <= 0.99
+def test_unbiased_square_of_dealt_out_pictures_takes_the_chance_within_strata():
+    p, strata, target = mix(30, [0.6, 0.3, 0.1]), np.repeat([0, 1], [10, 20]), np.full(3, 1 / 3)
+    parts = [p[strata == s] for s in (0, 1)]
+    chance = sum((len(part) / 30) ** 2 * np.trace(np.cov(part.T)) / len(part) for part in parts)
+    known = fairness_discrepancy(p, target) ** 2 - chance
+    assert unbiased_squared_fd(p, target, strata) == pytest.approx(known, abs=1e-12)
+    assert unbiased_squared_fd(p[:1], target) is None
 
 
-def test_pictures_that_all_obey_their_stratum_leave_no_uncertainty():
-    labels = np.arange(90) % 3
-    low, high = bootstrap_interval(one_hot(labels, 3), np.full(3, 1 / 3), labels)
-    assert low == pytest.approx(0) and high == pytest.approx(0)
+def test_distances_of_known_mixes():
+    p, q = np.array([0.7, 0.2, 0.1]), np.array([0.5, 0.25, 0.25])
+    assert total_variation(p, q) == pytest.approx(0.2)
+    assert kl_divergence(p, q) == pytest.approx(stats.entropy(p, q))
+    assert kl_divergence([0.5, 0.5], [1.0, 0.0]) == math.inf and kl_divergence([1.0, 0.0], [0.5, 0.5]) == math.log(2)
+    assert deviation_ratio(p, q) == pytest.approx(0.2 / 0.75)
+    assert deviation_ratio([1, 0, 0, 0], np.full(4, 0.25)) == 1 == deviation_ratio([0, 0, 1], [0.6, 0.3, 0.1])
+    assert worst_off_class(p, q) == (2, pytest.approx(0.4))
+    assert worst_off_class([0.5, 0.5, 0.0], [0.6, 0.4, 0.0]) == (0, pytest.approx(0.5 / 0.6))
 
 
-@pytest.mark.parametrize("classes", [2, 4])
-def test_a_fair_sampler_stays_below_the_threshold_95_times_in_100(classes):
-    counts = np.random.default_rng(1).multinomial(500, np.full(classes, 1 / classes), size=20_000)
-    fds = np.linalg.norm(counts / 500 - 1 / classes, axis=1)
-    # Counts are whole numbers, so the share below a given value moves in jumps (about 0.01 here).
-    assert np.mean(fds <= fair_threshold(500, classes)) == pytest.approx(0.95, abs=0.012)
-
-
-def test_report_puts_soft_and_hard_figures_where_they_belong():
+def test_report_puts_figures_where_they_belong():
     p, target = np.array([[0.6, 0.4], [0.9, 0.1], [0.2, 0.8], [0.7, 0.3]]), np.array([0.5, 0.5])
-    report = measure_fairness(p, target, "age", ("a", "b"), assigned=np.array([0, 1, 1, 0]))
+    assigned = np.array([0, 1, 1, 0])
+    hard = one_hot([0, 0, 1, 0], 2)
+    report = measure_fairness(p, target, "age", ("a", "b"), assigned)
     assert report.n == 4 and report.shares == (0.75, 0.25) and report.success == 0.75
     assert report.fd == pytest.approx(math.hypot(0.1, 0.1)) and report.fd_hard == pytest.approx(math.hypot(0.25, 0.25))
-    assert report.fd_ci == bootstrap_interval(p, target, np.array([0, 1, 1, 0]))
-    assert report.threshold == fair_threshold(4, 2)
-    assert measure_fairness(p, target, "age", ("a", "b")).success is None
+    assert report.fd_ci == fd_interval(p, target, assigned) and report.fd_hard_ci == fd_interval(hard, target, assigned)
+    assert report.shares_ci == tuple(map(tuple, share_intervals(np.array([0, 0, 1, 0]), 2, assigned).tolist()))
+    assert report.fd_squared == unbiased_squared_fd(hard, target, assigned)
+    assert report.threshold == fd_threshold(4, target) and report.p_value == target_p_value([3, 1], target)
+    assert report.total_variation == 0.25 and report.deviation_ratio == 0.5
+    assert report.kl == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert (report.worst_off, report.worst_off_ratio) == ("b", 0.5)
+    assert report.success_ci[0] < 0.75 < report.success_ci[1]
+
+
+def test_report_on_unsteered_pictures_has_no_success_and_can_be_written_as_json():
+    report = measure_fairness(one_hot([0, 0, 1, 0], 2), np.array([1.0, 0.0]), "age", ("a", "b"))
+    assert report.success is None and report.success_ci is None
+    assert report.kl is None and report.p_value == 0
+    numbers = asdict(report)
+    assert json.loads(json.dumps(numbers, allow_nan=False))["shares_ci"] == [list(ci) for ci in report.shares_ci]
+
+
+@pytest.mark.parametrize("target", [[1 / 3, 1 / 3, 1 / 3], [0.5, 0.3, 0.2]])
+def test_interval_threshold_and_p_value_tell_the_same_of_clear_cases(target):
+    for shares, fair in ((target, True), ([0.75, 0.15, 0.1], False)):
+        labels = np.repeat([0, 1, 2], np.round(np.array(shares) * 120).astype(int))
+        report = measure_fairness(one_hot(labels, 3), np.array(target), "age", ("a", "b", "c"))
+        assert (report.fd_hard_ci[0] == 0) == fair == (report.fd_hard <= report.threshold) == (report.p_value > 0.05)
 
 
 def test_kept_share_counts_pictures_whose_class_stays():
