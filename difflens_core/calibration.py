@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import isotonic_regression, nnls
-from scipy.stats import binomtest
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 
-from .fairness import measure_fairness
+from .correction import solve_shares
+from .fairness import fairness_discrepancy, measure_fairness
 from .files import DiffLensError, load_tensors, save_tensors
 from .plots import line_chart
 from .recipes import Recipe, with_settings
 from .sampling import Draw
+from .significance import paired_test
 from .steering import Steering
 from .targets import LEFT_ALONE, assign_targets, plan_moves
 
@@ -128,12 +129,14 @@ def calibrate(
     tuning = np.arange(options.pictures)
     unsteered = trials.read(tuning, np.full_like(tuning, LEFT_ALONE), np.zeros(len(target)))
     strength = find_strengths(trials, unsteered, target, options, doses)
-    strength, ask, rounds = search(trials, unsteered, target, options, strength)
+    rounds = search(trials, unsteered, target, options, strength)
+    best = min(rounds, key=lambda tried: tried["fd"])
+    strength, ask = np.array(best["strength"]), np.array(best["ask"])
     fresh, moved = fresh_report(trials, target, options, strength, ask)
     start = measure_fairness(unsteered, target, recipe.attribute, recipe.classes)
     record = {
         "target": target.tolist(), "ask": ask.tolist(), "only_where_needed": options.only_where_needed,
-        "reached": fresh["within"], "why": reason(recipe, rounds, fresh, options),
+        "reached": fresh["within"], "why": reason(best, fresh, options),
         "start": {"shares": start.shares, "fd": start.fd}, "doses": doses, "rounds": rounds, "fresh": fresh | moved,
         "pictures": options.pictures, "drawn": len(trials.known), "tolerance": options.tolerance,
         "clear": options.clear,
@@ -160,19 +163,17 @@ def find_strengths(
     trials: Trials, unsteered: np.ndarray, target: np.ndarray, options: CalibrationOptions, doses: Doses
 ) -> np.ndarray:
     """The weakest strength (K) at which each class of the target is clear; fills `doses`. See `calibrate`."""
-    recipe, own = trials.recipe, unsteered.argmax(axis=1)
-    wanted = [c for c in np.flatnonzero(target) if (own != c).sum() >= 2]
-    each = max(4, options.pictures // (ROUNDS * len(wanted))) if wanted else 0
+    own = unsteered.argmax(axis=1)
+    recipe, (usual, strongest) = trials.recipe, strength_limits(trials.recipe)
+    wanted = [c for c in np.flatnonzero(target) if (own != c).sum() >= 2]  # of two classes or more, one at least
+    each = max(4, options.pictures // (ROUNDS * len(wanted)))
     pictures = {c: np.flatnonzero(own != c)[:each] for c in wanted}
-    usual = np.array([s or 1.0 for s in recipe.strength])
-    strongest = np.minimum(usual * STRONGEST, 1.0) if recipe.mode in AT_MOST_ONE else usual * STRONGEST
     strength, low, high = np.minimum(usual, strongest), usual * WEAKEST, strongest.copy()
     for c in wanted:
         doses[recipe.classes[c]].append((0.0, float(unsteered[pictures[c], c].mean())))
     for _ in range(ROUNDS):
-        which = np.concatenate([pictures[c] for c in wanted]) if wanted else np.zeros(0, int)
-        asked = np.repeat(wanted, [len(pictures[c]) for c in wanted]).astype(np.int64)
-        read = trials.read(which, asked, strength) if len(which) else np.zeros((0, len(target)))
+        asked = np.repeat(wanted, [len(pictures[c]) for c in wanted])
+        read = trials.read(np.concatenate([pictures[c] for c in wanted]), asked, strength)
         for c in wanted:
             seen = float(read[asked == c, c].mean())
             doses[recipe.classes[c]].append((float(strength[c]), seen))
@@ -181,6 +182,12 @@ def find_strengths(
     for c in wanted:
         strength[c] = weakest_clear(doses[recipe.classes[c]], options.clear)
     return strength
+
+
+def strength_limits(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """The recipe's own strengths (K), where it has none 1, and the strongest to try."""
+    usual = np.array([s or 1.0 for s in recipe.strength])
+    return usual, np.minimum(usual * STRONGEST, 1.0) if recipe.mode in AT_MOST_ONE else usual * STRONGEST
 
 
 def weakest_clear(doses: list[tuple[float, float]], clear: float) -> float:
@@ -192,33 +199,31 @@ def weakest_clear(doses: list[tuple[float, float]], clear: float) -> float:
 
 def search(
     trials: Trials, unsteered: np.ndarray, target: np.ndarray, options: CalibrationOptions, strength: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, list[dict]]:
-    """Strengths and shares to ask for (K each) that meet the target on the tuning noises, and what each round saw."""
+) -> list[dict[str, Any]]:
+    """Draw the mix on the tuning noises, mend strengths and shares, and again. What each round tried and saw."""
     ask, rounds, own = target, [], unsteered.argmax(axis=1)
-    usual = np.array([s or 1.0 for s in trials.recipe.strength])
-    strongest = 1.0 if trials.recipe.mode in AT_MOST_ONE else usual * STRONGEST
-    best = np.inf
+    names, strongest = trials.recipe.classes, strength_limits(trials.recipe)[1]
     while True:
         asked, moved = deal(own, ask, options)
         read = trials.read(np.arange(len(own)), np.where(moved, asked, LEFT_ALONE), strength)
-        fd = float(np.linalg.norm(read.mean(axis=0) - target))
-        shown = {c: read[moved & (asked == c)][:, c] for c in np.flatnonzero(ask)}
-        clear = {trials.recipe.classes[c]: float(p.mean()) for c, p in shown.items() if len(p)}
-        rounds.append({"strength": strength.tolist(), "ask": ask.tolist(), "fd": fd, "clear": clear})
-        if fd < best:
-            best, found = fd, (strength, ask)
-        # What is left must pay for another round and for the fresh noises, where the unsteered ones count too.
-        left = options.budget - len(trials.known)
-        if fd <= options.tolerance / 2 or left < int(moved.sum()) + fresh_cost(moved, options):
-            return *found, rounds
-        weak = [c for c, p in shown.items() if len(p) and p.mean() < options.clear]
-        stronger = np.where(np.isin(np.arange(len(ask)), weak), np.minimum(strength * 1.25, strongest), strength)
-        response = np.stack(
-            [read[asked == c].mean(axis=0) if (asked == c).any() else np.eye(len(ask))[c] for c in range(len(ask))]
+        clear = np.array(
+            [read[chosen, c].mean() if (chosen := moved & (asked == c)).any() else 1 for c in range(len(ask))]
         )
-        again = solve_shares(response, target)
+        fd = fairness_discrepancy(read, target)
+        told = {name: float(p) for name, p in zip(names, clear, strict=True)}
+        rounds.append({"strength": strength.tolist(), "ask": ask.tolist(), "fd": fd, "clear": told})
+        # What is left must pay for another round and for the fresh noises, where the unsteered ones count too.
+        cost = (2 if options.only_where_needed else 1) * int(moved.sum()) + len(own)
+        if fd <= options.tolerance / 2 or options.budget - len(trials.known) < cost:
+            return rounds
+        stronger = np.where(clear < options.clear, np.minimum(strength * 1.25, strongest), strength)
+        # Which shares to ask for: as if a class asked for were the truth, and what is shown a reading with errors.
+        answers = [
+            read[asked == c].mean(axis=0) if (asked == c).any() else np.eye(len(ask))[c] for c in range(len(ask))
+        ]
+        again = solve_shares(target, np.stack(answers))
         if np.allclose(again, ask, atol=1e-3) and np.allclose(stronger, strength):
-            return *found, rounds
+            return rounds
         strength, ask = stronger, again
 
 
@@ -228,21 +233,6 @@ def deal(own: np.ndarray, ask: np.ndarray, options: CalibrationOptions) -> tuple
         asked = plan_moves(own[:, None], ask, options.seed)[:, 0]
         return asked, asked != own
     return assign_targets(ask, len(own), options.seed), np.ones(len(own), dtype=bool)
-
-
-def fresh_cost(moved: np.ndarray, options: CalibrationOptions) -> int:
-    """Pictures that the last part draws."""
-    return int(moved.sum()) + (len(moved) if options.only_where_needed else 0)
-
-
-def solve_shares(response: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Shares to ask for (K) whose answer comes closest to `target`: min |R^T a - target| with a >= 0, sum 1.
-
-    response: K x K, the mean probabilities of pictures asked for each class.
-    """
-    heavy = 1e3  # on the row that makes the shares sum to 1
-    shares, _ = nnls(np.vstack([response.T, np.full(len(target), heavy)]), np.append(target, heavy))
-    return shares / shares.sum()
 
 
 def fresh_report(
@@ -255,42 +245,37 @@ def fresh_report(
         own = trials.read(noises, np.full_like(noises, LEFT_ALONE), strength).argmax(axis=1)
     asked, moved = deal(own, ask, options)
     read = trials.read(noises, np.where(moved, asked, LEFT_ALONE), strength)
+    labels = read.argmax(axis=1)
     if options.only_where_needed:
-        counts = np.bincount(own, minlength=len(target))
-        needed = float(np.abs(counts / len(own) - target).sum() / 2)
-        changes = {"changed": float(np.mean(read.argmax(axis=1) != own)), "needed": needed}
+        pairs = paired_test(own, labels, target)
+        changes = {"changed": pairs.changed, "needed": pairs.needed}
     report = measure_fairness(read, target, recipe.attribute, recipe.classes, asked)
-    counts = np.bincount(read.argmax(axis=1), minlength=len(target))
-    intervals = [tuple(binomtest(int(count), len(noises)).proportion_ci(method="wilson")) for count in counts]
-    within = all(low <= share <= high for (low, high), share in zip(intervals, target, strict=True))
+    within = all(low <= share <= high for (low, high), share in zip(report.shares_ci, target, strict=True))
     by_class = {
-        name: float((read[asked == c].argmax(axis=1) == c).mean())
-        for c, name in enumerate(recipe.classes)
-        if (asked == c).any()
+        name: float((labels[asked == c] == c).mean()) for c, name in enumerate(recipe.classes) if (asked == c).any()
     }
     found = {
-        "shares": report.shares, "intervals": intervals, "within": within, "fd": report.fd, "fd_ci": report.fd_ci,
-        "fd_hard": report.fd_hard, "success": report.success, "success_by_class": by_class,
+        "shares": report.shares, "intervals": report.shares_ci, "within": within, "fd": report.fd,
+        "fd_ci": report.fd_ci, "fd_hard": report.fd_hard, "success": report.success, "success_by_class": by_class,
     }  # fmt: skip
     return found, changes
 
 
-def reason(recipe: Recipe, rounds: list[dict], fresh: dict[str, Any], options: CalibrationOptions) -> str:
+def reason(best: dict[str, Any], fresh: dict[str, Any], options: CalibrationOptions) -> str:
     """In a sentence, how it ended, and if the target was not reached, why."""
-    last = rounds[-1]
     if fresh["within"]:
         return f"reached: on fresh noises FD {fresh['fd']:.3f}, and every class's 95 % interval holds its share."
-    weak = {name: p for name, p in last["clear"].items() if p < options.clear}
+    weak = {name: p for name, p in best["clear"].items() if p < options.clear}
     if weak:
         parts = ", ".join(f"{name} {p:.0%}" for name, p in weak.items())
         return (
             f"not reached: pictures asked for a class show it too seldom ({parts} at up to {STRONGEST:g} times the "
             f"recipe's strength). Use more features, another mode or an earlier start; see Diagnose."
         )
-    if last["fd"] > options.tolerance:
-        return f"not reached: the budget of {options.budget} pictures is spent at FD {last['fd']:.3f}. Allow more."
+    if best["fd"] > options.tolerance:
+        return f"not reached: the budget of {options.budget} pictures is spent at FD {best['fd']:.3f}. Allow more."
     return (
-        f"not reached: FD {last['fd']:.3f} on the noises tuned on, {fresh['fd']:.3f} on fresh ones. Allow a larger "
+        f"not reached: FD {best['fd']:.3f} on the noises tuned on, {fresh['fd']:.3f} on fresh ones. Allow a larger "
         "budget."
     )
 

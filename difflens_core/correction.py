@@ -74,9 +74,6 @@ def solve_shares(found: np.ndarray, rates: np.ndarray) -> np.ndarray:
     rates: A = P(predicted j | true i), K x K. For two classes p_0 = (found_0 - A_10) / (A_00 - A_10), kept to 0..1,
     as in CLEAM.
     """
-    exact = np.linalg.solve(rates.T, found)
-    if (exact >= 0).all():
-        return exact
     # The last equation says that shares sum to 1; its weight makes it hold to about one part in a million.
     weight = 1e3
     system = np.vstack([rates.T, np.full(len(found), weight)])

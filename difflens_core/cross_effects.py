@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from .classifier import other_attributes
+from .fairness import total_variation
+from .intervals import wilson_interval
 from .plots import bar_chart
 from .recipes import Recipe
 from .sampling import Draw
@@ -97,8 +98,8 @@ def effect(
 ) -> CrossEffect:
     mixes = [np.bincount(labels, minlength=classes) / len(labels) for labels in (before, after)]
     share = float(hit.mean()) if len(hit) else 0.0
-    low, high = binomtest(int(hit.sum()), len(hit)).proportion_ci(method="wilson") if len(hit) else (0.0, 1.0)
-    drift = float(np.abs(mixes[1] - mixes[0]).sum() / 2)
+    low, high = wilson_interval(int(hit.sum()), len(hit)) if len(hit) else (0.0, 1.0)
+    drift = total_variation(mixes[0], mixes[1])
     return CrossEffect(steered, watched, asked, share, (float(low), float(high)), drift, len(hit))
 
 
