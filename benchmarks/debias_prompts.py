@@ -4,8 +4,9 @@
     python benchmarks/debias_prompts.py --controls         with the controls of `debias.py`
     python benchmarks/debias_prompts.py --json FILE        the same numbers for machines
 
-Sampled with guidance (cfg 2). The seeds are ones on which no strength was tuned. `occupation` is the share of pictures
-in which the classifier still sees the occupation asked for; the columns after it are the share that keeps its class.
+Sampled with guidance (cfg 2), in bf16. The seeds are ones on which no strength was tuned. `occupation` is the share of
+pictures in which the classifier still sees the occupation asked for; the columns after it are the share that keeps its
+class.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from debias import ROOT, STEPS, measured, outcome, recipes_of, run
+from debias import ROOT, STEPS, in_bf16, measured, outcome, recipes_of, run
 
 from difflens_core.classifier import load_classifier
 from difflens_core.denoiser import load_prompted
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model, text = load_prompted(FILES / "difflens_models" / "prompted_avatars.safetensors")
+    model = in_bf16(model)
     classifier = load_classifier(FILES / "difflens_classifiers" / "prompted_avatars.safetensors")
     jobs = classifier.attributes["occupation"]
     began, results = time.time(), {}

@@ -1,0 +1,202 @@
+"""Does calibration meet its targets unattended, and what does it cost? The avatars, five biased starts.
+
+    python benchmarks/calibrate.py                   ten calibrations, then 2048 fresh pictures of each attribute
+    python benchmarks/calibrate.py --pictures 512    fewer fresh pictures
+    python benchmarks/calibrate.py --json FILE       the same numbers for machines
+
+Every calibration starts from the recipe at strength 1. A start is the model as it is or the noises of a run of which
+some were left out, and a target mix. `reached`: on fresh noises the target lies within the 95 % interval of every
+class's share. Then the recipes that were calibrated for uniform shares of the model as it is draw pictures of a seed
+that nothing was tuned on, planned so that as few as possible change: each attribute alone, and all three at once
+(24 combinations). `must`: the share that has to change, the total variation distance between the two mixes; `ratio`: changed to must.
+
+The model runs in bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from debias import ATTRIBUTES, AVATARS, BATCH, STEPS, Read, in_bf16, run
+from torch import Tensor
+
+from difflens_core.calibration import CalibrationOptions, asked_shares, calibrate
+from difflens_core.classifier import AttributeClassifier, join_readings, load_classifier
+from difflens_core.denoiser import Denoiser, load_denoiser
+from difflens_core.fairness import kept_attributes, measure_fairness
+from difflens_core.groups import joint_report
+from difflens_core.recipes import Recipe, load_recipe, with_settings
+from difflens_core.sampling import drawer, start_noise
+from difflens_core.significance import paired_test
+from difflens_core.steering import Steering
+from difflens_core.targets import Targets, joint_shares, parse_target, planned_targets
+
+FRESH_SEED = 95_001
+SEEDS = (61, 62)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A biased start: noises of the model as it is, of which those of class `dropped` stay with chance `left`."""
+
+    attribute: str
+    target: str
+    dropped: str = ""
+    left: float = 1.0
+
+
+STARTS = (
+    Start("presentation", "uniform"),
+    Start("age", "uniform"),
+    Start("skin_tone", "uniform"),
+    Start("presentation", "masculine: 3, feminine: 7", "feminine", 0.3),
+    Start("age", "young: 1, adult: 1, senior: 2", "young", 0.3),
+)
+
+
+def kept_noises(model: Denoiser, classifier: AttributeClassifier, start: Start, count: int, seed: int) -> Tensor:
+    """`count` noises of the start."""
+    noise = start_noise(2 * count if start.dropped else count, seed)
+    if not start.dropped:
+        return noise
+    draw, numbers = drawer(model, noise, STEPS), torch.arange(len(noise))
+    read = [classifier.classify(draw([], part))[start.attribute] for part in numbers.split(BATCH)]
+    dropped = torch.cat(read).argmax(dim=1) == classifier.attributes[start.attribute].index(start.dropped)
+    chance = torch.rand(len(noise), generator=torch.Generator().manual_seed(seed))
+    return noise[~dropped | (chance < start.left)][:count]
+
+
+def calibrate_start(model: Denoiser, classifier: AttributeClassifier, start: Start, seed: int) -> tuple[Recipe, float]:
+    """The calibrated recipe and the seconds it took."""
+    recipe = load_recipe(AVATARS / "difflens_recipes" / f"avatars_{start.attribute}.safetensors")
+    options = CalibrationOptions(only_where_needed=True, seed=seed)
+    noise = kept_noises(model, classifier, start, 2 * options.pictures, seed)
+    began = time.time()
+    found = calibrate(
+        with_settings(recipe, strength=1.0), drawer(model, noise, STEPS),
+        lambda pictures: classifier.classify(pictures)[start.attribute],
+        parse_target(start.target, recipe.classes), options, BATCH,
+    )  # fmt: skip
+    return found, time.time() - began
+
+
+def planned_run(model: Denoiser, classifier: AttributeClassifier, recipes: list[Recipe], before: Read) -> tuple:
+    """Pictures under the plan for these recipes, what the classifier reads off them, and the targets."""
+    pictures, read = before
+    own = {recipe.attribute: read[recipe.attribute].argmax(dim=1).numpy() for recipe in recipes}
+    shares = {
+        recipe.attribute: asked_shares(recipe, parse_target("uniform", recipe.classes), only_where_needed=True)
+        for recipe in recipes
+    }
+    targets = planned_targets(own, {recipe.attribute: recipe.classes for recipe in recipes}, shares, FRESH_SEED)
+    moved = torch.from_numpy(np.flatnonzero(targets[0].moved))
+    draw, after = drawer(model, start_noise(len(pictures), FRESH_SEED), STEPS), pictures.clone()
+    for which in moved.split(BATCH):
+        edits = [
+            Steering(recipe, lambda images, part=part, which=which: part.of(which[images]))
+            for recipe, part in zip(recipes, targets, strict=True)
+        ]
+        after[which] = draw(edits, which)
+    return after, read_all(classifier, after), targets
+
+
+def read_all(classifier: AttributeClassifier, pictures: Tensor) -> dict[str, Tensor]:
+    return join_readings([classifier.classify(part) for part in pictures.split(BATCH)])
+
+
+def one_attribute(before: Read, after: Read, targets: Targets) -> dict:
+    """Fairness of one attribute, how many pictures changed their class, what else was kept."""
+    name, uniform = targets.attribute, np.array(targets.shares) * 0 + 1 / len(targets.shares)
+    labels = [read[name].argmax(dim=1).numpy() for _, read in (before, after)]
+    report = measure_fairness(
+        after[1][name].numpy(), uniform, name, targets.classes, targets.first(len(labels[0]))
+    )  # fmt: skip
+    pairs = paired_test(*labels, uniform)
+    kept = kept_attributes(before[1], after[1], name)
+    return {
+        "fd_before": measure_fairness(before[1][name].numpy(), uniform, name, targets.classes).fd, "fd": report.fd,
+        "fd_ci": report.fd_ci, "fd_hard": report.fd_hard, "success": report.success, "changed": pairs.changed,
+        "must": pairs.needed, "untouched": float((before[0] == after[0]).flatten(1).all(dim=1).float().mean()),
+        "kept": float(np.mean([*kept.values()])),
+    }  # fmt: skip
+
+
+def all_at_once(before: Read, after: Read, targets: tuple[Targets, ...]) -> dict:
+    """Joint fairness over all combinations of the attributes' classes."""
+    names = [part.attribute for part in targets]
+    classes = {part.attribute: part.classes for part in targets}
+    shares = {name: np.full(len(classes[name]), 1 / len(classes[name])) for name in names}
+    sides = [{name: read[name].numpy() for name in names} for _, read in (before, after)]
+    reports = [joint_report(side, classes, shares).report for side in sides]
+    sizes = joint_shares([*shares.values()]).shape
+    cells = [np.ravel_multi_index([side[name].argmax(axis=1) for name in names], sizes) for side in sides]
+    asked = np.ravel_multi_index([part.first(len(cells[0])) for part in targets], sizes)
+    pairs = paired_test(*cells, joint_shares([*shares.values()]).ravel())
+    kept = kept_attributes(before[1], after[1], "")
+    return {
+        "fd_before": reports[0].fd, "fd": reports[1].fd, "fd_ci": reports[1].fd_ci, "fd_hard": reports[1].fd_hard,
+        "success": float((cells[1] == asked).mean()), "changed": pairs.changed, "must": pairs.needed,
+        "untouched": float((before[0] == after[0]).flatten(1).all(dim=1).float().mean()),
+        "kept": float(np.mean([share for name, share in kept.items() if name not in names])),
+    }  # fmt: skip
+
+
+def row(name: str, result: dict) -> str:
+    low, high = result["fd_ci"]
+    shares = "  ".join(f"{100 * result[key]:7.1f}" for key in ("changed", "must", "untouched", "kept"))
+    return (
+        f"{name:16s} {result['fd_before']:.3f}   {result['fd']:.3f} [{low:.3f}, {high:.3f}] {result['fd_hard']:.3f}   "
+        f"{result['success']:.3f}  {shares}   {result['changed'] / result['must']:.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=2048)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    model = in_bf16(load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors"))
+    classifier = load_classifier(AVATARS / "difflens_classifiers" / "avatars.safetensors")
+    results: dict[str, list | dict] = {"calibrations": []}
+    recipes: dict[str, Recipe] = {}
+    print("attribute     target                        seed  FD before  after  reached  pictures  seconds  strengths")
+    for seed in SEEDS:
+        for start in STARTS:
+            found, seconds = calibrate_start(model, classifier, start, seed)
+            record = found.info["calibration"]
+            if not start.dropped:
+                recipes.setdefault(start.attribute, found)
+            results["calibrations"].append(record | {"seconds": seconds, "attribute": start.attribute, "seed": seed})
+            print(
+                f"{start.attribute:12}  {start.target:28}  {seed:4}  {record['start']['fd']:9.3f}  "
+                f"{record['fresh']['fd']:.3f}  {record['reached']!s:7}  {record['drawn']:8}  {seconds:7.0f}  "
+                f"{', '.join(f'{s:.2f}' for s in found.strength)}",
+                flush=True,
+            )
+    print(f"\n{options.pictures} fresh pictures, {STEPS} steps, seed {FRESH_SEED}; changed to kept in %")
+    print(
+        "                 before   FD [95 % interval] counted  success  changed     must  untouched  kept   ratio"
+    )
+    pictures = run(model, options.pictures, seed=FRESH_SEED)[0]
+    before = pictures, read_all(classifier, pictures)
+    for chosen in (*([name] for name in ATTRIBUTES), ATTRIBUTES):
+        after, read, targets = planned_run(model, classifier, [recipes[name] for name in chosen], before)
+        name = chosen[0] if len(chosen) == 1 else "all three"
+        results[name] = (
+            one_attribute(before, (after, read), targets[0])
+            if len(chosen) == 1
+            else all_at_once(before, (after, read), targets)
+        )
+        print(row(name, results[name]), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
