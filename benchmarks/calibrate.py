@@ -8,7 +8,8 @@ Every calibration starts from the recipe at strength 1. A start is the model as 
 some were left out, and a target mix. `reached`: on fresh noises the target lies within the 95 % interval of every
 class's share. Then the recipes that were calibrated for uniform shares of the model as it is draw pictures of a seed
 that nothing was tuned on, planned so that as few as possible change: each attribute alone, and all three at once
-(24 combinations). `must`: the share that has to change, the total variation distance between the two mixes; `ratio`: changed to must.
+(24 combinations). `must`: the share that has to change, the total variation distance between the two mixes; `ratio`:
+changed to must.
 
 The model runs in bf16.
 """
@@ -180,9 +181,7 @@ def main() -> None:
                 flush=True,
             )
     print(f"\n{options.pictures} fresh pictures, {STEPS} steps, seed {FRESH_SEED}; changed to kept in %")
-    print(
-        "                 before   FD [95 % interval] counted  success  changed     must  untouched  kept   ratio"
-    )
+    print("                 before   FD [95 % interval] counted  success  changed     must  untouched  kept   ratio")
     pictures = run(model, options.pictures, seed=FRESH_SEED)[0]
     before = pictures, read_all(classifier, pictures)
     for chosen in (*([name] for name in ATTRIBUTES), ATTRIBUTES):
