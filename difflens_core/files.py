@@ -36,13 +36,18 @@ def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], inf
 
     `kind` ("sae", "recipe", ...) is stored so that `load_tensors` can refuse a file of another kind.
     """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Not save_file, whose files only their owner may read.
+    write_whole(path, save(contiguous, {METADATA_KEY: json.dumps({"kind": kind, **info})}))
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Write a file through a temporary name, so that nobody ever finds half of it. Its folder is made if need be."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        # Not save_file, whose files only their owner may read.
-        temporary.write_bytes(save(contiguous, {METADATA_KEY: json.dumps({"kind": kind, **info})}))
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

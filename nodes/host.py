@@ -122,14 +122,27 @@ def new_file(kind: str, name: str) -> tuple[Path, str]:
 
     `name` may lead into sub-folders, never out of the folder. A file of that name is replaced.
     """
-    parts = re.split(r"[\\/]", name.strip().removesuffix(".safetensors"))
+    parts = name_parts(name.strip().removesuffix(".safetensors"))
+    listed = Path(*parts[:-1], f"{parts[-1]}.safetensors")
+    return Path(folder_paths.get_folder_paths(kind)[0]) / listed, str(listed)
+
+
+def new_output(prefix: str, ending: str) -> Path:
+    """Path in ComfyUI's output folder for a new file, numbered as Save Image numbers its own."""
+    where = "/".join(name_parts(prefix.strip()))
+    folder, name, number, _, _ = folder_paths.get_save_image_path(where, folder_paths.get_output_directory())
+    return Path(folder) / f"{name}_{number:05}_{ending}"
+
+
+def name_parts(name: str) -> list[str]:
+    """The folders and the file that a user's name asks for. Raises `DiffLensError` if it could lead elsewhere."""
+    parts = re.split(r"[\\/]", name)
     if not all(re.fullmatch(r"\w[\w .()+-]{0,99}(?<![ .])", part) for part in parts):
         raise DiffLensError(
             f"{name!r} cannot be a file name. Use letters, digits, spaces and _ - + . ( ), beginning with a letter "
             "or digit; / puts the file into a sub-folder."
         )
-    listed = Path(*parts[:-1], f"{parts[-1]}.safetensors")
-    return Path(folder_paths.get_folder_paths(kind)[0]) / listed, str(listed)
+    return parts
 
 
 def list_stores() -> list[str]:

@@ -87,16 +87,16 @@ def tensor_names(path: Path) -> Iterator[str]:
         yield from file.keys()
 
 
-def image_embedder(clip_vision: ClipVisionModel, width: int) -> Callable[[Tensor], Tensor]:
+def image_embedder(clip_vision: ClipVisionModel, width: int | None = None) -> Callable[[Tensor], Tensor]:
     """A function that gives embeddings (b x width) of pictures (b x H x W x 3 in [0, 1]), cut to squares.
 
-    Raises `DiffLensError` if the model's embeddings are not of that width.
+    Raises `DiffLensError` if the model is no CLIP or its embeddings are not of that width (None: of any).
     """
     found = clip_vision.config.get("projection_dim")
     if found is None:
         kind = clip_vision.model_type
         raise DiffLensError(f"this CLIP vision model ({kind}) shares no space with CLIP's texts. {PAIRS}")
-    if found != width:
+    if width not in (None, found):
         raise DiffLensError(
             f"the CLIP's embeddings have {width} numbers, the CLIP vision model's {found}. Both must be halves of one "
             f"CLIP. {PAIRS}"

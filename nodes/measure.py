@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,25 +12,21 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..difflens_core.classifier import (
-    ImageClassifier,
-    decided,
-    join_readings,
-    label_table,
-    labels_of,
-    other_attributes,
-    shares_left_out,
-)
-from ..difflens_core.fairness import Report, kept_attributes, measure_fairness, pixel_change
-from ..difflens_core.files import DiffLensError
-from ..difflens_core.plots import bar_chart, image_grid
+from ..difflens_core.changes import PERCEPTUAL, feature_changes, measure_changes, perceptual_network
+from ..difflens_core.classifier import ImageClassifier, join_readings, label_table, other_attributes
+from ..difflens_core.correction import parse_confusion
+from ..difflens_core.files import DiffLensError, write_whole
+from ..difflens_core.plots import image_grid
 from ..difflens_core.recipes import Recipe
+from ..difflens_core.report import Question, share_chart, summary
+from ..difflens_core.report_page import SHOWN, report_page
+from ..difflens_core.report_text import in_words
 from ..difflens_core.targets import Targets, parse_target, targets_of
-from . import host
+from . import host, host_classifiers
 from .sockets import CATEGORY, Classifier, Labels, LabelsSocket, TargetsSocket
 
 BATCH = 16
-MEASURED = ("n", "shares", "fd", "fd_ci", "fd_hard", "fd_hard_ci", "threshold")
+NETWORK_MEMORY = 4 * 2**30  # bytes that LPIPS or DISTS may take for large pictures
 
 
 class ClassifyImages(io.ComfyNode):
@@ -74,7 +71,7 @@ class FairnessReport(io.ComfyNode):
             category=CATEGORY,
             description="Measures how far pictures are from a target mix, before and after steering, and what else "
             "the steering changed.",
-            search_aliases=["fairness discrepancy", "bias"],
+            search_aliases=["fairness discrepancy", "bias", "LPIPS", "SSIM", "CLIP-I", "FID", "KID"],
             inputs=[
                 Classifier.Input("classifier", tooltip="From Load Attribute Classifier or Zero-shot Classifier."),
                 io.String.Input("attribute", default="presentation", tooltip="One of the classifier's attributes."),
@@ -90,11 +87,13 @@ class FairnessReport(io.ComfyNode):
                     optional=True,
                     tooltip="From Steer: adds the share of pictures that show the class they were asked to.",
                 ),
+                *more_report_inputs(),
             ],
             outputs=[
                 io.String.Output(display_name="text", tooltip="The report in words."),
                 io.String.Output(display_name="json", tooltip="The same numbers for programs."),
                 io.Image.Output(display_name="chart", tooltip="Share of every class, also drawn on the node."),
+                io.String.Output(display_name="page", tooltip="Path of the page that save_as wrote, or nothing."),
             ],
             is_output_node=True,
         )
@@ -103,35 +102,104 @@ class FairnessReport(io.ComfyNode):
     @host.clear_errors
     def execute(
         cls, classifier: ImageClassifier, attribute: str, target: str, before: Tensor,
-        after: Tensor | None = None, targets: tuple[Targets, ...] | None = None,
+        after: Tensor | None = None, targets: tuple[Targets, ...] | None = None, joint_with: str = "",
+        confusion: str = "", undecided_below: float = 0.0, perceptual: str = "none", notes: str = "", save_as: str = "",
+        clip_vision: Any = None,
     ) -> io.NodeOutput:  # fmt: skip
         classes = classes_of(classifier, attribute)
-        shares = parse_target(target, classes)
         if after is not None and before.shape != after.shape:
             raise DiffLensError(
                 f"before holds {size_of(before)}, after {size_of(after)}; they are compared one by one. "
                 "Give as many pictures of the same size to both."
             )
+        question = Question(
+            attribute, classifier.attributes, parse_target(target, classes),
+            parse_confusion(confusion, classes) if confusion.strip() else None, undecided_below,
+            joint_attributes(joint_with, classifier, attribute),
+        )  # fmt: skip
         assigned = None
         if after is not None and targets is not None:
             assigned = targets_of(targets, attribute, classes).first(len(after))
-        report = host.progress_bar(len(before) * (1 if after is None else 2))
+        path = host.new_output(save_as, ".html") if save_as.strip() else None
+        embed = None if clip_vision is None else host_classifiers.image_embedder(clip_vision)
+
+        count = len(before)
+        report = host.progress_bar(count if after is None else count * (3 if embed is None else 5))
         seen = classify(classifier, before, report)
-        first = measure(seen, attribute, classes, shares)
-        second, kept, change, steered = None, None, None, None
+        steered = None if after is None else classify(classifier, after, report, count)
+        numbers = summary(question, seen, steered, assigned)
+        numbers |= {"size": (before.shape[2], before.shape[1]), "notes": notes.strip()}
+        numbers |= {"changes": None, "pixel_change": None, "not_measured": []}
         if after is not None:
-            steered = classify(classifier, after, report, len(before))
-            second = measure(steered, attribute, classes, shares, assigned)
-            kept = kept_attributes(seen, steered, attribute)
-            change = pixel_change(before.numpy(), after.numpy())
-        numbers = summary(first, second, kept, change)
-        for side, read in (("before", seen), ("after", steered)):
-            if read:
-                numbers[side]["left_out"] = shares_left_out(read, attribute)
-                numbers[side]["labels"] = labels_of(read, attribute, classes)
-        image = host.to_image(share_chart(first, second))
-        text = in_words(numbers)
-        return host.drawn(cls, image, text, json.dumps(numbers, indent=2), image, text=text)
+            found, reasons = what_changed(before, after, perceptual, embed, lambda done: report(2 * count + done))
+            numbers |= {"changes": found, "pixel_change": found["rmse"], "not_measured": reasons}
+
+        chart, text = share_chart(numbers), in_words(numbers)
+        if path:
+            shown = [None if images is None else to_bytes(images[:SHOWN]) for images in (before, after)]
+            write_whole(path, report_page(numbers, chart, *shown, day=time.strftime("%Y-%m-%d")).encode())
+        image, written = host.to_image(chart), str(path or "")
+        return host.drawn(cls, image, text, json.dumps(numbers, indent=2), image, written, text=text)
+
+
+def more_report_inputs() -> list[io.Input]:
+    """What a report can tell beside the shares. They came later, so they are the node's last inputs."""
+    return [
+        io.String.Input(
+            "joint_with",
+            default="",
+            advanced=True,
+            optional=True,
+            tooltip="Other attributes of the classifier, divided by commas: adds a table of all combinations.",
+        ),
+        io.String.Input(
+            "confusion",
+            default="",
+            multiline=True,
+            advanced=True,
+            optional=True,
+            tooltip="The classifier's errors on labelled pictures: a line for each true class, with how many of its "
+            "pictures were taken for each class. Adds shares without these errors. Empty: none.",
+        ),
+        io.Float.Input(
+            "undecided_below",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            advanced=True,
+            optional=True,
+            tooltip="Pictures whose likeliest class is less likely than this are undecided: adds what they could do "
+            "to the discrepancy. 0: off.",
+        ),
+        io.Combo.Input(
+            "perceptual",
+            options=["none", *PERCEPTUAL],
+            default="none",
+            advanced=True,
+            optional=True,
+            tooltip="Adds the distance between before and after as people see it. Needs torchmetrics and a download.",
+        ),
+        io.String.Input(
+            "notes",
+            default="",
+            multiline=True,
+            optional=True,
+            tooltip="What a reader should know, such as model, prompt, CFG scale and seed. Printed into the page.",
+        ),
+        io.String.Input(
+            "save_as",
+            default="",
+            optional=True,
+            tooltip="Begin of the name of an HTML page in ComfyUI's output folder, which gets a number. Empty: no "
+            "page.",
+        ),
+        io.ClipVision.Input(
+            "clip_vision",
+            optional=True,
+            tooltip="From Load CLIP Vision: adds CLIP-I, and FID and KID of its features if there are enough pictures.",
+        ),
+    ]
 
 
 class CompareImages(io.ComfyNode):
@@ -166,11 +234,7 @@ class CompareImages(io.ComfyNode):
     @classmethod
     @host.clear_errors
     def execute(cls, rows: dict[str, Tensor], titles: str, columns: int) -> io.NodeOutput:
-        pictures = [
-            (images[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-            for images in rows.values()
-            if images is not None
-        ]
+        pictures = [to_bytes(images) for images in rows.values() if images is not None]
         image = host.to_image(image_grid(pictures, titles.splitlines(), columns))
         return host.drawn(cls, image, image)
 
@@ -202,69 +266,52 @@ def classify(classifier: ImageClassifier, images: Tensor, report: Any, done: int
     return join_readings(parts)
 
 
-def measure(
-    read: dict[str, Tensor], attribute: str, classes: tuple[str, ...], target: np.ndarray,
-    assigned: np.ndarray | None = None,
-) -> Report:  # fmt: skip
-    """The report on the pictures that show something to classify."""
-    known = decided(read).numpy()
-    if not known.any():
-        raise DiffLensError(
-            f"no face was found in any of the {len(known)} pictures, so there is nothing to measure. Look at them, or "
-            "set face_detector to none in Load Attribute Classifier."
-        )
-    assigned = None if assigned is None else np.asarray(assigned)[known]
-    return measure_fairness(read[attribute].numpy()[known], target, attribute, classes, assigned)
-
-
 def size_of(images: Tensor) -> str:
     n, height, width, _ = images.shape
     return f"{n} pictures of {width} x {height}"
 
 
-def summary(before: Report, after: Report | None, kept: dict[str, float] | None, change: float | None) -> dict:
-    """The report as plain values for JSON."""
-    first = {name: asdict(before)[name] for name in MEASURED}
-    second = after and {name: asdict(after)[name] for name in (*MEASURED, "success")}
-    return {
-        "attribute": before.attribute, "classes": before.classes, "target": before.target, "n": before.n,
-        "before": first, "after": second, "kept": kept, "pixel_change": change,
-    }  # fmt: skip
+def to_bytes(images: Tensor) -> np.ndarray:
+    """Pictures (n x H x W x 3, uint8) of an IMAGE."""
+    return (images[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
 
-def in_words(numbers: dict) -> str:
-    """A `summary` as a table with explanations."""
-    columns = [numbers[name] for name in ("before", "after") if numbers[name]]
-    lines = [
-        f"{numbers['attribute']}, {numbers['n']} pictures",
-        f"{'':22}{'target':>8}" + "".join(f"{name:>22}" for name in ("before", "after")[: len(columns)]),
-    ]
-    for i, name in enumerate(numbers["classes"]):
-        lines.append(f"{name:22}{numbers['target'][i]:8.1%}" + "".join(f"{c['shares'][i]:22.1%}" for c in columns))
-    for label, key in (("discrepancy (soft)", "fd"), ("discrepancy (counted)", "fd_hard")):
-        cells = [f"{c[key]:.3f} ({c[f'{key}_ci'][0]:.3f}-{c[f'{key}_ci'][1]:.3f})" for c in columns]
-        lines.append(f"{label:30}" + "".join(f"{cell:>22}" for cell in cells))
-    for reason in columns[0]["left_out"]:
-        lines.append(f"{'left out, ' + reason:30}" + "".join(f"{c['left_out'][reason]:22.1%}" for c in columns))
-    lines.append("Discrepancy: 0 is the target mix; in brackets the 95 % interval.")
-    if len(set(numbers["target"])) == 1:
-        limit = columns[0]["threshold"]
-        lines.append(f"Counted below {limit:.3f}, it cannot be told from a fair mix with {numbers['n']} pictures.")
-    after = numbers["after"]
-    if after:
-        if after["success"] is not None:
-            lines.append(f"Show the class they were asked to: {after['success']:.1%}")
-        kept = ", ".join(f"{name} {share:.1%}" for name, share in numbers["kept"].items())
-        lines.append(f"Keep their class: {kept}" if kept else "The classifier knows no other attribute.")
-        lines.append(f"Mean pixel change: {numbers['pixel_change']:.3f} (of 1)")
-    return "\n".join(lines)
+def joint_attributes(text: str, classifier: ImageClassifier, attribute: str) -> tuple[str, ...]:
+    """The attributes that a user names, without the report's own."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    others = [name for name in classifier.attributes if name != attribute]
+    if not set(names) <= set(others):
+        raise DiffLensError(
+            f"joint_with {text!r} is not understood. Expected other attributes of the classifier than {attribute}, "
+            f"divided by commas: {', '.join(others) or 'it knows no other'}."
+        )
+    return names
 
 
-def share_chart(before: Report, after: Report | None) -> np.ndarray:
-    """Bar chart of the class shares (H x W x 3, uint8); a dashed line where the target is the same for all."""
-    sets = {"before": before} | ({"after": after} if after else {})
-    groups = {name: {label: r.shares[i] for label, r in sets.items()} for i, name in enumerate(before.classes)}
-    reference = before.target[0] if len(set(before.target)) == 1 else None
-    if reference is None:
-        groups = {name: {"target": before.target[i]} | bars for i, (name, bars) in enumerate(groups.items())}
-    return bar_chart(f"{before.attribute}: share of each class in {before.n} pictures", groups, reference, None)
+def what_changed(
+    before: Tensor, after: Tensor, perceptual: str, embed: Callable[[Tensor], Tensor] | None,
+    report: Callable[[int], None],
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    """What changed between pictures of one seed, and sentences on what could not be measured."""
+    networks, reasons = {}, []
+    if perceptual != "none":
+        try:
+            networks[perceptual] = perceptual_network(perceptual).to(host.training_device(NETWORK_MEMORY))
+        except DiffLensError as error:
+            reasons.append(str(error))
+    found = measure_changes(before, after, networks, report)
+    if embed is None:
+        return found, reasons
+    features = [embedded(embed, before, report, len(before)), embedded(embed, after, report, 2 * len(before))]
+    more, missing = feature_changes(*features)
+    return found | more, reasons + missing
+
+
+def embedded(embed: Callable[[Tensor], Tensor], images: Tensor, report: Callable[[int], None], done: int) -> Tensor:
+    """Features (n x d) of pictures, telling `report` of the pictures done."""
+    parts = []
+    for batch in images[..., :3].split(BATCH):
+        parts.append(embed(batch).float().cpu())
+        done += len(batch)
+        report(done)
+    return torch.cat(parts)

@@ -26,7 +26,7 @@ AFTER_SEED = "fixed"  # value of the widget "control after generate", which Comf
 # Pixels on ComfyUI's canvas.
 WIDTH, TITLE, SLOT, WIDGET, PADDING = 320, 30, 22, 26, 20
 GAP, GROUP_GAP, GROUP_TITLE = 60, 60, 60
-# Type: (width, height beyond its slots and widgets). The large ones draw a picture or text on themselves.
+# Type or title: (width, height beyond its slots and widgets). The large ones draw a picture or text on themselves.
 SIZES = {
     "MarkdownNote": (400, 540),
     "DiffLensCompare": (760, 560),
@@ -39,6 +39,7 @@ SIZES = {
     "DiffLensCalibrate": (560, 340),
     "DiffLensCrossEffects": (560, 340),
     "PreviewAny": (520, 260),
+    "The report in words": (520, 700),  # as high as the report beside it
     "SaveImage": (460, 260),
 }
 MULTILINE = 80  # extra height of a text box
@@ -113,6 +114,18 @@ def steer(graph: Graph, title: str, model: Link, recipe: Link, target: str = "un
     )  # fmt: skip
 
 
+def report_on(
+    graph: Graph, title: str | None, classifier: Link, attribute: str, target: str, before: Node, after: Node,
+    targets: Link, save_as: str = "difflens/report",
+) -> Node:  # fmt: skip
+    """A Fairness Report that writes its page."""
+    return graph.add(
+        "DiffLensReport", title, classifier=classifier, attribute=attribute, target=target, before=before[0],
+        after=after[0], targets=targets, joint_with="", confusion="", undecided_below=0.0, perceptual="none", notes="",
+        save_as=save_as,
+    )  # fmt: skip
+
+
 def measure(
     graph: Graph, attribute: str, target: str, classifier: Link, pictures: list[Node], titles: list[str], columns: int,
     targets: Link,
@@ -123,10 +136,7 @@ def measure(
     grid = graph.add("DiffLensCompare", None, **rows, titles="\n".join(titles), columns=columns)
     graph.add("SaveImage", "Save the comparison", images=grid[0], filename_prefix="difflens/comparison")
     graph.column()
-    report = graph.add(
-        "DiffLensReport", None, classifier=classifier, attribute=attribute, target=target,
-        before=pictures[0][0], after=pictures[-1][0], targets=targets,
-    )  # fmt: skip
+    report = report_on(graph, None, classifier, attribute, target, pictures[0], pictures[-1], targets)
     graph.add("SaveImage", "Save the chart", images=report[2], filename_prefix="difflens/chart")
     graph.column()
     graph.add("PreviewAny", "The report in words", source=report[0])
@@ -166,8 +176,9 @@ def debias_the_avatars() -> Graph:
         "Press **Run**. The same 16 portraits are drawn twice from the same noise: once as the model likes, once "
         "with **Steer** in front of the sampler. Steer asks for a fair mix; portraits that already fit are left "
         "alone.\n\n"
-        "**Compare Images** shows both, **Fairness Report** measures them. FD is the distance from a fair mix: "
-        "0 is perfect.\n\n"
+        "**Compare Images** shows both, **Fairness Report** measures them. The discrepancy is the distance from a fair "
+        "mix: 0 is perfect. The report also writes a page to print or to send: `difflens/report` in ComfyUI's output "
+        "folder.\n\n"
         "**Try next**\n"
         "- another recipe and the same attribute in the report: age, skin_tone\n"
         "- `target` in Steer and report: `feminine`, or shares such as `1, 3`\n"
@@ -311,10 +322,10 @@ def debias_a_prompt() -> Graph:
     graph.add("SaveImage", "Save the comparison", images=grid[0], filename_prefix="difflens/comparison")
     for job in jobs:
         graph.column()
-        report = graph.add(
-            "DiffLensReport", job.title(), classifier=classifier[0], attribute="presentation", target="uniform",
-            before=pictures[f"{job.title()}, before"][0], after=pictures[f"{job.title()}, after"][0],
-            targets=steered[1],
+        before, after = (pictures[f"{job.title()}, {title}"] for title in ("before", "after"))
+        report = report_on(
+            graph, job.title(), classifier[0], "presentation", "uniform", before, after, steered[1],
+            f"difflens/report {job}",
         )  # fmt: skip
         graph.add("PreviewAny", f"{job.title()}: the report in words", source=report[0])
         graph.add("PreviewAny", f"{job.title()}: the report for machines (JSON)", source=report[1])
@@ -484,6 +495,8 @@ def three_attributes_at_once() -> Graph:
     after = sampler(graph, "After: steered", steered, model[1], latent, 7)
     after = graph.add("VAEDecode", "Pictures after", samples=after[0], vae=model[2])
     measure(graph, "skin_tone", "uniform", classifier[0], [before, after], ["Before", "After"], 16, plan[0])
+    (report,) = (node for node in graph.nodes if node.type == "DiffLensReport")
+    report.inputs["joint_with"] = "presentation, age"
     graph.group("Steer one, watch the others")
     batch = graph.add("EmptyLatentImage", "Pictures in a batch", width=64, height=64, batch_size=32)
     cross = experiment(graph, "DiffLensCrossEffects", model, batch, classifier, **sockets, pictures=64)
@@ -628,7 +641,7 @@ def to_ui(graph: Graph, object_info: dict) -> dict:
         }  # fmt: skip
         if node.title:
             item["title"] = node.title
-        width, extra = SIZES.get(node.type, (WIDTH, 0))
+        width, extra = SIZES.get(node.title) or SIZES.get(node.type, (WIDTH, 0))
         if node.type == "MarkdownNote":
             item |= {"properties": {}, "color": "#432", "bgcolor": "#653", "widgets_values": [node.inputs["text"]]}
         else:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from environment import REPOSITORY, HostError, cache_folder, ensure_comfyui, ensure_environment, ensure_libraries
 
-PACKAGES = ("pytest>=8", "hypothesis>=6", "ruff>=0.9", "diffusers>=0.42")
+PACKAGES = ("pytest>=8", "hypothesis>=6", "ruff>=0.9", "diffusers>=0.42", "torchmetrics>=1.8")
 
 
 def checks(python: Path, libraries: Path | None, pytest_arguments: list[str]) -> dict[str, list[str]]:

@@ -37,7 +37,7 @@ def test_the_reader_of_imports_sees_every_form():
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
 def test_the_core_imports_only_itself_and_plain_libraries(path):
-    libraries = {"torch", "numpy", "scipy", "safetensors", "PIL", "torchvision", "kornia", "diffusers"}
+    libraries = {"torch", "numpy", "scipy", "safetensors", "PIL", "torchvision", "kornia", "diffusers", "torchmetrics"}
     allowed = {"", *libraries, *sys.stdlib_module_names}
     assert roots(path) <= allowed
     assert not [name for name in imported(path.read_text(encoding="utf-8")) if name.startswith("..")]

@@ -1,0 +1,178 @@
+"""The Fairness Report in a real ComfyUI: its numbers and its page against the core's, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from host import HostError, Server
+from make_workflows import Graph, Link, load_classifier, load_model, sampler, steer, to_api
+from safetensors.torch import load_file
+
+from difflens_core.changes import clip_similarity, measure_changes
+from difflens_core.classifier import load_classifier as read_classifier
+from difflens_core.correction import parse_confusion
+from difflens_core.report import Question, share_chart, summary
+from difflens_core.report_page import report_page
+from difflens_core.targets import Targets
+
+CLASSIFIER = Path(__file__).resolve().parents[2] / "models" / "avatars" / "difflens_classifiers" / "avatars.safetensors"
+CONFUSION = "masculine: 95 5\nfeminine: 8 92"
+EVERYTHING = {
+    "joint_with": "age, glasses", "confusion": CONFUSION, "undecided_below": 0.9,
+    "notes": "cfg 1 <b>seed 3</b>", "save_as": "fairness/page",
+}  # fmt: skip
+
+
+class Reported(Graph):
+    """Four portraits without and with steering, and a report on them."""
+
+    def __init__(self, pictures: int = 4, **settings: object):
+        super().__init__("reported")
+        self.group("all")
+        model = load_model(self)
+        latent = self.add("EmptyLatentImage", width=64, height=64, batch_size=pictures)
+        recipe = self.add("DiffLensLoadRecipe", recipe_name="avatars_presentation.safetensors")
+        steered = steer(self, None, model[0], recipe[0])
+        self.drawn, images = [], []
+        for source in (model[0], steered[0]):
+            drawn = sampler(self, None, source, model[1], latent, 3)
+            drawn.inputs["steps"] = 4
+            self.drawn.append(self.add("SaveLatent", samples=drawn[0], filename_prefix="latents/report"))
+            images.append(self.add("VAEDecode", samples=drawn[0], vae=model[2]))
+        self.report = self.add(
+            "DiffLensReport", classifier=load_classifier(self)[0], attribute="presentation", target="uniform",
+            before=images[0][0], after=images[1][0], targets=steered[1], **settings,
+        )  # fmt: skip
+        self.shown = [self.add("PreviewAny", source=Link(self.report, slot)) for slot in (0, 1, 3)]
+
+    def run(self, server: Server) -> tuple[str, dict, str, list[torch.Tensor]]:
+        """Text, numbers, path of the page, and the pictures before and after."""
+        entry = server.run(to_api(self))
+        text, numbers, page = (entry["outputs"][str(node.id)]["text"][0] for node in self.shown)
+        images = []
+        for node in self.drawn:
+            (saved,) = entry["outputs"][str(node.id)]["latents"]
+            latents = load_file(server.output_dir / saved["subfolder"] / saved["filename"])["latent_tensor"]
+            images.append((latents.movedim(1, -1) / 2 + 0.5).clamp(0, 1))
+        return text, json.loads(numbers), page, images
+
+
+def close(found: object, expected: object, where: str = "") -> None:
+    """Plain values are the same, numbers up to the last digits of a picture's."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name in expected:
+            close(found[name], expected[name], f"{where}/{name}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for one, other in zip(found, expected, strict=True):
+            close(one, other, where)
+    else:
+        assert found == pytest.approx(expected, abs=2e-3) if isinstance(expected, float) else found == expected, where
+
+
+def test_report_and_page_are_those_of_the_core(server: Server):
+    graph = Reported(**EVERYTHING)
+    text, numbers, path, images = graph.run(server)
+    classifier = read_classifier(CLASSIFIER)
+    classes = classifier.attributes["presentation"]
+    question = Question(
+        "presentation", classifier.attributes, np.full(2, 0.5), parse_confusion(CONFUSION, classes), 0.9,
+        ("age", "glasses"),
+    )  # fmt: skip
+    assigned = Targets("presentation", classes, (0.5, 0.5)).first(4)
+    expected = summary(question, *(classifier.classify(side) for side in images), assigned)
+    changes = measure_changes(*images)
+    expected |= {
+        "size": [64, 64], "notes": EVERYTHING["notes"], "changes": changes, "pixel_change": changes["rmse"],
+        "not_measured": [],
+    }  # fmt: skip
+    close(numbers, json.loads(json.dumps(expected)))
+    assert numbers["before"]["corrected"] and numbers["after"]["joint"] and numbers["after"]["undecided"]
+    assert "Together: presentation and age and glasses" in text and "discrepancy, corrected" in text
+
+    page = Path(path)
+    assert page == server.output_dir / "fairness" / "page_00001_.html"
+    written = page.read_text(encoding="utf-8")
+    (day,) = re.findall(r"Made with DiffLens for ComfyUI. (\d{4}-\d\d-\d\d)<", written)
+    shown = [(side * 255).round().to(torch.uint8).numpy() for side in images]
+    assert written == report_page(numbers, share_chart(numbers), *shown, day=day)
+    assert "<b>seed 3</b>" not in written and not list(page.parent.glob("*.tmp"))
+
+    graph.report.inputs["notes"] = "once more"
+    assert Path(graph.run(server)[2]).name == "page_00002_.html" and page.read_text(encoding="utf-8") == written
+
+
+def test_a_graph_of_before_these_inputs_reports_as_it_did(server: Server):
+    pages = set(server.output_dir.rglob("*.html"))
+    _, numbers, path, _ = Reported().run(server)
+    assert path == "" and set(server.output_dir.rglob("*.html")) == pages
+    assert [numbers["before"][name] for name in ("corrected", "undecided", "joint")] == [None] * 3
+    assert {"n", "shares", "fd", "fd_ci", "fd_hard", "fd_hard_ci", "threshold", "success"} <= numbers["after"].keys()
+    assert numbers["kept"]["age"] >= 0.5 and numbers["pixel_change"] == numbers["changes"]["rmse"] > 0.01
+
+
+BAD = {
+    "counts of another shape": ({"confusion": "9 1\n2 8\n0 0"}, ("confusion counts have 3 lines", "masculine")),
+    "counts that are none": ({"confusion": "9 1\n2 x"}, ("line 2 of the confusion counts",)),
+    "an unknown attribute": ({"joint_with": "age, height"}, ("'age, height' is not understood", "skin_tone")),
+    "the attribute itself": ({"joint_with": "presentation"}, ("other attributes of the classifier than",)),
+    "a way out of the folder": ({"save_as": "../../escaped"}, ("cannot be a file name",)),
+    "a place of its own": ({"save_as": "/tmp/escaped"}, ("cannot be a file name",)),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gives_one_clear_sentence(server: Server, case: str):
+    settings, phrases = BAD[case]
+    with pytest.raises(HostError) as caught:
+        Reported(pictures=2, **settings).run(server)
+    message = str(caught.value)
+    assert "Fairness Report: " in message and all(phrase in message for phrase in phrases), message
+    assert "\n" not in message and not list(server.base.parent.rglob("escaped*"))
+
+
+@torch.inference_mode()
+def test_clip_vision_adds_clip_i_and_says_what_needs_more_pictures(inside):
+    vision = tiny_clip_vision(8)
+    before, noise = (torch.rand(5, 40, 32, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    after = before.lerp(noise, 0.3)
+    embed = inside.pack_module("nodes.host_classifiers").image_embedder(vision)
+    told = []
+    found, reasons = inside.pack_module("nodes.measure").what_changed(before, after, "none", embed, told.append)
+    expected = [vision.encode_image(images)["image_embeds"].float() for images in (before, after)]
+    assert found["clip_i"] == pytest.approx(clip_similarity(*expected), abs=1e-4) and 0.5 < found["clip_i"] < 1
+    assert [reason[:4] for reason in reasons] == ["FID ", "KID "] and told[-1] == 15
+    with pytest.raises(ValueError, match="shares no space with CLIP's texts"):
+        inside.pack_module("nodes.host_classifiers").image_embedder(tiny_clip_vision(None))
+
+
+@torch.inference_mode()
+def test_a_missing_package_does_not_stop_a_report(inside, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    for name in [name for name in sys.modules if name.startswith("torchmetrics.")]:
+        monkeypatch.delitem(sys.modules, name)
+    before = torch.rand(2, 64, 64, 3)
+    found, reasons = inside.pack_module("nodes.measure").what_changed(before, before, "DISTS", None, lambda done: None)
+    assert found["ssim"] == pytest.approx(1) and "DISTS" not in found
+    assert len(reasons) == 1 and "DISTS is computed by torchmetrics" in reasons[0] and "pip install" in reasons[0]
+
+
+def tiny_clip_vision(width: int | None):
+    """A CLIP vision model of ComfyUI's own class with random weights; without `width` no CLIP."""
+    import comfy.clip_vision
+
+    config = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40, "image_size": 32}
+    config |= {"patch_size": 16, "hidden_size": 24, "hidden_act": "quick_gelu", "num_channels": 3}
+    config |= {"model_type": "clip_vision_model"} | ({"projection_dim": width} if width else {})
+    model = comfy.clip_vision.ClipVisionModel(config)
+    torch.manual_seed(0)
+    for weight in (weight for weight in model.model.parameters() if weight.ndim):
+        weight.copy_(torch.randn(weight.shape) * weight[0].numel() ** -0.5)
+    return model
