@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .attribute import AttributeFeatures, TrainProbes
 from .capture import CaptureActivations, LoadActivations
+from .diagnose import Diagnose
 from .explore import RankByEffect, SiteScan
 from .load import LoadClassifier, LoadFeatures, LoadModel, LoadPromptedModel, LoadRecipe, LoadSAE, SaveRecipe
 from .measure import ClassifyImages, CompareImages, FairnessReport
@@ -15,7 +16,7 @@ from .zero_shot import ZeroShot
 NODES: list[type[io.ComfyNode]] = [
     LoadModel, LoadPromptedModel, LoadSAE, LoadFeatures, LoadClassifier, LoadRecipe, SaveRecipe,
     CaptureActivations, LoadActivations, TrainSAE, ClassifyImages, TrainProbes, AttributeFeatures,
-    SiteScan, RankByEffect, ZeroShot,
+    SiteScan, RankByEffect, Diagnose, ZeroShot,
     Steer, FairnessReport, CompareImages,
     DDIMSigmas, ReferenceSampler,
 ]  # fmt: skip

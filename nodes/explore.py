@@ -156,11 +156,7 @@ class RankByEffect(io.ComfyNode):
         change: str, strength: float, pictures: int, features_per_class: int, steps: int, sampler_name: str,
         scheduler: str, seed: int, negative: list | None = None, cfg: float = 1.0,
     ) -> io.NodeOutput:  # fmt: skip
-        if classes_of(classifier, recipe.attribute) != recipe.classes:
-            raise DiffLensError(
-                f"the classifier's classes of {recipe.attribute} are not those of the recipe "
-                f"({', '.join(recipe.classes)}). Use the classifier that the recipe's labels came from."
-            )
+        check_classes(classifier, recipe)
         draw = host.drawer(
             model, positive, latent_image, vae, pictures, steps, sampler_name, scheduler, seed,
             cls.define_schema().display_name, negative, cfg,
@@ -172,6 +168,15 @@ class RankByEffect(io.ComfyNode):
         image = host.to_image(effect_chart(effects, recipe))
         text = effect_table(effects, recipe)
         return host.drawn(cls, image, keep_effective(recipe, effects, features_per_class), image, text, text=text)
+
+
+def check_classes(classifier: ImageClassifier, recipe: Recipe) -> None:
+    """Raise `DiffLensError` if the classifier does not tell the recipe's classes."""
+    if classes_of(classifier, recipe.attribute) != recipe.classes:
+        raise DiffLensError(
+            f"the classifier's classes of {recipe.attribute} are not those of the recipe "
+            f"({', '.join(recipe.classes)}). Use the classifier that the recipe's labels came from."
+        )
 
 
 def effect_chart(effects: Effects, recipe: Recipe):

@@ -30,7 +30,7 @@ AVATARS = FOLDER.parent / "models" / "avatars"
 NODES = (
     "LoadModel", "LoadSAE", "LoadFeatures", "LoadClassifier", "LoadRecipe", "SaveRecipe", "Capture", "LoadActivations",
     "TrainSAE", "Classify", "TrainProbes", "Attribute", "SiteScan", "RankByEffect", "Steer", "Report", "Compare",
-    "ZeroShot", "DDIMSigmas", "ReferenceSampler", "LoadPromptedModel",
+    "ZeroShot", "DDIMSigmas", "ReferenceSampler", "LoadPromptedModel", "Diagnose",
 )  # fmt: skip
 NAMES = (
     "01 debias the avatars", "02 find the bias features", "03 dose response", "04 debias a prompt",
@@ -557,6 +557,46 @@ def test_features_are_ranked_by_their_effect(server):
     assert set(kept.features.tolist()) < set(shipped("presentation").features.tolist())
 
 
+def diagnose(graph: Small, **settings: object) -> Node:
+    recipe = graph.add("DiffLensLoadRecipe", recipe_name=graph.recipe_name)
+    sae = graph.add("DiffLensLoadSAE", sae_name="avatars.safetensors")
+    node = experiment(graph, "DiffLensDiagnose", recipe=recipe[0], sae=sae[0], pictures=4, scan_sites=False)
+    node.inputs |= settings
+    return node
+
+
+def captured_and_labelled(graph: Small, attribute: str, **settings: object) -> dict:
+    captured = graph.capture(**{"pictures": 32, "steps": 3, **settings})
+    labels = graph.add("DiffLensClassify", images=captured[1], classifier=graph.classifier()[0], attribute=attribute)
+    return {"activations": captured[0], "labels": labels[0]}
+
+
+def test_a_good_recipe_and_random_features_are_told_apart(server):
+    graph = Small(pictures=32, recipe="avatars_presentation")
+    good = diagnose(graph, steps=8, scan_sites=True, **captured_and_labelled(graph, "presentation", pictures=64))
+    graph.recipe_name = str(Path("controls", "presentation_random.safetensors"))
+    bad = diagnose(graph, steps=8)
+    shown = {(node.id, slot): graph.add("PreviewAny", source=node[slot]) for node in (good, bad) for slot in (0, 1)}
+    entry = server.run(to_api(graph), timeout=900)
+    text = {key: entry["outputs"][str(node.id)]["text"][0] for key, node in shown.items()}
+    assert "Wrong features" not in text[good.id, 0]
+    assert text[bad.id, 0].startswith("presentation: Wrong features: they change the pictures")
+    found = {check["name"]: check for check in json.loads(text[good.id, 1])["checks"]}
+    assert [check["verdict"] for check in found.values()] == ["good"] * 4, text[good.id, 0]
+    assert len(found["right site"]["figures"]["sites"]) == 5
+    assert (
+        found["right features"]["figures"]["best"][-1] >= 0.8 > 0.2 >= found["right features"]["figures"]["random"][-1]
+    )
+    assert found["features disentangled"]["figures"]["fvu"] < 0.3
+    found = {check["name"]: check["verdict"] for check in json.loads(text[bad.id, 1])["checks"]}
+    assert found == {
+        "right site": "not checked", "features disentangled": "not checked", "right features": "bad",
+        "dose and effect": "bad",
+    }  # fmt: skip
+    assert read_image(server, entry, str(good.id)).shape == (880, 1440, 3)
+    assert read_image(server, entry, str(bad.id)).shape == (440, 1440, 3)
+
+
 @pytest.fixture(scope="session")
 def bad_files(server):
     """Files that do not fit, in the user's folders."""
@@ -568,6 +608,7 @@ def bad_files(server):
     (recipes / "an_sae.safetensors").write_bytes((AVATARS / "difflens_saes" / "avatars.safetensors").read_bytes())
     recipe = load_recipe(shipped)
     save_recipe(recipes / "no_site.safetensors", replace(recipe, site="attic"))
+    save_recipe(recipes / "height.safetensors", replace(recipe, attribute="height"))
     save_recipe(recipes / "inner_site.safetensors", replace(recipe, site="middle_block.0.qkv"))
     save_recipe(recipes / "flat_site.safetensors", replace(recipe, site="embed.0"))
     save_recipe(recipes / "small_map.safetensors", replace(recipe, levels=recipe.levels[..., :16]))
@@ -668,6 +709,22 @@ def another_model() -> Graph:
     return graph
 
 
+def bad_diagnosis(attribute: str, **settings: object):
+    def make() -> Graph:
+        graph = Small(pictures=32, recipe="avatars_presentation")
+        captured = captured_and_labelled(graph, attribute, **settings)
+        graph.add("PreviewAny", source=diagnose(graph, **captured)[0])
+        return graph
+
+    return make
+
+
+def diagnosis_of_another_attribute() -> Graph:
+    graph = Small(recipe="height")
+    graph.add("PreviewAny", source=diagnose(graph)[0])
+    return graph
+
+
 def bad_save(name: str):
     def make() -> Graph:
         graph = Small()
@@ -704,6 +761,18 @@ BAD = {
     "an SAE of an unknown site": (nameless_sae, ("Load SAE: nameless does not say", "into site", "8 latents")),
     "a capture without site": (bad_capture(site="cellar"), ("Capture Activations: ", "no module cellar")),
     "activations of another model": (another_model, ("Attribute Features: ", "captured on another model")),
+    "a diagnosis of an unknown attribute": (
+        diagnosis_of_another_attribute,
+        ("Diagnose: ", "knows no attribute 'height'", "presentation, age"),
+    ),
+    "labels of another attribute": (
+        bad_diagnosis("age"),
+        ("Diagnose: ", "the labels are of age (young, adult, senior)", "the recipe is for presentation"),
+    ),
+    "activations of another site": (
+        bad_diagnosis("presentation", site="up"),
+        ("Diagnose: ", "the activations are of up", "edits middle_block", "Capture at the recipe's site"),
+    ),
     "too little to train on": (one_picture, ("Train SAE: ", "got one picture, expected at least 2")),
     "a way out of the folder": (bad_save("../../escaped"), ("Save Recipe: ", "cannot be a file name")),
 }  # fmt: skip
