@@ -35,6 +35,7 @@ NODES = (
 NAMES = (
     "01 debias the avatars", "02 find the bias features", "03 dose response", "04 debias a prompt",
     "05 paper unconditional", "06 paper Stable Diffusion", "08 where is it decided", "09 which features count",
+    "10 why does it not work",
 )  # fmt: skip
 # What 05 and 06 ask the user to bring, by the input that names it.
 BROUGHT = {
@@ -262,6 +263,16 @@ def test_few_features_that_count_steer(ran):
     ranked = find(prompt, "DiffLensRankByEffect")
     (table,) = entry["outputs"][find(prompt, "PreviewAny", source=[ranked, 2])]["text"]
     assert len(table.splitlines()) == 2 + 120
+
+
+def test_the_diagnosis_calls_out_the_control_alone(server, ran):
+    prompt, entry = ran(NAMES[8])
+    for recipe, verdict in (("avatars_presentation", "Nothing wrong found."), ("random", "Wrong features: ")):
+        (loaded,) = [i for i, n in prompt.items() if recipe in n["inputs"].get("recipe_name", "")]
+        node = find(prompt, "DiffLensDiagnose", recipe=[loaded, 0])
+        (text,) = entry["outputs"][find(prompt, "PreviewAny", source=[node, 0])]["text"]
+        assert text.startswith(f"presentation: {verdict}"), text
+        assert read_image(server, entry, find(prompt, "SaveImage", images=[node, 2])).std() > 10
 
 
 # --- small graphs of our own ---
