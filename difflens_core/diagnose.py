@@ -74,9 +74,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The verdict in one sentence, and the checks in causal order."""
+    """The verdict in one sentence, and the checks in causal order. pictures: how many were steered, the same by all."""
 
     attribute: str
+    pictures: int
     verdict: str
     checks: tuple[Check, ...]
 
@@ -113,7 +114,7 @@ Read = Callable[[Tensor], dict[str, Tensor]]
 class Experiment:
     """The pictures that are steered: from noises `numbers` (n), each to class `target` (n), which it does not show.
 
-    unsteered: the pictures of all noises as they are; labels: their classes.
+    unsteered: the pictures of all noises as they are; probability: their class probabilities; labels: their classes.
     """
 
     run: Run
@@ -205,7 +206,7 @@ def diagnose(
         check_choice(doses, parts),
         check_dose(doses),
     )
-    return Diagnosis(recipe.attribute, overall(checks), checks)
+    return Diagnosis(recipe.attribute, len(experiment.numbers), overall(checks), checks)
 
 
 def evenly(names: Sequence[str], count: int) -> list[str]:
@@ -452,7 +453,7 @@ def overall(checks: Sequence[Check]) -> str:
 
 def in_words(found: Diagnosis) -> str:
     """The verdict, then each check with its evidence and what to do next."""
-    lines = [f"{found.attribute}: {found.verdict}", ""]
+    lines = [f"{found.attribute}: {found.verdict}", f"Steered: {found.pictures} pictures of other classes.", ""]
     for check in found.checks:
         lines.append(f"{check.name}: {check.verdict}. {check.evidence}")
         lines += [f"    Next: {check.advice}"] if check.advice else []

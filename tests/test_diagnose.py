@@ -115,7 +115,7 @@ def test_a_recipe_that_works_has_nothing_wrong():
     assert dose["strength"] == sorted([0.0, *DOSES]) and dose["success"][:2] == [0, 0] and dose["success"][3] == 1
     assert all(low <= p <= high for p, (low, high) in zip(dose["probability"], dose["interval"], strict=True))
     words = in_words(found)
-    assert words.startswith("tone: Nothing wrong found.") and "Next:" not in words
+    assert words.startswith("tone: Nothing wrong found.\nSteered: 16 pictures") and "Next:" not in words
     assert diagnosis_chart(found).shape == (880, 1440, 3)
 
 
