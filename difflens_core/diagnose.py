@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,10 +67,10 @@ class Check:
     """What one check found. verdict: good, doubtful, bad or not checked; evidence and advice: a sentence each."""
 
     name: str
-    verdict: str
     figures: dict[str, Any]
+    verdict: str
     evidence: str
-    advice: str
+    advice: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,16 +87,23 @@ class Diagnosis:
 class Outcome:
     """What one edit did to the same n pictures of other classes.
 
-    probability: n, of the class asked for; hit: n, whether the picture shows it; change: mean pixel difference, of 1.
+    probability: n, of the class asked for; hit: n, whether the picture shows it; change: mean pixel difference, of 1;
+    per_class: share of hits by the class asked for.
     """
 
     probability: np.ndarray
     hit: np.ndarray
     change: float
+    per_class: dict[str, float]
 
     @property
     def success(self) -> float:
         return float(self.hit.mean())
+
+    @property
+    def in_words(self) -> str:
+        """Success of all and by class."""
+        return f"{self.success:.0%} ({', '.join(f'{name} {share:.0%}' for name, share in self.per_class.items())})"
 
 
 @dataclass(frozen=True)
@@ -162,9 +170,10 @@ class Experiment:
 
     def outcome(self, probability: Tensor, after: Tensor) -> Outcome:
         own = probability.gather(1, self.target[:, None])[:, 0].double()
-        hit = probability.argmax(dim=1) == self.target
+        hit = (probability.argmax(dim=1) == self.target).double()
+        per_class = {self.recipe.classes[c]: float(hit[self.target == c].mean()) for c in self.target.unique().tolist()}
         before = self.unsteered[self.numbers]
-        return Outcome(own.numpy(), hit.double().numpy(), pixel_change(before.numpy(), after.numpy()))
+        return Outcome(own.numpy(), hit.numpy(), pixel_change(before.numpy(), after.numpy()), per_class)
 
 
 def diagnose(
@@ -261,7 +270,7 @@ def paired_interval(difference: np.ndarray, draws: int = 2000, level: float = 0.
 
 
 def not_checked(name: str, why: str) -> Check:
-    return Check(name, NOT_CHECKED, {}, why, "")
+    return Check(name, {}, NOT_CHECKED, why)
 
 
 def check_site(experiment: Experiment, sites: Sequence[str], per_class: int, whole: Outcome) -> Check:
@@ -285,27 +294,26 @@ def check_site(experiment: Experiment, sites: Sequence[str], per_class: int, who
     here, *others = found
     best = max(others, key=lambda row: row.success, default=here)
     reached = max(here.success, whole.success)
-    n = per_class * len(recipe.classes)
+    n = per_class * sum(share is not None for share in here.per_class)
     shares = [(success * n + 1) / (n + 2) for success in (best.success, reached)]  # or none and all had no error
     gap = max(SITE_GAP, 2 * sum(share * (1 - share) / n for share in shares) ** 0.5)
-    figures = {"sites": {row.site: row.success for row in found}, "recipe": whole.success}
+    judged = partial(Check, name, {"sites": {row.site: row.success for row in found}, "recipe": whole.success})
     if best.success - reached > gap:
-        return Check(
-            name, BAD if reached < SOME else DOUBTFUL, figures,
+        return judged(
+            BAD if reached < SOME else DOUBTFUL,
             f"Wrong site: the class means of {best.site} turn {best.success:.0%} of the pictures, at {here.site}, the "
             f"recipe's site, no more than {reached:.0%} turn.",
             f"Capture at {best.site}, train an SAE there and make a new recipe.",
-        )  # fmt: skip
+        )
     if reached < SOME:
-        return Check(
-            name, DOUBTFUL, figures,
+        return judged(
+            DOUBTFUL,
             f"No site tried turns more than {max(best.success, reached):.0%} of the pictures by its class means.",
             "Look for a site with Site Scan: more pictures, other modules, a higher strength.",
-        )  # fmt: skip
-    return Check(
-        name, GOOD, figures,
-        f"At {here.site} {reached:.0%} of the pictures turn, and no other site tried turns clearly more.", "",
-    )  # fmt: skip
+        )
+    return judged(
+        GOOD, f"At {here.site} {reached:.0%} of the pictures turn, and no other site tried turns clearly more."
+    )
 
 
 def check_features(
@@ -318,7 +326,7 @@ def check_features(
         return not_checked(name, "This needs the SAE, activations of its site, and the labels of their pictures.")
     quality = measure_sae(sae, hold_out(activations)[1])
     told = measure_separation(sae, activations, labels, recipe.attribute, recipe.classes, recipe.features, on_step)
-    figures = asdict(quality) | {"auc": asdict(told)}
+    judged = partial(Check, name, asdict(quality) | {"auc": asdict(told)})
     words = (
         f"the SAE leaves {quality.fvu:.0%} of the variance unexplained with {quality.l0:.0f} active latents a position "
         f"and {quality.dead:.0%} dead ones; the best single latent tells a class with AUC {told.latents:.2f}, the best "
@@ -331,94 +339,95 @@ def check_features(
     else:
         advice = "Train the SAE with more latents and more pictures of the rare classes."
     if quality.fvu > FVU_BAD or told.latents < AUC_BAD:
-        return Check(name, BAD, figures, f"Features not disentangled: {words}.", advice)
+        return judged(BAD, f"Features not disentangled: {words}.", advice)
     doubts = quality.fvu > FVU_DOUBTFUL, quality.dead > DEAD_DOUBTFUL, told.latents < AUC_DOUBTFUL
     if any(doubts) or told.latents < told.raw - AUC_LOSS:
-        return Check(name, DOUBTFUL, figures, f"Features not quite disentangled: {words}.", advice)
-    return Check(name, GOOD, figures, f"Single latents stand for the classes: {words}.", "")
+        return judged(DOUBTFUL, f"Features not quite disentangled: {words}.", advice)
+    return judged(GOOD, f"Single latents stand for the classes: {words}.")
 
 
 def check_choice(doses: dict[float, Outcome], parts: Sequence[Part]) -> Check:
     """Whether the recipe's features turn pictures, and more than random ones do."""
-    name, whole, last = "right features", doses[1.0], parts[-1]
+    whole, last = doses[1.0], parts[-1]
     random = [part.random.success for part in parts if part.random]
     figures = {"features": [part.features for part in parts], "best": [part.best.success for part in parts]}
-    figures |= {"random": random or None}
+    judged = partial(Check, "right features", figures | {"random": random or None})
     strongest = max(DOSES, key=lambda dose: doses[dose].success)
+    beside = f"as many random ones as strong {random[-1]:.0%}" if random else "random ones were not tried"
     if max(doses[dose].change for dose in DOSES) < UNSEEN:
-        return Check(name, NOT_CHECKED, figures, "The pictures do not change, so no feature can be told by them.", "")
+        return judged(NOT_CHECKED, "The pictures do not change, so no feature can be told by them.")
     if doses[strongest].success < SOME:
-        beside = f"; random features of the same strength turn {random[-1]:.0%}" if random else ""
-        return Check(
-            name, BAD, figures,
-            f"Wrong features: they change the pictures (by {whole.change:.3f} of 1), but no strength tried turns more "
-            f"than {doses[strongest].success:.0%} of them{beside}.",
+        return judged(
+            BAD,
+            f"Wrong features: they change the pictures (by {whole.change:.3f} of 1), but at the best of the strengths "
+            f"turn {doses[strongest].in_words}; {beside}.",
             "Choose features anew: Attribute Features with more pictures or another method, then Rank by Effect.",
-        )  # fmt: skip
+        )
     if whole.success < SOME:
-        return Check(
-            name, GOOD, figures,
-            f"At {strongest:g} times the recipe's strength its features turn {doses[strongest].success:.0%} of the "
-            "pictures, so they carry the classes.",
-            "",
-        )  # fmt: skip
-    if random and random[-1] >= RANDOM_SHARE * whole.success:
-        return Check(
-            name, BAD, figures,
-            f"Wrong features: {last.features} random ones of the same strength turn {random[-1]:.0%} of the pictures, "
-            f"the recipe's {whole.success:.0%}: it is the size of the edit that turns them.",
-            "Use a lower strength and look at the pictures; then choose features anew by Attribute Features.",
-        )  # fmt: skip
-    beside = f"random ones of the same strength {random[-1]:.0%}" if random else "random ones were not tried"
+        return judged(
+            GOOD, f"At {strongest:g} times the strength they turn {doses[strongest].in_words}: they carry the classes."
+        )
     words = f"the recipe's {last.features} features turn {whole.success:.0%} of the pictures, {beside}"
+    if random and random[-1] >= RANDOM_SHARE * whole.success:
+        return judged(
+            BAD,
+            f"Wrong features: {words}; it is the size of the edit that turns them.",
+            "Use a lower strength and look at the pictures; then choose features anew by Attribute Features.",
+        )
     quarter = min(parts, key=lambda part: abs(part.features / last.features - 0.25))
-    if quarter is not last and quarter.best.success < QUARTER_SHARE * whole.success:
-        return Check(
-            name, DOUBTFUL, figures,
-            f"Many weak features: {words}, but the best {quarter.features} of them only {quarter.best.success:.0%}.",
+    if quarter.best.success < QUARTER_SHARE * whole.success:
+        return judged(
+            DOUBTFUL,
+            f"Many weak features: {words}, but the best {quarter.features} alone only {quarter.best.success:.0%}.",
             "Try Rank by Effect, which keeps those that count; or leave it, if the pictures look right.",
-        )  # fmt: skip
-    few = "" if quarter is last else f"; the best {quarter.features} alone {quarter.best.success:.0%}"
-    return Check(name, GOOD, figures, f"{words[0].upper()}{words[1:]}{few}.", "")
+        )
+    return judged(GOOD, f"Right features: {words}, the best {quarter.features} alone {quarter.best.success:.0%}.")
 
 
 def check_dose(doses: dict[float, Outcome]) -> Check:
     """Whether more of the recipe means more of the class, and whether its strength is enough."""
-    name, figures, whole, against = "dose and effect", dose_figures(doses), doses[1.0], doses[-1.0]
+    figures, whole, against = dose_figures(doses), doses[1.0], doses[-1.0]
+    judged = partial(Check, "dose and effect", figures)
     low, high = figures["slope_interval"]
-    words = f"slope of the probability at the recipe's strength {figures['slope']:+.2f} ({low:+.2f} to {high:+.2f})"
-    turned, strongest = f"{whole.success:.0%} of the pictures turn", max(DOSES, key=lambda dose: doses[dose].success)
-    better = f"at {strongest:g} times the strength {doses[strongest].success:.0%}"
+    slope = f"slope of the probability at the recipe's strength {figures['slope']:+.2f} ({low:+.2f} to {high:+.2f})"
+    strongest = max(DOSES, key=lambda dose: doses[dose].success)
+    turned, better = (
+        f"turned are {whole.in_words}",
+        f"at {strongest:g} times the strength {doses[strongest].success:.0%}",
+    )
     if max(figures["change"]) < UNSEEN:
-        verdict, evidence, advice = (
-            BAD, f"Features do not move the output: at no strength does a picture change by more than "
+        return judged(
+            BAD,
+            f"Features do not move the output: at no strength does a picture change by more than "
             f"{max(figures['change']):.4f} of 1, which nobody sees.",
             "See whether the recipe is of this model, its start and end leave steps, and its levels differ by class.",
-        )  # fmt: skip
-    elif against.success >= SOME and paired_interval(against.probability - whole.probability)[0] > 0:
-        verdict, evidence, advice = (
-            BAD, f"Steers backwards: {turned}, at the reversed strength {against.success:.0%}.",
+        )
+    if against.success >= SOME and paired_interval(against.probability - whole.probability)[0] > 0:
+        return judged(
+            BAD,
+            f"Steers backwards: {turned}, at the reversed strength {against.success:.0%}.",
             "Use a negative strength in Steer; in a model that predicts noise, better a site farther from its input "
             "and output, which echo the noisy picture.",
-        )  # fmt: skip
-    elif whole.success >= WORKS:
-        verdict, evidence, advice = GOOD, f"{turned}, at twice the strength {doses[2.0].success:.0%}; {words}.", ""
-    elif max(figures["gain"]) < FLAT:
-        verdict, evidence, advice = (
-            BAD, f"Features do not move the output: no strength raises the probability of the class asked for by more "
-            f"than {max(figures['gain']):.2f}; {words}.",
+        )
+    if whole.success >= WORKS:
+        return judged(GOOD, f"Enough: {turned}, at twice the strength {doses[2.0].success:.0%}; {slope}.")
+    if max(figures["gain"]) < FLAT:
+        return judged(
+            BAD,
+            f"Features do not move the output: no strength raises the probability of the class asked for by more than "
+            f"{max(figures['gain']):.2f}; {slope}.",
             "Choose features anew: Attribute Features, then Rank by Effect.",
-        )  # fmt: skip
-    else:
-        verdict = BAD if whole.success < SOME else DOUBTFUL
-        if strongest > 1 and low > 0:
-            evidence, advice = f"Too weak: {turned}, {better}; {words}.", f"Set strength to {strongest:g} in Steer."
-        elif 0 < strongest < 1 and high < 0:
-            evidence, advice = f"Too strong: {turned}, {better}; {words}.", f"Set strength to {strongest:g} in Steer."
-        else:
-            evidence = f"Saturated: {turned}, {better}; {words}."
-            advice = "Give the recipe more features, or try another mode in Steer: more strength does not help."
-    return Check(name, verdict, figures, evidence, advice)
+        )
+    verdict = BAD if whole.success < SOME else DOUBTFUL
+    if strongest > 1 and low > 0:
+        return judged(verdict, f"Too weak: {turned}, {better}; {slope}.", f"Set strength to {strongest:g} in Steer.")
+    if 0 < strongest < 1 and high < 0:
+        return judged(verdict, f"Too strong: {turned}, {better}; {slope}.", f"Set strength to {strongest:g} in Steer.")
+    return judged(
+        verdict,
+        f"Saturated: {turned}, {better}; {slope}.",
+        "Give the recipe more features, or try another mode in Steer: more strength does not help.",
+    )
 
 
 def dose_figures(doses: dict[float, Outcome]) -> dict[str, Any]:
@@ -433,6 +442,7 @@ def dose_figures(doses: dict[float, Outcome]) -> dict[str, Any]:
         "interval": [paired_interval(doses[dose].probability) for dose in ordered],
         "gain": [float((doses[dose].probability - doses[0.0].probability).mean()) for dose in ordered],
         "success": [doses[dose].success for dose in ordered],
+        "per_class": [doses[dose].per_class for dose in ordered],
         "change": [doses[dose].change for dose in ordered],
         "slope": float(slope.mean()),
         "slope_interval": paired_interval(slope),

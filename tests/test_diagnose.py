@@ -134,7 +134,9 @@ def test_features_that_change_nothing_do_not_move_the_output():
 @pytest.mark.parametrize("mode", ["shift", "add"])
 def test_a_reversed_sign_is_named(mode):
     found = run(replace(RIGHT, levels=RIGHT.levels.flip(1), mode=mode), make_sae())
-    assert found.verdict.startswith("Steers backwards: 0% of the pictures turn, at the reversed strength 100%")
+    assert found.verdict.startswith(
+        "Steers backwards: turned are 0% (dark 0%, light 0%), at the reversed strength 100%"
+    )
     assert verdicts(found) == [GOOD, NOT_CHECKED, GOOD, BAD]
 
 
@@ -165,7 +167,7 @@ def test_a_weak_recipe_and_one_that_serves_one_class_alone():
     assert found.verdict.startswith("Too weak: ") and found.checks[DOSE].advice == "Set strength to 1.5 in Steer."
     assert found.checks[CHOICE].verdict == GOOD
     found = run(replace(RIGHT, strength=(1.0, 0.0)))
-    assert found.checks[DOSE].verdict == DOUBTFUL and "Saturated: 50%" in found.verdict
+    assert found.checks[DOSE].verdict == DOUBTFUL and "Saturated: turned are 50% (dark 100%, light 0%)" in found.verdict
     assert found.verdict.startswith("Nothing fails, but this is doubtful. ")
 
 
@@ -187,7 +189,7 @@ def test_a_recipe_without_levels_is_steered_as_a_whole():
 
 def outcome(success: float, change: float = 0.1, n: int = 20) -> Outcome:
     hit = (np.arange(n) < success * n).astype(float)
-    return Outcome(0.02 + 0.96 * hit, hit, change)
+    return Outcome(0.02 + 0.96 * hit, hit, change, {"light": success})
 
 
 def response(*successes: float) -> dict[float, Outcome]:
@@ -198,8 +200,8 @@ def response(*successes: float) -> dict[float, Outcome]:
 @pytest.mark.parametrize(
     ("parts", "verdict", "words"),
     [
-        ([(1, 0.5, 0), (4, 0.9, 0)], GOOD, "The recipe's 4 features turn 90%"),
-        ([(1, 0.5, 0.2), (4, 0.9, 0.6)], BAD, "Wrong features: 4 random ones of the same strength turn 60%"),
+        ([(1, 0.5, 0), (4, 0.9, 0)], GOOD, "Right features: the recipe's 4 features turn 90%"),
+        ([(1, 0.5, 0.2), (4, 0.9, 0.6)], BAD, "as many random ones as strong 60%; it is the size"),
         ([(1, 0.1, 0), (4, 0.9, 0)], DOUBTFUL, "Many weak features"),
         ([(1, 0.5, None), (4, 0.9, None)], GOOD, "random ones were not tried"),
     ],
@@ -213,13 +215,13 @@ def test_the_ablation_curve_is_judged(parts, verdict, words):
 @pytest.mark.parametrize(
     ("successes", "verdict", "words"),
     [
-        ((0, 0, 0.5, 0.9, 0.9, 0.95), GOOD, "90% of the pictures turn, at twice the strength 95%"),
-        ((0, 0, 0.1, 0.2, 0.5, 0.9), BAD, "Too weak: 20%"),
-        ((0, 0, 0.2, 0.6, 0.8, 0.9), DOUBTFUL, "Too weak: 60%"),
-        ((0, 0, 0.9, 0.6, 0.3, 0.2), DOUBTFUL, "Too strong: 60% of the pictures turn, at 0.5 times the strength 90%"),
-        ((0, 0, 0.6, 0.6, 0.6, 0.6), DOUBTFUL, "Saturated: 60%"),
+        ((0, 0, 0.5, 0.9, 0.9, 0.95), GOOD, "Enough: turned are 90% (light 90%), at twice the strength 95%"),
+        ((0, 0, 0.1, 0.2, 0.5, 0.9), BAD, "Too weak: turned are 20%"),
+        ((0, 0, 0.2, 0.6, 0.8, 0.9), DOUBTFUL, "Too weak: turned are 60%"),
+        ((0, 0, 0.9, 0.6, 0.3, 0.2), DOUBTFUL, "Too strong: turned are 60% (light 60%), at 0.5 times the strength 90%"),
+        ((0, 0, 0.6, 0.6, 0.6, 0.6), DOUBTFUL, "Saturated: turned are 60%"),
         ((0, 0, 0, 0, 0, 0), BAD, "Features do not move the output: no strength raises"),
-        ((0.9, 0, 0, 0, 0, 0), BAD, "Steers backwards: 0% of the pictures turn, at the reversed strength 90%"),
+        ((0.9, 0, 0, 0, 0, 0), BAD, "Steers backwards: turned are 0% (light 0%), at the reversed strength 90%"),
     ],
 )
 def test_the_dose_response_is_judged(successes, verdict, words):

@@ -897,7 +897,7 @@ def test_training_and_attribution_take_a_store(server):
     assert text.startswith("presentation, by contrastive")
 
 
-def test_cancel_in_the_middle_of_training_capture_and_a_scan(server):
+def test_cancel_in_the_middle_of_training_capture_a_scan_and_a_diagnosis(server):
     graph = Small()
     sae = graph.train(graph.capture(), 1_000_000, save_as="never")
     graph.add("PreviewAny", source=sae[2])
@@ -914,6 +914,9 @@ def test_cancel_in_the_middle_of_training_capture_and_a_scan(server):
         graph, "DiffLensSiteScan", attribute="age", sites="middle_block", pictures=2000, per_class=2, strength=1.0
     )
     cancel_in(server, graph, scan)
+
+    graph = Small()
+    cancel_in(server, graph, diagnose(graph, pictures=500))
 
     graph, began = Small(), time.monotonic()
     saved = graph.save(graph.sample(seed=21))
