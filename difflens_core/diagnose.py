@@ -49,8 +49,6 @@ RANDOM_SHARE = 0.5
 QUARTER_SHARE = 0.25
 # Mean change of a pixel, of 1, that nobody sees: one of 256 levels.
 UNSEEN = 1 / 256
-# Mean rise of the probability of the class asked for that no mix of classes would show.
-FLAT = 0.05
 # Another site must turn this much more than the recipe's, and more than two standard errors, to be called better.
 SITE_GAP = 0.25
 # Unexplained variance: published SAEs leave .1 to .3; beyond a half most of the site is out of the latents' reach.
@@ -411,11 +409,11 @@ def check_dose(doses: dict[float, Outcome]) -> Check:
         )
     if whole.success >= WORKS:
         return judged(GOOD, f"Enough: {turned}, at twice the strength {doses[2.0].success:.0%}; {slope}.")
-    if max(figures["gain"]) < FLAT:
+    if doses[strongest].success < SOME:
         return judged(
             BAD,
-            f"Features do not move the output: no strength raises the probability of the class asked for by more than "
-            f"{max(figures['gain']):.2f}; {slope}.",
+            f"Features do not move the output to the class: at the best of the strengths turn "
+            f"{doses[strongest].in_words}; {slope}.",
             "Choose features anew: Attribute Features, then Rank by Effect.",
         )
     verdict = BAD if whole.success < SOME else DOUBTFUL
@@ -433,14 +431,13 @@ def check_dose(doses: dict[float, Outcome]) -> Check:
 def dose_figures(doses: dict[float, Outcome]) -> dict[str, Any]:
     """The dose-response as lists by rising strength, and the slope at the recipe's strength, with 95 % intervals.
 
-    gain: how much the probability rises from no steering; slope: its rise from half the strength to one and a half.
+    slope: the rise of the probability from half the strength to one and a half.
     """
     ordered, slope = sorted(doses), doses[1.5].probability - doses[0.5].probability
     return {
         "strength": ordered,
         "probability": [float(doses[dose].probability.mean()) for dose in ordered],
         "interval": [paired_interval(doses[dose].probability) for dose in ordered],
-        "gain": [float((doses[dose].probability - doses[0.0].probability).mean()) for dose in ordered],
         "success": [doses[dose].success for dose in ordered],
         "per_class": [doses[dose].per_class for dose in ordered],
         "change": [doses[dose].change for dose in ordered],

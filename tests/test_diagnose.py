@@ -220,7 +220,12 @@ def test_the_ablation_curve_is_judged(parts, verdict, words):
         ((0, 0, 0.2, 0.6, 0.8, 0.9), DOUBTFUL, "Too weak: turned are 60%"),
         ((0, 0, 0.9, 0.6, 0.3, 0.2), DOUBTFUL, "Too strong: turned are 60% (light 60%), at 0.5 times the strength 90%"),
         ((0, 0, 0.6, 0.6, 0.6, 0.6), DOUBTFUL, "Saturated: turned are 60%"),
-        ((0, 0, 0, 0, 0, 0), BAD, "Features do not move the output: no strength raises"),
+        ((0, 0, 0, 0, 0, 0), BAD, "Features do not move the output to the class: at the best of the strengths turn 0%"),
+        (
+            (0, 0, 0, 0, 0.1, 0.3),
+            BAD,
+            "Features do not move the output to the class: at the best of the strengths turn 30%",
+        ),
         ((0.9, 0, 0, 0, 0, 0), BAD, "Steers backwards: turned are 0% (light 0%), at the reversed strength 90%"),
     ],
 )
