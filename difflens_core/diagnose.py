@@ -51,7 +51,8 @@ QUARTER_SHARE = 0.25
 UNSEEN = 1 / 256
 # Another site must turn this much more than the recipe's, and more than two standard errors, to be called better.
 SITE_GAP = 0.25
-# Unexplained variance: published SAEs leave .1 to .3; beyond a half most of the site is out of the latents' reach.
+# Unexplained variance: beyond a half, most of what the site holds is out of the latents' reach; three tenths are worth
+# more training.
 FVU_DOUBTFUL, FVU_BAD = 0.3, 0.5
 DEAD_DOUBTFUL = 0.5  # every second latent never fires: the SAE is smaller than it says
 # AUC of the best single latent: .5 is chance; above .8 it is seldom wrong, below .65 it hardly beats a guess.
