@@ -208,9 +208,10 @@ def diagnose(
     doses = {0.0: experiment.before()}
     doses |= {dose: experiment.steered(at_dose(recipe, dose)) for dose in DOSES}
     parts = ablation(experiment, shares, controls, doses[1.0])
+    features = check_features(recipe, sae, activations, labels, lambda: on_picture(run.done, run.total))
     checks = (
         check_site(experiment, sites, per_site, doses[1.0]),
-        check_features(recipe, sae, activations, labels, lambda: on_picture(run.done, run.total)),
+        features,
         check_choice(doses, parts),
         check_dose(doses),
     )

@@ -268,7 +268,7 @@ def test_the_score_is_the_contrastive_one_by_hand(toys):
 
 def test_progress_tells_every_picture_and_can_cancel():
     seen = []
-    run(RIGHT, make_sae(), on_picture=lambda done, total: seen.append((done, total)))
+    run(RIGHT, make_sae(), labelled=True, on_picture=lambda done, total: seen.append((done, total)))
     dones, totals = zip(*seen, strict=True)
     assert list(dones) == sorted(dones) and dones[-1] == totals[-1] and all(d <= t for d, t in seen)
     assert len(set(totals[UNSTEERED * PICTURES // 5 + 1 :])) <= 2
