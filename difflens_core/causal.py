@@ -114,10 +114,18 @@ def causal_effect(
 
 def keep_effective(recipe: Recipe, effects: Effects, count: int) -> Recipe:
     """The recipe with, of every class's latents, only the `count` that carry the class most by their effect."""
-    score = effects.carried.T.masked_fill(~recipe.member, -torch.inf)
+    return keep_best(recipe, effects.carried.T, count, f"{effects.mode}, {effects.pictures} pictures a feature")
+
+
+def keep_best(recipe: Recipe, score: Tensor, count: int, ranking: str) -> Recipe:
+    """The recipe with, of every class's latents, only the `count` of the highest score (K x F).
+
+    ranking: what the score is, for the recipe's info.
+    """
+    score = score.masked_fill(~recipe.member, -torch.inf)
     best = score.topk(min(count, score.shape[1]), dim=1)
     member = torch.zeros_like(recipe.member).scatter_(1, best.indices, best.values > -torch.inf)
     kept = member.any(dim=0)
     rows = {name: getattr(recipe, name)[kept] for name in ("features", "encoder", "bias", "threshold", "decoder")}
-    info = {**recipe.info, "ranking": f"{effects.mode}, {effects.pictures} pictures a feature"}
+    info = {**recipe.info, "ranking": ranking}
     return replace(recipe, **rows, member=member[:, kept], levels=recipe.levels[:, :, kept], info=info)

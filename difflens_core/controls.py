@@ -55,7 +55,12 @@ def random_features(recipe: Recipe, sae: SparseAutoencoder, seed: int) -> Recipe
     if len(candidates) < count:
         raise DiffLensError(f"random control: {count} other latents are needed, the SAE has {len(candidates)}.")
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
-    features = candidates[order[:count]]
+    control = with_latents(recipe, sae, candidates[order[:count]])
+    return replace(control, info={"control": "random latents of the same count and edit norm", "seed": seed})
+
+
+def with_latents(recipe: Recipe, sae: SparseAutoencoder, features: Tensor) -> Recipe:
+    """The recipe with latents `features` (F) in place of its own, row by row, and its edit's norm at every step."""
     decoder = sae.decoder[features]
     ratio = edit_norm(recipe.levels, recipe.decoder) / edit_norm(recipe.levels, decoder).clamp(min=1e-12)
     return replace(
@@ -65,7 +70,6 @@ def random_features(recipe: Recipe, sae: SparseAutoencoder, seed: int) -> Recipe
         bias=sae.encoder_bias[features],
         decoder=decoder,
         levels=(recipe.levels.float() * ratio[:, None, None, None]).half(),
-        info={"control": "random latents of the same count and edit norm", "seed": seed},
     )
 
 

@@ -122,18 +122,27 @@ def bar_chart(
     return chart.finish()
 
 
-def line_chart(title: str, series: dict[str, list[tuple[float, float]]], x_label: str, y_label: str) -> np.ndarray:
+def line_chart(
+    title: str,
+    series: dict[str, list[tuple[float, float]]],
+    x_label: str,
+    y_label: str,
+    errors: dict[str, list[tuple[float, float]]] | None = None,
+    y_range: tuple[float, float] | None = None,
+) -> np.ndarray:
     """Lines through (x, y) points, one colour and legend entry a series. Returns 440 x 720 x 3, uint8.
 
+    errors[series] = (low, high) of each point: ends of a whisker; y_range: what the vertical scale holds at least.
     Raises `DiffLensError` for no points, NaN or infinity.
     """
     points = [point for line in series.values() for point in line]
-    check_numbers(title, [value for point in points for value in point])
+    ends = [end for pairs in (errors or {}).values() for pair in pairs for end in pair]
+    check_numbers(title, [value for point in points for value in point], ends)
     chart = Chart(title, list(series) if len(series) > 1 else [], 96)
     xs, ys = zip(*points, strict=True)
     chart.text((chart.x0, chart.y0 - 10), y_label, chart.x1 - chart.x0, "lt", fill=SOFT)
     chart.y0 += TEXT + 16
-    chart.y_axis(min(ys), max(ys))
+    chart.y_axis(min([*ys, *ends, *(y_range or ())]), max([*ys, *ends, *(y_range or ())]))
     span = max(xs) - min(xs)
     slack = 1e-6 * span
     x_ticks = [tick for tick in ticks(min(xs), max(xs)) if min(xs) - slack <= tick <= max(xs) + slack]
@@ -145,8 +154,10 @@ def line_chart(title: str, series: dict[str, list[tuple[float, float]]], x_label
         chart.draw.line((place(value), chart.y1, place(value), chart.y1 + 10), SOFT, 2)
         chart.text((place(value), chart.y1 + 16), f"{value:g}", 160, "mt", fill=SOFT)
     chart.text(((chart.x0 + chart.x1) / 2, HEIGHT - MARGIN), x_label, chart.x1 - chart.x0, "ms", fill=SOFT)
-    for i, line in enumerate(series.values()):
+    for i, (name, line) in enumerate(series.items()):
         path = [(place(x), chart.y(y)) for x, y in line]
+        for (x, _), whisker in zip(path, (errors or {}).get(name, ()), strict=False):
+            draw_whisker(chart, x, 10, *map(chart.y, whisker))
         few = len(path) <= 40
         chart.draw.line(path, colour(i), 6 if few else 3, joint="curve")
         if few:

@@ -124,17 +124,21 @@ def scan_sites(
     strength: float = 1.0,
     batch: int = 32,
     on_picture: Callable[[int, int], None] = lambda done, total: None,
+    parts: Sequence[str] = tuple(PARTS),
+    unsteered: Tensor | None = None,
 ) -> list[SiteEffect]:
-    """Try every site and part of the sampling: one row each, site by site.
+    """Try every site and part of the sampling (some of PARTS): one row each, site by site.
 
     classify(images) gives the class probabilities (B x K) of every attribute. The `pictures` first noises of `draw`
     are sampled twice, to read their classes and then to take each site's class means (all sites at once; a site
     takes steps x K x C x H x W numbers). Then up to `per_class` pictures that do not show a class are steered to it.
-    Classes that fewer than two pictures show are left out. on_picture(done, total) may raise to cancel.
+    Classes that fewer than two pictures show are left out. unsteered: the pictures of those noises, if they were
+    drawn before. on_picture(done, total) may raise to cancel.
     """
-    run = Run(draw, batch, 2 * pictures + len(sites) * len(PARTS) * len(classes) * per_class, on_picture)
+    first_draws = (1 if unsteered is not None else 2) * pictures
+    run = Run(draw, batch, first_draws + len(sites) * len(parts) * len(classes) * per_class, on_picture)
     numbers = torch.arange(pictures)
-    base = run.draw(numbers, lambda rows: [])
+    base = run.draw(numbers, lambda rows: []) if unsteered is None else unsteered
     labels = classify(base)[attribute].argmax(dim=1).cpu()
     tried = shown_classes(labels, attribute, classes)
     collections = [({}, {}) for _ in sites]
@@ -147,12 +151,13 @@ def scan_sites(
     others = {c: (labels != c).nonzero().flatten()[:per_class] for c in tried}
     chosen, before = torch.cat([*others.values()]), base[torch.cat([*others.values()])]
     target = torch.cat([torch.full_like(pictures, c) for c, pictures in others.items()])
-    run.total = run.done + len(sites) * len(PARTS) * len(chosen)
+    run.total = run.done + len(sites) * len(parts) * len(chosen)
     first = before, classify(before)
     found = []
     for collector in collectors(numbers):
         means = ClassMeans.of(collector)
-        for part, (start, end, sign) in PARTS.items():
+        for part in parts:
+            start, end, sign = PARTS[part]
             settings = sign * strength, start, end
 
             def shift(rows: Tensor, means=means, settings=settings) -> list[MeanShift]:

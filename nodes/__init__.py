@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .attribute import AttributeFeatures, TrainProbes
 from .calibrate import Calibrate, CrossEffects, PlanTargets
 from .capture import CaptureActivations, LoadActivations
+from .diagnose import Diagnose
 from .explore import RankByEffect, SiteScan
 from .load import LoadClassifier, LoadFeatures, LoadModel, LoadPromptedModel, LoadRecipe, LoadSAE, SaveRecipe
 from .measure import ClassifyImages, CompareImages, FairnessReport
@@ -16,7 +17,7 @@ from .zero_shot import ZeroShot
 NODES: list[type[io.ComfyNode]] = [
     LoadModel, LoadPromptedModel, LoadSAE, LoadFeatures, LoadClassifier, LoadRecipe, SaveRecipe,
     CaptureActivations, LoadActivations, TrainSAE, ClassifyImages, TrainProbes, AttributeFeatures,
-    SiteScan, RankByEffect, ZeroShot,
+    SiteScan, RankByEffect, Diagnose, ZeroShot,
     Calibrate, PlanTargets, CrossEffects, Steer, FairnessReport, CompareImages,
     DDIMSigmas, ReferenceSampler,
 ]  # fmt: skip

@@ -123,18 +123,13 @@ class AttributeFeatures(io.ComfyNode):
                 "Connect the labels that Train Probes got."
             )
         host.site_width(model, activations.site)
-        fingerprint = host.model_fingerprint(model)
-        if activations.model not in ("", fingerprint):
-            raise DiffLensError(
-                f"the activations were captured on another model (mark {activations.model}, this one has "
-                f"{fingerprint}). Connect the model that Capture Activations got."
-            )
+        check_model_of(activations, model)
         report = host.progress_bar(len(activations.progress))
         weights = balancing_weights(labels.indices, labels.others)
         found = attribute_features(
             activations, sae, probes, labels.indices, method, weights, baseline=baseline, on_step=report
         )
-        recipe = build_recipe(found, sae, probes, activations, features_per_class, fingerprint)
+        recipe = build_recipe(found, sae, probes, activations, features_per_class, host.model_fingerprint(model))
         image = host.to_image(ranking_chart(found))
         text = ranking_table(found, features_per_class)
         return host.drawn(cls, image, recipe, image, text, text=text)
@@ -146,6 +141,16 @@ def check_sae(sae: SparseAutoencoder, activations: CapturedActivations) -> None:
         raise DiffLensError(
             f"the SAE was trained on {sae.site} ({sae.channels} wide), the activations are of {activations.site} "
             f"({activations.width} wide). Use an SAE of the same model, and capture at its site under the same name."
+        )
+
+
+def check_model_of(activations: CapturedActivations, model: Any) -> None:
+    """Raise `DiffLensError` if the activations were captured on other weights than the model's."""
+    fingerprint = host.model_fingerprint(model)
+    if activations.model not in ("", fingerprint):
+        raise DiffLensError(
+            f"the activations were captured on another model (mark {activations.model}, this one has "
+            f"{fingerprint}). Connect the model that Capture Activations got."
         )
 
 

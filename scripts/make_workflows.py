@@ -38,6 +38,7 @@ SIZES = {
     "DiffLensRankByEffect": (560, 340),
     "DiffLensCalibrate": (560, 340),
     "DiffLensCrossEffects": (560, 340),
+    "DiffLensDiagnose": (760, 480),
     "PreviewAny": (520, 260),
     "The report in words": (520, 700),  # as high as the report beside it
     "SaveImage": (460, 260),
@@ -582,9 +583,60 @@ def which_features_count() -> Graph:
     return graph
 
 
+def why_does_it_not_work() -> Graph:
+    graph = Graph("10 why does it not work")
+    graph.group("Start here")
+    graph.note(
+        "# Why does a recipe work, or not?\n\n"
+        "Two recipes for the same attribute: the one that comes with the model, and a control with as many features "
+        "drawn at random and an edit as strong. **Diagnose** steers the same portraits in several ways and says in one "
+        "sentence what is wrong with each.\n\n"
+        "It checks, in this order, because each needs the one before:\n"
+        "1. is it the right place in the model?\n"
+        "2. are the features disentangled?\n"
+        "3. are they the right features? The best few and random ones are tried alone.\n"
+        "4. does more of them do more?\n\n"
+        "The first check that fails is the one to mend. A portrait *turns* when it shows the class asked for, and did "
+        "not before.\n\n"
+        "The second check needs labelled activations, as in `02 find the bias features`; the control leaves out the "
+        "first, which would say the same again.\n\n"
+        "**Try next**\n"
+        "- a recipe of your own\n"
+        "- `avatars_age` and `controls/age_random`\n"
+        "- Capture Activations and Classify Images into the first Diagnose\n"
+        "- `pictures` 16: surer, and twice the time"
+    )
+    graph.group("Model, recipes, SAE and classifier")
+    model = load_model(graph)
+    classifier = load_classifier(graph)
+    sae = graph.add("DiffLensLoadSAE", None, sae_name="avatars.safetensors", site="")
+    latent = graph.add("EmptyLatentImage", "Pictures in a batch", width=64, height=64, batch_size=32)
+    graph.column()
+    names = {"The recipe": "avatars_presentation", "Random features": "controls/presentation_random"}
+    recipes = [
+        graph.add("DiffLensLoadRecipe", title, recipe_name=f"{name}.safetensors") for title, name in names.items()
+    ]
+    graph.group("What is wrong?")
+    found = [
+        experiment(
+            graph, "DiffLensDiagnose", model, latent, classifier, recipe=recipe[0], pictures=8, scan_sites=first,
+            sae=sae[0],
+        )
+        for recipe, first in zip(recipes, (True, False), strict=True)
+    ]  # fmt: skip
+    graph.column()
+    for title, node in zip(names, found, strict=True):
+        graph.add("PreviewAny", f"{title}: the verdict", source=node[0])
+    graph.column()
+    for title, node in zip(names, found, strict=True):
+        graph.add("SaveImage", f"{title}: save the chart", images=node[2], filename_prefix="difflens/diagnosis")
+    return graph
+
+
 GRAPHS = (
     debias_the_avatars, find_the_bias_features, dose_response, debias_a_prompt, paper_unconditional,
     paper_stable_diffusion, three_attributes_at_once, where_is_it_decided, which_features_count,
+    why_does_it_not_work,
 )  # fmt: skip
 
 

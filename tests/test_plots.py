@@ -43,6 +43,16 @@ def test_reference_and_whiskers_are_drawn():
     assert (plain != bar_chart("t", SHARES, errors={"light": {"before": (0.5, 0.55)}})).any()
 
 
+def test_a_line_has_whiskers_where_they_are_given_and_the_range_asked_for():
+    line = {"a": [(0, 0.2), (1, 0.4)], "b": [(0, 0.3), (1, 0.3)]}
+    wide = line_chart("t", line, "x", "y", y_range=(0, 1))
+    whiskers = line_chart("t", line, "x", "y", {"a": [(0.1, 0.6), (0.4, 0.9)]}, (0, 1))
+    changed = (wide != whiskers).any(axis=(0, 2)).nonzero()[0]
+    half = SIZE[1] // 2
+    assert 5 <= (changed < half).sum() <= 15 and 5 <= (changed > half).sum() <= 15  # narrow, at both points
+    assert (wide != line_chart("t", line, "x", "y")).any()
+
+
 def test_groups_with_bars_of_their_own_are_coloured_by_group():
     chart = bar_chart("Features", {"young": {"12": 1.0, "7": 0.5}, "senior": {"99": 0.7}})
     assert count(chart, PALETTE[0]) > count(chart, PALETTE[1]) > 0
@@ -56,6 +66,8 @@ def test_numbers_that_are_none_are_refused(bad):
         bar_chart("t", {"a": {"b": 1.0}}, errors={"a": {"b": (0, bad)}})
     with pytest.raises(DiffLensError, match="NaN or infinite"):
         line_chart("t", {"a": [(0, bad)]}, "x", "y")
+    with pytest.raises(DiffLensError, match="NaN or infinite"):
+        line_chart("t", {"a": [(0, 1)]}, "x", "y", {"a": [(0, bad)]})
 
 
 def test_nothing_to_draw_is_refused():

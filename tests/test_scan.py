@@ -57,6 +57,23 @@ def test_readings_beside_the_attributes_change_nothing(found):
     assert {(row.site, row.part): row for row in rows} == found
 
 
+def test_some_parts_and_pictures_drawn_before_give_the_same_rows(found):
+    seen = []
+
+    def draw_and_count(edits, which):
+        seen.append(len(which) * (not edits))
+        return draw(edits, which)
+
+    before, progress = draw([], torch.arange(40)), []
+    rows = scan_sites(
+        ["decides", "idle"], draw_and_count, classify, "tone", CLASSES, 40, 6, 1.0, 16,
+        lambda *now: progress.append(now), ("whole", "last third"), before,
+    )  # fmt: skip
+    assert rows == [found[site, part] for site in ("decides", "idle") for part in ("whole", "last third")]
+    assert sum(seen) == 0 and progress[-1][0] == progress[-1][1] == 40 + 2 * 2 * 2 * 6
+    assert progress[0] == (16, 40 + 2 * 2 * 3 * 6)
+
+
 def test_only_the_deciding_site_and_third_succeed(found):
     for part, success in {"whole": 1, "first third": 0, "middle third": 0, "last third": 1, "reversed": 0}.items():
         row = found["decides", part]

@@ -30,12 +30,12 @@ AVATARS = FOLDER.parent / "models" / "avatars"
 NODES = (
     "LoadModel", "LoadSAE", "LoadFeatures", "LoadClassifier", "LoadRecipe", "SaveRecipe", "Capture", "LoadActivations",
     "TrainSAE", "Classify", "TrainProbes", "Attribute", "SiteScan", "RankByEffect", "Steer", "Report", "Compare",
-    "ZeroShot", "DDIMSigmas", "ReferenceSampler", "LoadPromptedModel", "Calibrate", "Plan", "CrossEffects",
+    "ZeroShot", "DDIMSigmas", "ReferenceSampler", "LoadPromptedModel", "Calibrate", "Plan", "CrossEffects", "Diagnose",
 )  # fmt: skip
 NAMES = (
     "01 debias the avatars", "02 find the bias features", "03 dose response", "04 debias a prompt",
-    "05 paper unconditional", "06 paper Stable Diffusion", "07 three attributes at once",
-    "08 where is it decided", "09 which features count",
+    "05 paper unconditional", "06 paper Stable Diffusion", "07 three attributes at once", "08 where is it decided",
+    "09 which features count", "10 why does it not work",
 )  # fmt: skip
 # What 05 and 06 ask the user to bring, by the input that names it.
 BROUGHT = {
@@ -191,7 +191,7 @@ def ran(server):
 
 @pytest.mark.parametrize(
     ("name", "count", "columns", "lines"),
-    [(NAMES[0], 16, 8, 4), (NAMES[1], 32, 16, 4), (NAMES[2], 8, 8, 5), (NAMES[7], 8, 8, 3)],
+    [(NAMES[0], 16, 8, 4), (NAMES[1], 32, 16, 4), (NAMES[2], 8, 8, 5), (NAMES[8], 8, 8, 3)],
 )
 def test_a_workflow_makes_its_pictures(server, ran, name, count, columns, lines):
     prompt, entry = ran(name)
@@ -246,7 +246,7 @@ def test_the_dose_counts(ran):
 
 
 def test_the_scan_tells_where_it_is_decided(server, ran):
-    prompt, entry = ran(NAMES[6])
+    prompt, entry = ran(NAMES[7])
     scan = find(prompt, "DiffLensSiteScan")
     (table,) = entry["outputs"][find(prompt, "PreviewAny", source=[scan, 0])]["text"]
     rows = [line.split() for line in table.splitlines()[2:]]
@@ -257,12 +257,22 @@ def test_the_scan_tells_where_it_is_decided(server, ran):
 
 
 def test_few_features_that_count_steer(ran):
-    prompt, entry = ran(NAMES[7])
+    prompt, entry = ran(NAMES[8])
     report = read_report(prompt, entry)
     assert report["after"]["success"] >= 0.85 > report["before"]["shares"][1]
     ranked = find(prompt, "DiffLensRankByEffect")
     (table,) = entry["outputs"][find(prompt, "PreviewAny", source=[ranked, 2])]["text"]
     assert len(table.splitlines()) == 2 + 120
+
+
+def test_the_diagnosis_calls_out_the_control_alone(server, ran):
+    prompt, entry = ran(NAMES[9])
+    for recipe, verdict in (("avatars_presentation", "Nothing wrong found."), ("random", "Wrong features: ")):
+        (loaded,) = [i for i, n in prompt.items() if recipe in n["inputs"].get("recipe_name", "")]
+        node = find(prompt, "DiffLensDiagnose", recipe=[loaded, 0])
+        (text,) = entry["outputs"][find(prompt, "PreviewAny", source=[node, 0])]["text"]
+        assert text.startswith(f"presentation: {verdict}"), text
+        assert read_image(server, entry, find(prompt, "SaveImage", images=[node, 2])).std() > 10
 
 
 # --- small graphs of our own ---
@@ -558,6 +568,46 @@ def test_features_are_ranked_by_their_effect(server):
     assert set(kept.features.tolist()) < set(shipped("presentation").features.tolist())
 
 
+def diagnose(graph: Small, **settings: object) -> Node:
+    recipe = graph.add("DiffLensLoadRecipe", recipe_name=graph.recipe_name)
+    sae = graph.add("DiffLensLoadSAE", sae_name="avatars.safetensors")
+    node = experiment(graph, "DiffLensDiagnose", recipe=recipe[0], sae=sae[0], pictures=4, scan_sites=False)
+    node.inputs |= settings
+    return node
+
+
+def captured_and_labelled(graph: Small, attribute: str, **settings: object) -> dict:
+    captured = graph.capture(**{"pictures": 32, "steps": 3, **settings})
+    labels = graph.add("DiffLensClassify", images=captured[1], classifier=graph.classifier()[0], attribute=attribute)
+    return {"activations": captured[0], "labels": labels[0]}
+
+
+def test_a_good_recipe_and_random_features_are_told_apart(server):
+    graph = Small(pictures=32, recipe="avatars_presentation")
+    good = diagnose(graph, steps=8, scan_sites=True, **captured_and_labelled(graph, "presentation", pictures=64))
+    graph.recipe_name = str(Path("controls", "presentation_random.safetensors"))
+    bad = diagnose(graph, steps=8)
+    shown = {(node.id, slot): graph.add("PreviewAny", source=node[slot]) for node in (good, bad) for slot in (0, 1)}
+    entry = server.run(to_api(graph), timeout=900)
+    text = {key: entry["outputs"][str(node.id)]["text"][0] for key, node in shown.items()}
+    assert "Wrong features" not in text[good.id, 0]
+    assert text[bad.id, 0].startswith("presentation: Wrong features: they change the pictures")
+    found = {check["name"]: check for check in json.loads(text[good.id, 1])["checks"]}
+    assert [check["verdict"] for check in found.values()] == ["good"] * 4, text[good.id, 0]
+    assert len(found["right site"]["figures"]["sites"]) == 5
+    assert (
+        found["right features"]["figures"]["best"][-1] >= 0.8 > 0.2 >= found["right features"]["figures"]["random"][-1]
+    )
+    assert found["features disentangled"]["figures"]["fvu"] < 0.3
+    found = {check["name"]: check["verdict"] for check in json.loads(text[bad.id, 1])["checks"]}
+    assert found == {
+        "right site": "not checked", "features disentangled": "not checked", "right features": "bad",
+        "dose and effect": "bad",
+    }  # fmt: skip
+    assert read_image(server, entry, str(good.id)).shape == (880, 1440, 3)
+    assert read_image(server, entry, str(bad.id)).shape == (440, 1440, 3)
+
+
 @pytest.fixture(scope="session")
 def bad_files(server):
     """Files that do not fit, in the user's folders."""
@@ -569,6 +619,7 @@ def bad_files(server):
     (recipes / "an_sae.safetensors").write_bytes((AVATARS / "difflens_saes" / "avatars.safetensors").read_bytes())
     recipe = load_recipe(shipped)
     save_recipe(recipes / "no_site.safetensors", replace(recipe, site="attic"))
+    save_recipe(recipes / "height.safetensors", replace(recipe, attribute="height"))
     save_recipe(recipes / "inner_site.safetensors", replace(recipe, site="middle_block.0.qkv"))
     save_recipe(recipes / "flat_site.safetensors", replace(recipe, site="embed.0"))
     save_recipe(recipes / "small_map.safetensors", replace(recipe, levels=recipe.levels[..., :16]))
@@ -669,6 +720,22 @@ def another_model() -> Graph:
     return graph
 
 
+def bad_diagnosis(attribute: str, **settings: object):
+    def make() -> Graph:
+        graph = Small(pictures=32, recipe="avatars_presentation")
+        captured = captured_and_labelled(graph, attribute, **settings)
+        graph.add("PreviewAny", source=diagnose(graph, **captured)[0])
+        return graph
+
+    return make
+
+
+def diagnosis_of_another_attribute() -> Graph:
+    graph = Small(recipe="height")
+    graph.add("PreviewAny", source=diagnose(graph)[0])
+    return graph
+
+
 def bad_save(name: str):
     def make() -> Graph:
         graph = Small()
@@ -705,6 +772,18 @@ BAD = {
     "an SAE of an unknown site": (nameless_sae, ("Load SAE: nameless does not say", "into site", "8 latents")),
     "a capture without site": (bad_capture(site="cellar"), ("Capture Activations: ", "no module cellar")),
     "activations of another model": (another_model, ("Attribute Features: ", "captured on another model")),
+    "a diagnosis of an unknown attribute": (
+        diagnosis_of_another_attribute,
+        ("Diagnose: ", "knows no attribute 'height'", "presentation, age"),
+    ),
+    "labels of another attribute": (
+        bad_diagnosis("age"),
+        ("Diagnose: ", "the labels are of age (young, adult, senior)", "the recipe is for presentation"),
+    ),
+    "activations of another site": (
+        bad_diagnosis("presentation", site="up"),
+        ("Diagnose: ", "the activations are of up", "edits middle_block", "Capture at the recipe's site"),
+    ),
     "too little to train on": (one_picture, ("Train SAE: ", "got one picture, expected at least 2")),
     "a way out of the folder": (bad_save("../../escaped"), ("Save Recipe: ", "cannot be a file name")),
 }  # fmt: skip
@@ -818,7 +897,7 @@ def test_training_and_attribution_take_a_store(server):
     assert text.startswith("presentation, by contrastive")
 
 
-def test_cancel_in_the_middle_of_training_capture_and_a_scan(server):
+def test_cancel_in_the_middle_of_training_capture_a_scan_and_a_diagnosis(server):
     graph = Small()
     sae = graph.train(graph.capture(), 1_000_000, save_as="never")
     graph.add("PreviewAny", source=sae[2])
@@ -835,6 +914,9 @@ def test_cancel_in_the_middle_of_training_capture_and_a_scan(server):
         graph, "DiffLensSiteScan", attribute="age", sites="middle_block", pictures=2000, per_class=2, strength=1.0
     )
     cancel_in(server, graph, scan)
+
+    graph = Small()
+    cancel_in(server, graph, diagnose(graph, pictures=500))
 
     graph, began = Small(), time.monotonic()
     saved = graph.save(graph.sample(seed=21))
