@@ -16,8 +16,9 @@ from ..difflens_core.recipes import Recipe
 from ..difflens_core.sae import SparseAutoencoder
 from . import host
 from .attribute import check_model_of, check_sae
-from .explore import check_classes, experiment_inputs
+from .explore import experiment_inputs
 from .inputs import guidance_inputs, schedule_inputs
+from .measure import check_classes
 from .sockets import CATEGORY, SAE, Activations, Labels, LabelsSocket, RecipeSocket
 from .steer import check_model
 

@@ -169,15 +169,6 @@ class RankByEffect(io.ComfyNode):
         return host.drawn(cls, image, keep_effective(recipe, effects, features_per_class), image, text, text=text)
 
 
-def check_classes(classifier: ImageClassifier, recipe: Recipe) -> None:
-    """Raise `DiffLensError` if the classifier does not tell the recipe's classes."""
-    if classes_of(classifier, recipe.attribute) != recipe.classes:
-        raise DiffLensError(
-            f"the classifier's classes of {recipe.attribute} are not those of the recipe "
-            f"({', '.join(recipe.classes)}). Use the classifier that the recipe's labels came from."
-        )
-
-
 def effect_chart(effects: Effects, recipe: Recipe):
     """Bar chart of the features that change each class most (H x W x 3, uint8), with their standard error."""
     groups, errors = {}, {}

@@ -191,7 +191,7 @@ def ran(server):
 
 @pytest.mark.parametrize(
     ("name", "count", "columns", "lines"),
-    [(NAMES[0], 16, 8, 4), (NAMES[1], 32, 16, 4), (NAMES[2], 8, 8, 5), (NAMES[8], 8, 8, 3)],
+    [(NAMES[0], 16, 8, 4), (NAMES[1], 32, 16, 4), (NAMES[2], 8, 8, 5), (NAMES[6], 48, 16, 6), (NAMES[8], 8, 8, 3)],
 )
 def test_a_workflow_makes_its_pictures(server, ran, name, count, columns, lines):
     prompt, entry = ran(name)
@@ -243,6 +243,23 @@ def test_features_found_from_scratch_steer(server, ran):
 def test_the_dose_counts(ran):
     report = read_report(*ran(NAMES[2]))
     assert report["after"]["success"] >= 0.85 > 0.5 > report["before"]["shares"][2]
+
+
+def test_three_attributes_are_balanced_at_once_by_the_fewest_changes(ran):
+    prompt, entry = ran(NAMES[6])
+    report = read_report(prompt, entry)
+    joint = report["after"]["joint"]
+    assert len(joint["cells"]) == 24 and joint["fd_hard"] < 0.06 < 0.3 < report["before"]["joint"]["fd_hard"]
+    assert report["after"]["success"] >= 0.9 and max(joint["counts"]) <= 4
+    (plan,) = entry["outputs"][find(prompt, "PreviewAny", source=[find(prompt, "DiffLensPlan"), 1])]["text"]
+    moved = int(plan.split()[0])
+    before = np.array(report["before"]["joint"]["counts"])
+    assert moved == np.abs(before - 2).sum() / 2, "the total variation distance, in pictures"
+    assert report["changes"]["changed"] == pytest.approx(moved / 48), "the others stay as they are"
+    cross = find(prompt, "DiffLensCrossEffects")
+    (matrix,) = entry["outputs"][find(prompt, "PreviewAny", source=[cross, 0])]["text"]
+    rows = {line.split("  ")[0]: line for line in matrix.splitlines()[2:]}
+    assert rows.keys() == {"presentation", "age", "skin_tone", "all together"}
 
 
 def test_the_scan_tells_where_it_is_decided(server, ran):
