@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from difflens_core.classifier import load_classifier  # noqa: E402
 from difflens_core.denoiser import Denoiser, load_denoiser  # noqa: E402
 from difflens_core.fairness import kept_attributes, measure_fairness, pixel_change  # noqa: E402
-from difflens_core.recipes import Recipe, load_recipe, with_settings  # noqa: E402
+from difflens_core.recipes import Recipe, load_recipe  # noqa: E402
 from difflens_core.sampling import Guidance, sample, start_noise  # noqa: E402
 from difflens_core.steering import Steering  # noqa: E402
 from difflens_core.targets import Targets, parse_target  # noqa: E402
@@ -91,7 +91,6 @@ def recipes_of(recipe_file: Path, control: str, controls: bool) -> dict[str, Rec
         folder = recipe_file.parent / "controls"
         found["random features"] = load_recipe(folder / f"{control}_random.safetensors")
         found["mean difference"] = load_recipe(folder / f"{control}_mean_difference.safetensors")
-        found["strength 0"] = with_settings(recipe, strength=0.0)
     return found
 
 
@@ -134,7 +133,6 @@ def main() -> None:
             steered, targets = run(model, options.pictures, recipe)
             after = steered, classifier.classify(steered)
             results[attribute][name] = outcome(classifier, before, after, attribute, targets)
-            results[attribute][name]["identical"] = bool(torch.equal(pictures, steered))
             print(row(name, results[attribute][name]), flush=True)
     print(f"\n{time.time() - began:.0f} seconds")
     if options.json:

@@ -66,7 +66,7 @@ def main() -> None:
                 after = drawn, classifier.classify(drawn)
                 found[name] = outcome(classifier, before, after, attribute, targets)
                 seen = after[1]["occupation"].argmax(dim=1) == jobs.index(job)
-                found[name] |= {"occupation": float(seen.float().mean()), "identical": torch.equal(drawn, pictures)}
+                found[name] |= {"occupation": float(seen.float().mean())}
                 print(row(name, found[name], attribute), flush=True)
     print(f"\n{time.time() - began:.0f} seconds")
     if options.json:

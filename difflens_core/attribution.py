@@ -208,7 +208,7 @@ def attribute_features(
                 origin = None
                 if baseline:
                     at = nearest_step(baseline.progress, float(progress))
-                    other = baseline.part(own.start, own.stop).values[at].to(device)
+                    other = torch.cat([part for _, part in baseline.part(own.start, own.stop).batches(at)]).to(device)
                     origin = sae.encode(other, sae.normalisation.step_at(float(progress)))
                     latents = difference(latents, origin)
                 rows, error = integrated_gradients(latents, sae, probes, step, labels[own], temperature, origin)

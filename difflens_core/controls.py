@@ -44,10 +44,7 @@ def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, we
 
 
 def random_features(recipe: Recipe, sae: SparseAutoencoder, seed: int) -> Recipe:
-    """The recipe with its decoder rows replaced by as many of other latents, drawn at random.
-
-    The amounts stay, scaled at every step so that the edit has the norm of the recipe's own edit.
-    """
+    """The recipe that writes into as many other latents, drawn at random: see `with_latents`."""
     others = torch.ones(sae.latents, dtype=torch.bool)
     others[recipe.features] = False
     candidates = others.nonzero().flatten()
@@ -60,17 +57,14 @@ def random_features(recipe: Recipe, sae: SparseAutoencoder, seed: int) -> Recipe
 
 
 def with_latents(recipe: Recipe, sae: SparseAutoencoder, features: Tensor) -> Recipe:
-    """The recipe with latents `features` (F) in place of its own, row by row, and its edit's norm at every step."""
+    """The recipe that writes into latents `features` (F) instead of its own, row by row.
+
+    They are scaled so that the edit has the norm of the
+    recipe's own over all steps. What it reads stays: its own latents still tell how much to change.
+    """
     decoder = sae.decoder[features]
-    ratio = edit_norm(recipe.levels, recipe.decoder) / edit_norm(recipe.levels, decoder).clamp(min=1e-12)
-    return replace(
-        recipe,
-        features=features,
-        encoder=sae.encoder[features],
-        bias=sae.encoder_bias[features],
-        decoder=decoder,
-        levels=(recipe.levels.float() * ratio[:, None, None, None]).half(),
-    )
+    own, other = (edit_norm(recipe.levels, rows).square().sum().sqrt() for rows in (recipe.decoder, decoder))
+    return replace(recipe, features=features, decoder=own / other.clamp(min=1e-12) * decoder)
 
 
 def edit_norm(levels: Tensor, decoder: Tensor) -> Tensor:

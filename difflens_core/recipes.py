@@ -18,9 +18,9 @@ from .files import DiffLensError, load_tensors, save_tensors
 from .probes import Probes
 from .sae import NORMALISATION, Normalisation, SparseAutoencoder
 
-MODES = ("shift", "add", "add own", "add fixed", "add own fixed", "move", "clamp", "scale", "ablate")
-# Modes that read how active the latents are; the others add maps that are known beforehand.
-READING = ("move", "clamp", "scale", "ablate")
+MODES = ("reach", "shift", "add", "add own", "add fixed", "add own fixed", "move", "clamp", "scale", "ablate")
+# Modes that read how active the latents are.
+READING = ("reach", "move", "clamp", "scale", "ablate")
 WITHOUT_LEVELS = ("add fixed", "add own fixed", "scale", "ablate")
 # Probes are surer of their class than right. Divided by this, a picture near the border is still pushed a little.
 SOFTENING = 1.5

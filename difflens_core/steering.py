@@ -16,6 +16,7 @@ from .sae import SparseAutoencoder
 from .targets import LEFT_ALONE
 
 DEVICE_TENSORS = ("encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias")
+MAPPED = ("reach", "shift", "add", "add own", "add fixed", "add own fixed")  # modes that add maps of the classes
 CHUNK = 2**22  # pre-activations of the full SAE that are held at once
 CACHE_BYTES = 2**26  # for the decoded class maps
 GROUP = 16  # pre-activations a group in `kth_largest`
@@ -31,6 +32,9 @@ class Steering:
     h' = h + scale_t D (z' - z); what the SAE does not explain stays as it was. With c the asked class, s its
     strength, and "own" the latents that belong to c, per step and position:
 
+    reach          z' = z + s (1 - way) (level_c - level_own), own being the probe's likeliest other class and way, at
+                   most 1, how far z has come from level_own to level_c: <z - level_own, d> / <d, d> with d the
+                   difference of the levels, over latents and positions; what has arrived is left alone
     shift          z' = z + s (level_c - level_own), own being the probe's guess (its probabilities weigh the
                    levels); pictures that already head for c are left alone
     add            z' = z + s (level_c - mean of the other classes' levels)
@@ -94,24 +98,38 @@ class Steering:
         if not steered.any():
             return h
         target, steered = target.clamp(min=0).to(h.device), steered.to(h.device)
-        rows, change_of = recipe.columns(h), self.read_change if recipe.mode in READING else self.known_change
+        rows, change_of = recipe.columns(h), self.map_change if recipe.mode in MAPPED else self.read_change
         change = change_of(rows, target, step, t).unflatten(1, (recipe.channels, -1)).flatten(2)
         if self.mask is not None:
             change = change * self.resized_mask(h, images)
         change = change.expand(-1, -1, h.shape[2:].numel()).reshape(h.shape).to(h.dtype)
         return torch.where(steered[:, None, None, None], h + change, h)
 
-    def known_change(self, rows: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
-        """Change (B x width x P, or B x width x 1 if the same everywhere) of such rows in a mode outside READING.
+    def map_change(self, rows: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
+        """Change (B x width x P, or B x width x 1 if the same everywhere) of such rows in a mode of MAPPED.
 
         A combination of K class maps: cheaper than decoding B pictures' latents.
         """
         share = F.one_hot(target, len(self.recipe.classes)).float()
-        if self.recipe.mode == "shift":
+        if self.recipe.mode in ("reach", "shift"):
             pooled = (rows.mean(dim=2, dtype=torch.float32) - t["mean"][step]) / t["scale"][step]
-            share = share - F.linear(pooled, t["probe_weight"][step], t["probe_bias"][step]).softmax(dim=1)
+            logits = F.linear(pooled, t["probe_weight"][step], t["probe_bias"][step])
+            if self.recipe.mode == "shift":
+                share = share - logits.softmax(dim=1)
+            else:
+                own = logits.scatter(1, target[:, None], -torch.inf).argmax(dim=1)
+                left = 1 - self.way(rows, own, target, step, t)
+                share = left[:, None] * (share - F.one_hot(own, len(self.recipe.classes)))
         maps = self.class_maps(step, t)
         return ((t["strength"][target][:, None] * share) @ maps.flatten(1)).unflatten(1, maps.shape[1:])
+
+    def way(self, rows: Tensor, own: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
+        """How far the latents of rows (B x width x P) have come from `own`'s levels to `target`'s: B, at most 1."""
+        z = self.active((rows.float() - t["mean"][step][:, None]) / t["scale"][step], t)
+        start, end = (t["levels"][step][classes].float() for classes in (own, target))
+        gap = end - start
+        come = ((z - start) * gap).flatten(1).sum(dim=1) / gap.square().flatten(1).sum(dim=1).clamp(min=1e-12)
+        return come.clamp(max=1)
 
     def class_maps(self, step: int, t: dict[str, Tensor]) -> Tensor:
         """What a unit of each class's share adds to rows at a step: K x width x P (or 1). Kept while they are few."""
@@ -120,6 +138,7 @@ class Steering:
             return self._maps[device, step]
         mode, member, levels = self.recipe.mode, t["member"][:, :, None], t["levels"][step].float()
         amounts = {
+            "reach": lambda: levels,
             "shift": lambda: levels,
             "add": lambda: contrast(levels),
             "add own": lambda: contrast(levels) * member,
@@ -132,7 +151,7 @@ class Steering:
         return maps
 
     def read_change(self, rows: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
-        """Change of rows, both B x width x P, in a mode of READING."""
+        """Change of rows, both B x width x P, in a mode outside MAPPED."""
         mode, strength = self.recipe.mode, t["strength"][target][:, None, None]
         z = self.active((rows.float() - t["mean"][step][:, None]) / t["scale"][step], t)
         if mode == "scale":

@@ -59,7 +59,8 @@ SAE = {"pictures": 3_072, "latents": 1_024, "k": 32, "steps": 3_000, "seed": 2_0
 RECIPE = {
     "per_class": 120,
     "start": 0.2,
-    "strengths": (1.5, 2.0),
+    "modes": {"presentation": "reach", "age": "shift", "skin_tone": "shift"},
+    "strengths": {"shift": (1.5, 2.0), "reach": (2.0, 3.0)},
     "success": 0.98,
     "tuning_pictures": 192,
     "tuning_seed": 3_000,
@@ -190,8 +191,9 @@ an eighth of them held out. Held-out figures: FVU {fvu:.4f}, L0 {l0:.1f}, dead l
 
 ## Recipes
 The {r[per_class]} best latents of every class by the contrastive score. Strengths: the weakest of
-{r[strengths]} that shows the class asked for in at least {r[success]:.0%} of its pictures, on
-{r[tuning_pictures]} pictures of seed {r[tuning_seed]}. The benchmark uses other seeds.
+{r[strengths][shift]} in mode shift, of {r[strengths][reach]} in mode reach, that shows the class asked for in at least
+{r[success]:.0%} of its pictures, on {r[tuning_pictures]} pictures of seed {r[tuning_seed]}. The benchmark uses other
+seeds. Mode reach draws long hair in full, where shift stops as soon as the probe is convinced.
 
 | attribute | latents | mode | from | strength per class | gate agrees with TopK |
 |---|---|---|---|---|---|

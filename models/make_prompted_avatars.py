@@ -63,7 +63,8 @@ SAE = {"pictures": 3_072, "latents": 1_024, "k": 32, "steps": 3_000, "seed": 2_1
 RECIPE = {
     "per_class": 120,
     "start": 0.2,
-    "strengths": (0.75, 1.0, 1.5),
+    "modes": {"presentation": "reach", "age": "shift"},
+    "strengths": {"shift": (0.75, 1.0, 1.5), "reach": (1.0, 1.5)},
     "success": 0.98,
     "tuning_pictures": 256,
     "tuning_seed": 3_100,
@@ -245,8 +246,9 @@ presentation or an age, so that rare classes come, too. Held-out figures: FVU {f
 
 ## Recipes
 One recipe of an attribute serves all prompts. The {r[per_class]} best latents of every class by the contrastive score.
-Strengths: the weakest of {r[strengths]} that shows the class asked for in at least {r[success]:.0%} of its pictures, on
-{r[tuning_pictures]} pictures of the four occupations, seed {r[tuning_seed]}. The benchmark uses other seeds.
+Strengths: the weakest of {r[strengths][shift]} in mode shift, of {r[strengths][reach]} in mode reach, that shows the
+class asked for in at least {r[success]:.0%} of its pictures, on {r[tuning_pictures]} pictures of the four occupations,
+seed {r[tuning_seed]}. The benchmark uses other seeds.
 
 | attribute | latents | mode | from | strength per class | gate agrees with TopK |
 |---|---|---|---|---|---|

@@ -155,7 +155,7 @@ def make_recipe(
     weights = balancing_weights(labels, [others for name, others in read.items() if name != attribute])
     attribution = attribute_features(activations, sae, probes, labels, weights=weights)
     recipe = build_recipe(attribution, sae, probes, activations, c["per_class"], fingerprint)
-    recipe = tuned(with_settings(recipe, start=c["start"]), c, try_out)
+    recipe = tuned(with_settings(recipe, start=c["start"], mode=c["modes"][attribute]), c, try_out)
     controls = {
         "random": random_features(recipe, sae, seed=1),
         "mean_difference": mean_difference(recipe, activations, labels, weights),
@@ -165,17 +165,17 @@ def make_recipe(
 
 def tuned(recipe: Recipe, c: Options, try_out: TryOut) -> Recipe:
     """The recipe at the weakest strength, class by class, that shows the class asked for often enough."""
-    success = []
-    for strength in c["strengths"]:
+    success, strengths = [], c["strengths"][recipe.mode]
+    for strength in strengths:
         shown, asked = try_out(with_settings(recipe, strength=strength))
         success.append([float((shown[asked == k] == k).double().mean()) for k in range(len(recipe.classes))])
         print(f"{recipe.attribute} strength {strength}: {success[-1]}", flush=True)
     table = torch.tensor(success, dtype=torch.float64)
     enough = table >= table.amax(dim=0).clamp(max=c["success"])
     first = enough.int().argmax(dim=0).tolist()
-    strengths = tuple(c["strengths"][index] for index in first)
+    chosen = tuple(strengths[index] for index in first)
     figures = {"success": [success[index][k] for k, index in enumerate(first)], "tuned_on": dict(c)}
-    return replace(recipe, strength=strengths, info={**recipe.info, **figures})
+    return replace(recipe, strength=chosen, info={**recipe.info, **figures})
 
 
 def recipe_rows(recipes: Iterable[Recipe]) -> str:

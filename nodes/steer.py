@@ -51,7 +51,8 @@ class Steer(io.ComfyNode):
                     "mode",
                     options=[AS_RECIPE, *MODES],
                     default=AS_RECIPE,
-                    tooltip="How the features are changed. shift: from the class a picture heads for to the asked one; "
+                    tooltip="How the features are changed. reach: to the asked class, by as much as is still missing; "
+                    "shift: from the class a picture heads for to the asked one; "
                     "add: towards the asked class, always; add own: only by the asked class's features; add fixed: by "
                     "the strength itself, the others down; add own fixed: the asked class's features alone, by the "
                     "strength itself; move: to the asked class's level, never beyond; clamp: down to that level; "
@@ -107,8 +108,8 @@ class Steer(io.ComfyNode):
                     "sae",
                     optional=True,
                     tooltip="The SAE that the recipe was made from: a feature then counts as active exactly where it "
-                    "is among the SAE's k, not where the recipe's fitted threshold says so. Slower; matters to move, "
-                    "clamp, scale and ablate.",
+                    "is among the SAE's k, not where the recipe's fitted threshold says so. Slower; matters to reach, "
+                    "move, clamp, scale and ablate.",
                 ),
                 TargetsSocket.Input(
                     "targets",

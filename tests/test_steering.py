@@ -11,7 +11,7 @@ import torch
 from difflens_core.causal import causal_effect
 from difflens_core.files import DiffLensError
 from difflens_core.recipes import MODES, READING, WITHOUT_LEVELS, Recipe, recipe_from_features, with_settings
-from difflens_core.sae import SparseAutoencoder
+from difflens_core.sae import Normalisation, SparseAutoencoder
 from difflens_core.sampling import sample, start_noise
 from difflens_core.steering import Steering, kth_largest
 from difflens_core.targets import LEFT_ALONE
@@ -47,17 +47,26 @@ def reference_change(
         guess = np.exp(recipe.probe_weight[s].double().numpy() @ x.mean(axis=1) + recipe.probe_bias[s].double().numpy())
         guess /= guess.sum()
         strength = recipe.strength[c]
+        active = np.zeros((len(decoder), rows.shape[2]))
         for p in range(rows.shape[2]):
             for f in range(len(decoder)):
-                level = [levels[k, f, min(p, levels.shape[2] - 1)] for k in classes]
                 pre = encoder[f] @ x[:, p] + float(recipe.bias[f])
                 on = pre > float(recipe.threshold[f])
                 if sae is not None:
                     every = sae.encoder.double().numpy() @ x[:, p] + sae.encoder_bias.double().numpy()
                     on = pre > 0 and recipe.features[f] in np.argsort(-every)[: sae.k]
-                z, own = pre if on else 0.0, bool(recipe.member[c, f])
+                active[f, p] = pre if on else 0.0
+        other = max((k for k in classes if k != c), key=lambda k: guess[k])
+        if recipe.mode == "reach":
+            gap = levels[c] - levels[other]
+            way = min(1, float(((active - levels[other]) * gap).sum() / (gap**2).sum()))
+        for p in range(rows.shape[2]):
+            for f in range(len(decoder)):
+                level = [levels[k, f, min(p, levels.shape[2] - 1)] if levels.shape[2] else 0.0 for k in classes]
+                z, own = active[f, p], bool(recipe.member[c, f])
                 difference = level[c] - np.mean([level[k] for k in classes if k != c])
                 new = {
+                    "reach": z + strength * (1 - way) * (level[c] - level[other]) if recipe.mode == "reach" else 0.0,
                     "shift": z + strength * (level[c] - sum(guess[k] * level[k] for k in classes)),
                     "add": z + strength * difference,
                     "add own": z + strength * difference * own,
@@ -154,6 +163,21 @@ def test_move_brings_every_latent_nearer_to_its_level_and_not_beyond(toys, stren
     active = before > 0
     gap = (level - before.relu())[active]
     torch.testing.assert_close((level - after)[active], max(0, 1 - strength) * gap, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("come", [0.0, 0.3, 1.0, 1.7])
+def test_reach_goes_the_rest_of_the_way_and_not_beyond(come):
+    """Latents that have come part of the way between two classes' levels, which differ at every position."""
+    levels = torch.rand(1, 2, 3, 4, generator=torch.Generator().manual_seed(1)) + 0.5
+    recipe = Recipe(
+        "look", ("a", "b"), "site", "", torch.arange(3), torch.eye(3), torch.zeros(3), torch.zeros(3), torch.eye(3),
+        torch.ones(2, 3, dtype=torch.bool), levels, torch.zeros(1, 2, 3), torch.zeros(1, 2),
+        Normalisation(torch.zeros(1), torch.zeros(1, 3), torch.ones(1)), "reach", (1.0, 1.0),
+    )  # fmt: skip
+    start, end = levels[0]
+    z = torch.lerp(start, end, come)
+    found = Steering(recipe, lambda images: torch.ones_like(images))(z.reshape(1, 3, 2, 2), 0.5, torch.zeros(1).long())
+    torch.testing.assert_close(found.reshape(3, 4), torch.lerp(start, end, max(come, 1.0)))
 
 
 def test_shift_leaves_alone_what_already_heads_for_its_class(toys):
