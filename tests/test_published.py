@@ -124,11 +124,11 @@ def test_semantic_guidance_goes_towards_the_class_asked_for(toys):
 
 def test_learned_directions_lower_the_loss_and_train_nothing_else(model, toys):
     draw = toys.random(23)
-    pictures = torch.cat([torch.full((6, 3, 16, 16), -0.7), torch.full((6, 3, 16, 16), 0.7)])
+    pictures = torch.cat([torch.full((6, 3, 16, 16), -3.0), torch.full((6, 3, 16, 16), 3.0)])
     classes, context = torch.arange(12) // 6, draw(12, 4, WIDTH)
     weights = fingerprint(model.state_dict())
     state = torch.get_rng_state()
-    directions = learn_directions(model, pictures, context, classes, steps=60, batch=4)
+    directions = learn_directions(model, pictures, context, classes, steps=80, batch=4, lr=0.2)
 
     def loss(of):
         with torch.random.fork_rng(devices=[]):
