@@ -6,7 +6,9 @@
 
 Sampled with guidance (cfg 2), 20 steps. `SAE recipe`, `mean difference` and `random features` are the shipped files
 (see `debias.py`), `semantic guidance` and `latent direction` are in `published.py`. Every method gets four strengths,
-from too weak to too strong, about the shipped or published one (*). Nothing was tuned on these seeds.
+from too weak to too strong, about the shipped or published one (*). Nothing was tuned on these seeds. What the
+published methods leave open (warm-up and threshold, rate and length of the learning) was set on eight pictures of
+another seed, so that they work as their authors intend.
 
 Shares are in %. `kept` compares pictures of the same noise without and with steering: the share that keeps its class,
 mean over the other attributes and the occupation. So do RMSE (of pixels in [0, 1]) and SSIM (1: the same picture).

@@ -123,9 +123,11 @@ def test_semantic_guidance_goes_towards_the_class_asked_for(toys):
 
 
 def test_learned_directions_lower_the_loss_and_train_nothing_else(model, toys):
-    draw = toys.random(23)
-    pictures = torch.cat([torch.full((6, 3, 16, 16), -3.0), torch.full((6, 3, 16, 16), 3.0)])
-    classes, context = torch.arange(12) // 6, draw(12, 4, WIDTH)
+    """Pictures that were sampled with two other directions: each is explained by its own class's direction best."""
+    draw, classes = toys.random(23), torch.arange(24) // 12
+    context = draw(24, 4, WIDTH)
+    made_by = LatentDirection(10 * draw(2, 32, 2, 2), lambda images: classes[images])
+    pictures = sample(model, start_noise(24, 9, 16), 5, [made_by], 0, Guidance(context, context[:1]))
     weights = fingerprint(model.state_dict())
     state = torch.get_rng_state()
     directions = learn_directions(model, pictures, context, classes, steps=80, batch=4, lr=0.2)
@@ -136,7 +138,7 @@ def test_learned_directions_lower_the_loss_and_train_nothing_else(model, toys):
             return float(direction_loss(model, of, pictures, context, classes))
 
     none, swapped = torch.zeros_like(directions), directions.flip(0)
-    assert loss(directions) < 0.95 * loss(none) < loss(swapped)
+    assert loss(directions) < 0.9 * min(loss(none), loss(swapped))
     assert fingerprint(model.state_dict()) == weights and not any(p.requires_grad for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -154,6 +156,7 @@ def test_a_direction_is_added_to_every_picture_of_its_class(toys):
 def test_all_methods_ask_every_picture_for_the_same_class_in_exact_quotas(model, guidance, toys, monkeypatch):
     """Two batches and a bit, so that a method that numbered the pictures of a batch from 0 would be found out."""
     monkeypatch.setattr(compare, "BATCH", 5)
+    monkeypatch.setattr(compare, "STEPS", 3)
     asked = compare.assign(torch.rand(12, 3), seed=4)
     assert Counter(asked.tolist()) == {0: 4, 1: 4, 2: 4}
     assert torch.equal(asked, compare.assign(torch.rand(12, 3), seed=4))
