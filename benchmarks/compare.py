@@ -7,8 +7,8 @@
 Sampled with guidance (cfg 2), 20 steps. `SAE recipe`, `mean difference` and `random features` are the shipped files
 (see `debias.py`), `semantic guidance` and `latent direction` are in `published.py`. Every method gets four strengths,
 from too weak to too strong, about the shipped or published one (*). Nothing was tuned on these seeds. What the
-published methods leave open (warm-up and threshold, rate and length of the learning) was set on eight pictures of
-another seed, so that they work as their authors intend.
+published methods leave open (warm-up and threshold, rate and length of the learning) was set on up to 16
+pictures of another seed, so that they work as their authors intend.
 
 Shares are in %. `kept` compares pictures of the same noise without and with steering: the share that keeps its class,
 mean over the other attributes and the occupation. So do RMSE (of pixels in [0, 1]) and SSIM (1: the same picture).
@@ -135,7 +135,7 @@ def methods_of(attribute: str, text: TextEncoder, directions: Tensor) -> dict[st
         "SAE recipe": Method(*ours, by_recipe(recipes["SAE recipe"])),
         "mean difference": Method(*ours, by_recipe(recipes["mean difference"])),
         "random features": Method(*ours, by_recipe(recipes["random features"])),
-        "semantic guidance": Method((2.0, 4.0, 8.0, 15.0), 4.0, by_guidance(edits)),
+        "semantic guidance": Method((1.0, 2.0, 4.0, 8.0), 4.0, by_guidance(edits)),
         "latent direction": Method((1.0, 1.5, 2.0, 3.0), 1.0, by_direction(directions)),
     }
 

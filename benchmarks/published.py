@@ -36,15 +36,15 @@ class SemanticGuidance:
     class asked for is added and those of its rivals are taken away, `scale` times; of each only the pixels whose
     absolute value reaches quantile `threshold` of their channel. Momentum carries earlier steps over. Nothing is added
     during the first `warmup` steps. The rivals' weights sum to 1, so that what all edit prompts have in common
-    cancels; with two classes that is Fair Diffusion's own pair. `scale`, `momentum` and `beta` are Fair Diffusion's,
-    `threshold` is that of diffusers' pipeline. A warm-up of a fifth of the steps, as published, and Fair Diffusion's
-    threshold of 0.95 leave most of these small pictures as they were: it begins after one step instead.
+    cancels; with two classes that is Fair Diffusion's own pair. `scale`, `momentum` and `beta` are Fair Diffusion's.
+    Its warm-up of a fifth of the steps and threshold of 0.95 leave most of these small pictures as they were: here
+    guidance begins after one step, and a fifth of the pixels takes part.
     """
 
     edits: Tensor
     target_of: TargetOf
     scale: float = 4.0
-    threshold: float = 0.9
+    threshold: float = 0.8
     warmup: int = 1
     momentum: float = 0.3
     beta: float = 0.6
