@@ -43,7 +43,7 @@ from difflens_core.steering import Steering
 from difflens_core.targets import assign_targets
 from difflens_core.text import TextEncoder
 
-SEED = 93_001  # of the first prompt; the next ones follow
+SEED = 94_001  # of doctors; those of the other prompts follow
 # The model's words for the classes, as adjectives of "person" or an occupation.
 WORDS = {"presentation": ("male", "female"), "age": ("young", "adult", "old")}
 OTHERS = ("presentation", "age", "skin_tone", "occupation")
