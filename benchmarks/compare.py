@@ -1,0 +1,327 @@
+"""Five ways to debias a prompt side by side: the same noise, the same quotas, the same number of strengths.
+
+    python benchmarks/compare.py                    64 pictures for every prompt, attribute, method and strength
+    python benchmarks/compare.py --pictures 128 --prompts doctor nurse firefighter receptionist
+    python benchmarks/compare.py --chart FILE.png --grids FOLDER --json FILE
+
+Sampled with guidance (cfg 2), 20 steps. `SAE recipe`, `mean difference` and `random features` are the shipped files
+(see `debias.py`), `semantic guidance` and `latent direction` are in `published.py`. Every method gets four strengths,
+from too weak to too strong, about the shipped or published one (*). Nothing was tuned on these seeds. What the
+published methods leave open (warm-up and threshold, rate and length of the learning) was set on up to 16
+pictures of another seed, so that they work as their authors intend.
+
+Shares are in %. `kept` compares pictures of the same noise without and with steering: the share that keeps its class,
+mean over the other attributes and the occupation. So do RMSE (of pixels in [0, 1]) and SSIM (1: the same picture).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from debias import BATCH, ROOT, STEPS, recipes_of
+from debias_prompts import ATTRIBUTES, CFG, FILES, OCCUPATIONS
+from kornia.metrics import ssim
+from PIL import Image
+from published import LatentDirection, SemanticGuidance, TargetOf, learn_directions, sample_semantic
+from torch import Tensor
+
+from difflens_core.classifier import AttributeClassifier, load_classifier
+from difflens_core.denoiser import Denoiser, fingerprint, load_prompted
+from difflens_core.fairness import kept_attributes, measure_fairness, pixel_change
+from difflens_core.files import load_tensors, save_tensors
+from difflens_core.plots import image_grid, line_chart
+from difflens_core.recipes import Recipe, with_settings
+from difflens_core.sampling import Edit, Guidance, sample, start_noise
+from difflens_core.steering import Steering
+from difflens_core.targets import assign_targets
+from difflens_core.text import TextEncoder
+
+SEED = 94_001  # of doctors; those of the other prompts follow
+# The model's words for the classes, as adjectives of "person" or an occupation.
+WORDS = {"presentation": ("male", "female"), "age": ("young", "adult", "old")}
+OTHERS = ("presentation", "age", "skin_tone", "occupation")
+LEARNING = {"pictures": 100, "steps": 200, "batch": 16, "lr": 0.02, "seed": 92_001}  # pictures: of every class
+CACHE = ROOT / "benchmarks" / ".work"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods share for one prompt."""
+
+    model: Denoiser
+    guidance: Guidance
+    noise: Tensor  # n x 3 x H x W
+    prompt: str = ""
+
+
+Draw = Callable[[Setting, TargetOf, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to steer. `draw(setting, target_of, strength)` gives pictures (n x 3 x H x W, in [-1, 1]).
+
+    usual: the strength that is shipped or published.
+    """
+
+    strengths: tuple[float, ...]
+    usual: float
+    draw: Draw
+
+
+def assign(read: Tensor, seed: int) -> Tensor:
+    """Class (n, int64) that each picture is asked to show: quotas as equal as n allows, the same for all methods.
+
+    read: n x K, what the classifier sees in the unsteered pictures; these quotas do not look at it.
+    """
+    count, classes = read.shape
+    return torch.from_numpy(assign_targets(np.full(classes, 1 / classes), count, seed))
+
+
+def in_batches(noise: Tensor, draw: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Pictures of all the noise, `draw(some noise, number of its first)` at a time."""
+    return torch.cat([draw(part, i * BATCH) for i, part in enumerate(noise.split(BATCH))])
+
+
+def plain(setting: Setting, *edits: Edit) -> Tensor:
+    """Pictures (n x 3 x H x W), under edits of the model's activations if there are any."""
+
+    def draw(noise: Tensor, first: int) -> Tensor:
+        guidance = setting.guidance.of(slice(first, first + len(noise)))
+        return sample(setting.model, noise, STEPS, edits, first, guidance)
+
+    return in_batches(setting.noise, draw)
+
+
+def by_recipe(recipe: Recipe) -> Draw:
+    """Steering by a recipe, with one strength for all classes."""
+    return lambda setting, target_of, strength: plain(
+        setting, Steering(with_settings(recipe, strength=strength), target_of)
+    )
+
+
+def by_direction(directions: Tensor) -> Draw:
+    """Steering by a learned direction a class (K x C x H x W)."""
+    return lambda setting, target_of, strength: plain(setting, LatentDirection(directions, target_of, strength))
+
+
+def by_guidance(edits: Tensor) -> Draw:
+    """Semantic guidance by an edit prompt a class (K x T x D)."""
+
+    def draw(setting: Setting, target_of: TargetOf, strength: float) -> Tensor:
+        semantic = SemanticGuidance(edits, target_of, strength)
+        return in_batches(
+            setting.noise,
+            lambda noise, first: sample_semantic(setting.model, noise, STEPS, semantic, setting.guidance, first),
+        )
+
+    return draw
+
+
+def methods_of(attribute: str, text: TextEncoder, directions: Tensor) -> dict[str, Method]:
+    """The methods by name."""
+    file = FILES / "difflens_recipes" / f"prompted_avatars_{attribute}.safetensors"
+    recipes = recipes_of(file, f"prompted_{attribute}", controls=True)
+    ours = (0.4, 0.75, 1.25, 2.0), 0.75
+    edits = text.encode([f"portrait of {article(word)} person" for word in WORDS[attribute]])
+    return {
+        "SAE recipe": Method(*ours, by_recipe(recipes["SAE recipe"])),
+        "mean difference": Method(*ours, by_recipe(recipes["mean difference"])),
+        "random features": Method(*ours, by_recipe(recipes["random features"])),
+        "semantic guidance": Method((1.0, 2.0, 4.0, 8.0), 4.0, by_guidance(edits)),
+        "latent direction": Method((1.0, 1.5, 2.0, 3.0), 1.0, by_direction(directions)),
+    }
+
+
+def article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def learned_directions(model: Denoiser, text: TextEncoder, attribute: str) -> tuple[Tensor, float]:
+    """Directions of an attribute's classes (K x C x H x W) and the seconds it took to learn them.
+
+    Learned once for all prompts, from pictures of every occupation, and kept in a file for the next run.
+    """
+    file, words = CACHE / f"directions_{attribute}.safetensors", WORDS[attribute]
+    made_by = {"model": fingerprint(model.state_dict()), "words": list(words), **LEARNING}
+    if file.exists():
+        tensors, info = load_tensors(file, "directions")
+        if info["made_by"] == made_by:
+            return tensors["directions"], info["seconds"]
+    began, jobs = time.time(), ("person", *OCCUPATIONS)
+    named = text.encode([f"portrait of {article(word)} {job}" for word in words for job in jobs])
+    unnamed = text.encode([f"portrait of {article(job)}" for _ in words for job in jobs])
+    rows = torch.arange(LEARNING["pictures"] * len(words)) % len(named)
+    noise = start_noise(len(rows), LEARNING["seed"])
+    with torch.autocast("cpu", torch.bfloat16):  # as the model was trained; only what is compared is drawn in fp32
+        pictures = plain(Setting(model, Guidance(named[rows], text.encode([""]), CFG), noise))
+    options = {name: LEARNING[name] for name in ("steps", "batch", "lr", "seed")}
+    directions = learn_directions(model, pictures, unnamed[rows], rows // len(jobs), **options)
+    seconds = time.time() - began
+    save_tensors(file, "directions", {"directions": directions}, {"made_by": made_by, "seconds": seconds})
+    return directions, seconds
+
+
+@dataclass(frozen=True)
+class Read:
+    """Pictures (n x H x W x 3 in [0, 1]) and what the classifier sees in them."""
+
+    pictures: Tensor
+    seen: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, drawn: Tensor, classifier: AttributeClassifier) -> Read:
+        pictures = drawn.movedim(1, -1) / 2 + 0.5
+        return cls(pictures, classifier.classify(pictures))
+
+
+def score(before: Read, after: Read, attribute: str, classes: Sequence[str], asked: Tensor | None) -> dict[str, float]:
+    """Fairness of `after`, success, and how like `before` it is."""
+    uniform = np.full(len(classes), 1 / len(classes))
+    assigned = None if asked is None else asked.numpy()
+    report = measure_fairness(after.seen[attribute].numpy(), uniform, attribute, tuple(classes), assigned)
+    kept = kept_attributes(before.seen, after.seen, attribute)
+    return {
+        "fd": report.fd,
+        "fd_hard": report.fd_hard,
+        "success": report.success,
+        "kept": float(np.mean([kept[name] for name in OTHERS if name in kept])),
+        "occupation": kept["occupation"],
+        "background": kept["background"],
+        "rmse": pixel_change(before.pictures.numpy(), after.pictures.numpy()),
+        "ssim": float(ssim(before.pictures.movedim(-1, 1), after.pictures.movedim(-1, 1), 11).mean()),
+    }
+
+
+HEADER = f"{'':18s} strength     FD   hard  success   kept  occupation  background   RMSE   SSIM  s/picture"
+
+
+def line(name: str, strength: str, r: Mapping[str, float | None]) -> str:
+    """A line of the table under HEADER."""
+    success = "   -  " if r["success"] is None else f"{r['success']:6.3f}"
+    shares = f"{100 * r['kept']:6.1f}      {100 * r['occupation']:6.1f}      {100 * r['background']:6.1f}"
+    fd = f"{r['fd']:.3f}  {r['fd_hard']:.3f}"
+    return (
+        f"{name:18s} {strength:>8s}  {fd}   {success} {shares}  {r['rmse']:.3f}  {r['ssim']:.3f}  {r['seconds']:9.2f}"
+    )
+
+
+def steered(
+    setting: Setting, before: Read, attribute: str, asked: Tensor, method: Method, classifier: AttributeClassifier
+) -> Iterator[tuple[float, dict[str, float], Read]]:
+    """Every strength of a method with its scores and pictures."""
+    for strength in method.strengths:
+        since = time.time()
+        drawn = method.draw(setting, lambda images: asked[images], strength)
+        seconds = (time.time() - since) / len(drawn)
+        after = Read.of(drawn, classifier)
+        scores = score(before, after, attribute, classifier.attributes[attribute], asked)
+        yield strength, scores | {"seconds": seconds}, after
+
+
+def compare(
+    setting: Setting,
+    seed: int,
+    methods: Mapping[str, Mapping[str, Method]],
+    classifier: AttributeClassifier,
+    on_rows: Callable[[str, str, list[np.ndarray]], None],
+) -> list[dict]:
+    """Results of all methods of every attribute for one prompt, printed as they come.
+
+    on_rows: gets attribute, method and its pictures, those without steering first.
+    """
+    results, since = [], time.time()
+    before = Read.of(plain(setting), classifier)
+    seconds = (time.time() - since) / len(setting.noise)
+    for attribute, own in methods.items():
+        asked = assign(before.seen[attribute], seed)
+        unsteered = score(before, before, attribute, classifier.attributes[attribute], None)
+        print(f"\n{setting.prompt}, {attribute}\n{HEADER}\n{line('before', '', unsteered | {'seconds': seconds})}")
+        for name, method in own.items():
+            rows = [before.pictures]
+            for strength, scores, after in steered(setting, before, attribute, asked, method, classifier):
+                results.append({"attribute": attribute, "method": name, "strength": strength, **scores})
+                rows.append(after.pictures)
+                print(line(name, label(method, strength), scores), flush=True)
+            on_rows(attribute, name, [(pictures[:12] * 255).round().byte().numpy() for pictures in rows])
+    return results
+
+
+def label(method: Method, strength: float) -> str:
+    return f"{strength:g}{'*' if strength == method.usual else ' '}"
+
+
+def means(results: Sequence[Mapping], methods: Mapping[str, Method]) -> dict[str, list[dict[str, float]]]:
+    """Mean over prompts and attributes of every score: a list in order of strength for each method."""
+    scores = [key for key in results[0] if key not in ("prompt", "attribute", "method", "strength")]
+    found = {}
+    for name, method in methods.items():
+        of = [[r for r in results if (r["method"], r["strength"]) == (name, s)] for s in method.strengths]
+        found[name] = [{key: float(np.mean([r[key] for r in rows])) for key in scores} for rows in of]
+    return found
+
+
+def chart_of(mean: Mapping[str, Sequence[Mapping[str, float]]]) -> np.ndarray:
+    """Miss rate against likeness: a line a method, a point a strength."""
+    lines = {name: [(r["ssim"], 1 - r["success"]) for r in rows] for name, rows in mean.items()}
+    x_label = "likeness to the picture without steering (SSIM)"
+    return line_chart("Missed class against likeness: lower right is better", lines, x_label, "share that misses")
+
+
+def save_picture(path: Path, picture: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--prompts", nargs="+", choices=OCCUPATIONS, default=["doctor", "nurse"])
+    parser.add_argument("--attributes", nargs="+", choices=ATTRIBUTES, default=list(ATTRIBUTES))
+    parser.add_argument("--chart", type=Path, default=CACHE / "compare.png")
+    parser.add_argument("--grids", type=Path, help="a folder for pictures of every method")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    model, text = load_prompted(FILES / "difflens_models" / "prompted_avatars.safetensors")
+    classifier = load_classifier(FILES / "difflens_classifiers" / "prompted_avatars.safetensors")
+    began, results, methods = time.time(), [], {}
+    for attribute in options.attributes:
+        directions, seconds = learned_directions(model, text, attribute)
+        methods[attribute] = methods_of(attribute, text, directions)
+        print(f"latent directions of {attribute}: learned in {seconds:.0f} s", flush=True)
+    print(f"n = {options.pictures} a row, cfg {CFG:g}, {STEPS} steps, seeds from {SEED}; shares in %")
+    for job in options.prompts:
+
+        def save_grid(attribute: str, name: str, rows: list[np.ndarray], job: str = job) -> None:
+            if options.grids:
+                titles = ["before", *(f"{name}, strength {s:g}" for s in methods[attribute][name].strengths)]
+                file = options.grids / f"{job}_{attribute}_{name.replace(' ', '_')}.png"
+                save_picture(file, image_grid(rows, titles, columns=12))
+
+        seed = SEED + OCCUPATIONS.index(job)
+        prompt = f"portrait of {article(job)}"
+        guidance = Guidance(text.encode([prompt]), text.encode([""]), CFG)
+        setting = Setting(model, guidance, start_noise(options.pictures, seed), prompt)
+        found = compare(setting, seed, methods, classifier, save_grid)
+        results += [{"prompt": prompt, **result} for result in found]
+    some = methods[options.attributes[0]]
+    mean = means(results, some)
+    print(f"\nmean over {', '.join(options.prompts)} and {', '.join(options.attributes)}\n{HEADER}")
+    for name, method in some.items():
+        for strength, scores in zip(method.strengths, mean[name], strict=True):
+            print(line(name, label(method, strength), scores))
+    save_picture(options.chart, chart_of(mean))
+    print(f"\nchart: {options.chart}\n{time.time() - began:.0f} seconds")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
