@@ -16,7 +16,6 @@ import json
 import time
 from pathlib import Path
 
-import torch
 from debias import ROOT, STEPS, in_bf16, measured, outcome, recipes_of, run
 
 from difflens_core.classifier import load_classifier
