@@ -4,7 +4,12 @@
     python benchmarks/compare.py --pictures 128 --prompts doctor nurse firefighter receptionist
     python benchmarks/compare.py --chart FILE.png --grids FOLDER --json FILE
 
-Sampled with guidance (cfg 2), 20 steps. `SAE recipe`, `mean difference` and `random features` are the shipped files
+Every class gets equally many pictures, and as few as possible change: what the classifier sees in the unsteered
+pictures decides which (`plan_moves`), the same for all methods. `success`, `kept` and what follows are of the pictures
+that are to change; the others stay as they are. FD is of all.
+
+Sampled with guidance (cfg 2), 20 steps, in bf16. Strengths of `SAE recipe`, `mean difference` and `random features` are
+multiples of the shipped ones. `SAE recipe`, `mean difference` and `random features` are the shipped files
 (see `debias.py`), `semantic guidance` and `latent direction` are in `published.py`. Every method gets four strengths,
 from too weak to too strong, about the shipped or published one (*). Nothing was tuned on these seeds. What the
 published methods leave open (warm-up and threshold, rate and length of the learning) was set on up to 16
@@ -25,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from debias import BATCH, ROOT, STEPS, recipes_of
+from debias import BATCH, ROOT, STEPS, in_bf16, recipes_of
 from debias_prompts import ATTRIBUTES, CFG, FILES, OCCUPATIONS
 from kornia.metrics import ssim
 from PIL import Image
@@ -40,7 +45,7 @@ from difflens_core.plots import image_grid, line_chart
 from difflens_core.recipes import Recipe, with_settings
 from difflens_core.sampling import Edit, Guidance, sample, start_noise
 from difflens_core.steering import Steering
-from difflens_core.targets import assign_targets
+from difflens_core.targets import plan_moves
 from difflens_core.text import TextEncoder
 
 SEED = 94_001  # of doctors; those of the other prompts follow
@@ -77,12 +82,12 @@ class Method:
 
 
 def assign(read: Tensor, seed: int) -> Tensor:
-    """Class (n, int64) that each picture is asked to show: quotas as equal as n allows, the same for all methods.
+    """Class (n, int64) that each picture is asked to show: quotas as equal as n allows, by the fewest changes.
 
-    read: n x K, what the classifier sees in the unsteered pictures; these quotas do not look at it.
+    read: n x K, what the classifier sees in the unsteered pictures.
     """
-    count, classes = read.shape
-    return torch.from_numpy(assign_targets(np.full(classes, 1 / classes), count, seed))
+    own, classes = read.argmax(dim=1, keepdim=True).numpy(), read.shape[1]
+    return torch.from_numpy(plan_moves(own, np.full(classes, 1 / classes), seed)[:, 0])
 
 
 def in_batches(noise: Tensor, draw: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -101,10 +106,13 @@ def plain(setting: Setting, *edits: Edit) -> Tensor:
 
 
 def by_recipe(recipe: Recipe) -> Draw:
-    """Steering by a recipe, with one strength for all classes."""
-    return lambda setting, target_of, strength: plain(
-        setting, Steering(with_settings(recipe, strength=strength), target_of)
-    )
+    """Steering by a recipe at multiples of its own strength."""
+
+    def draw(setting: Setting, target_of: TargetOf, strength: float) -> Tensor:
+        strengths = tuple(strength * own for own in recipe.strength)
+        return plain(setting, Steering(with_settings(recipe, strength=strengths), target_of))
+
+    return draw
 
 
 def by_direction(directions: Tensor) -> Draw:
@@ -129,7 +137,7 @@ def methods_of(attribute: str, text: TextEncoder, directions: Tensor) -> dict[st
     """The methods by name."""
     file = FILES / "difflens_recipes" / f"prompted_avatars_{attribute}.safetensors"
     recipes = recipes_of(file, f"prompted_{attribute}", controls=True)
-    ours = (0.4, 0.75, 1.25, 2.0), 0.75
+    ours = (0.5, 1.0, 1.5, 2.5), 1.0
     edits = text.encode([f"portrait of {article(word)} person" for word in WORDS[attribute]])
     return {
         "SAE recipe": Method(*ours, by_recipe(recipes["SAE recipe"])),
@@ -160,7 +168,7 @@ def learned_directions(model: Denoiser, text: TextEncoder, attribute: str) -> tu
     unnamed = text.encode([f"portrait of {article(job)}" for _ in words for job in jobs])
     rows = torch.arange(LEARNING["pictures"] * len(words)) % len(named)
     noise = start_noise(len(rows), LEARNING["seed"])
-    with torch.autocast("cpu", torch.bfloat16):  # as the model was trained; only what is compared is drawn in fp32
+    with torch.autocast("cpu", torch.bfloat16):  # as the model was trained
         pictures = plain(Setting(model, Guidance(named[rows], text.encode([""]), CFG), noise))
     options = {name: LEARNING[name] for name in ("steps", "batch", "lr", "seed")}
     directions = learn_directions(model, pictures, unnamed[rows], rows // len(jobs), **options)
@@ -182,44 +190,46 @@ class Read:
         return cls(pictures, classifier.classify(pictures))
 
 
-def score(before: Read, after: Read, attribute: str, classes: Sequence[str], asked: Tensor | None) -> dict[str, float]:
-    """Fairness of `after`, success, and how like `before` it is."""
-    uniform = np.full(len(classes), 1 / len(classes))
-    assigned = None if asked is None else asked.numpy()
-    report = measure_fairness(after.seen[attribute].numpy(), uniform, attribute, tuple(classes), assigned)
-    kept = kept_attributes(before.seen, after.seen, attribute)
+def score(before: Read, after: Read, attribute: str, classes: Sequence[str], asked: Tensor) -> dict[str, float]:
+    """Fairness of all pictures; success of those that were to change (`after`), and how like before they are."""
+    uniform, moved = np.full(len(classes), 1 / len(classes)), asked != before.seen[attribute].argmax(dim=1)
+    seen = before.seen[attribute].clone()
+    seen[moved] = after.seen[attribute]
+    report = measure_fairness(seen.numpy(), uniform, attribute, tuple(classes), asked.numpy())
+    same = Read(before.pictures[moved], {name: values[moved] for name, values in before.seen.items()})
+    kept = kept_attributes(same.seen, after.seen, attribute)
     return {
         "fd": report.fd,
         "fd_hard": report.fd_hard,
-        "success": report.success,
+        "success": float((after.seen[attribute].argmax(dim=1) == asked[moved]).float().mean()),
         "kept": float(np.mean([kept[name] for name in OTHERS if name in kept])),
         "occupation": kept["occupation"],
         "background": kept["background"],
-        "rmse": pixel_change(before.pictures.numpy(), after.pictures.numpy()),
-        "ssim": float(ssim(before.pictures.movedim(-1, 1), after.pictures.movedim(-1, 1), 11).mean()),
+        "rmse": pixel_change(same.pictures.numpy(), after.pictures.numpy()),
+        "ssim": float(ssim(same.pictures.movedim(-1, 1), after.pictures.movedim(-1, 1), 11).mean()),
     }
 
 
 HEADER = f"{'':18s} strength     FD   hard  success   kept  occupation  background   RMSE   SSIM  s/picture"
 
 
-def line(name: str, strength: str, r: Mapping[str, float | None]) -> str:
+def line(name: str, strength: str, r: Mapping[str, float]) -> str:
     """A line of the table under HEADER."""
-    success = "   -  " if r["success"] is None else f"{r['success']:6.3f}"
     shares = f"{100 * r['kept']:6.1f}      {100 * r['occupation']:6.1f}      {100 * r['background']:6.1f}"
     fd = f"{r['fd']:.3f}  {r['fd_hard']:.3f}"
-    return (
-        f"{name:18s} {strength:>8s}  {fd}   {success} {shares}  {r['rmse']:.3f}  {r['ssim']:.3f}  {r['seconds']:9.2f}"
-    )
+    change = f"{r['rmse']:.3f}  {r['ssim']:.3f}  {r['seconds']:9.2f}"
+    return f"{name:18s} {strength:>8s}  {fd}   {r['success']:6.3f} {shares}  {change}"
 
 
 def steered(
     setting: Setting, before: Read, attribute: str, asked: Tensor, method: Method, classifier: AttributeClassifier
 ) -> Iterator[tuple[float, dict[str, float], Read]]:
-    """Every strength of a method with its scores and pictures."""
+    """Every strength of a method with its scores and the pictures that were to change."""
+    moved = asked != before.seen[attribute].argmax(dim=1)
+    guidance, targets = setting.guidance, asked[moved]
     for strength in method.strengths:
         since = time.time()
-        drawn = method.draw(setting, lambda images: asked[images], strength)
+        drawn = method.draw(Setting(setting.model, guidance, setting.noise[moved]), lambda i: targets[i], strength)
         seconds = (time.time() - since) / len(drawn)
         after = Read.of(drawn, classifier)
         scores = score(before, after, attribute, classifier.attributes[attribute], asked)
@@ -237,15 +247,15 @@ def compare(
 
     on_rows: gets attribute, method and its pictures, those without steering first.
     """
-    results, since = [], time.time()
-    before = Read.of(plain(setting), classifier)
-    seconds = (time.time() - since) / len(setting.noise)
+    results, before = [], Read.of(plain(setting), classifier)
     for attribute, own in methods.items():
         asked = assign(before.seen[attribute], seed)
-        unsteered = score(before, before, attribute, classifier.attributes[attribute], None)
-        print(f"\n{setting.prompt}, {attribute}\n{HEADER}\n{line('before', '', unsteered | {'seconds': seconds})}")
+        moved = asked != before.seen[attribute].argmax(dim=1)
+        same = Read(before.pictures[moved], {name: values[moved] for name, values in before.seen.items()})
+        unsteered = score(before, same, attribute, classifier.attributes[attribute], asked) | {"seconds": 0.0}
+        print(f"\n{setting.prompt}, {attribute}: {moved.sum()} to change\n{HEADER}\n{line('before', '', unsteered)}")
         for name, method in own.items():
-            rows = [before.pictures]
+            rows = [same.pictures]
             for strength, scores, after in steered(setting, before, attribute, asked, method, classifier):
                 results.append({"attribute": attribute, "method": name, "strength": strength, **scores})
                 rows.append(after.pictures)
@@ -269,10 +279,10 @@ def means(results: Sequence[Mapping], methods: Mapping[str, Method]) -> dict[str
 
 
 def chart_of(mean: Mapping[str, Sequence[Mapping[str, float]]]) -> np.ndarray:
-    """Miss rate against likeness: a line a method, a point a strength."""
-    lines = {name: [(r["ssim"], 1 - r["success"]) for r in rows] for name, rows in mean.items()}
+    """FD against likeness: a line a method, a point a strength."""
+    lines = {name: [(r["ssim"], r["fd"]) for r in rows] for name, rows in mean.items()}
     x_label = "likeness to the picture without steering (SSIM)"
-    return line_chart("Missed class against likeness: lower right is better", lines, x_label, "share that misses")
+    return line_chart("FD against likeness: lower right is better", lines, x_label, "FD")
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
@@ -296,6 +306,7 @@ def main() -> None:
         directions, seconds = learned_directions(model, text, attribute)
         methods[attribute] = methods_of(attribute, text, directions)
         print(f"latent directions of {attribute}: learned in {seconds:.0f} s", flush=True)
+    model = in_bf16(model)
     print(f"n = {options.pictures} a row, cfg {CFG:g}, {STEPS} steps, seeds from {SEED}; shares in %")
     for job in options.prompts:
 
