@@ -158,11 +158,12 @@ class Experiment:
         """The pictures without steering: none shows the class that it will be asked for."""
         return self.outcome(self.probability[self.numbers], self.unsteered[self.numbers])
 
-    def steered(self, recipe: Recipe, control: bool = False) -> Outcome:
-        """The same pictures, steered by `recipe`; a control reads latents of the recipe's and writes into others."""
+    def steered(self, recipe: Recipe) -> Outcome:
+        """The same pictures, steered by `recipe`, without the SAE if it can."""
+        sae = self.sae if recipe.needs_sae else None
 
         def edits(rows: Tensor) -> list[Steering]:
-            return [Steering(recipe, lambda images: self.target[rows[images]], None if control else self.sae)]
+            return [Steering(recipe, lambda images: self.target[rows[images]], sae)]
 
         after = self.run.draw(self.numbers, edits)
         return self.outcome(self.read(after)[recipe.attribute].cpu(), after)
@@ -254,7 +255,7 @@ def ablation(
         random = None
         if sae:
             rows = torch.isin(recipe.features, part.features)
-            random = experiment.steered(with_latents(part, sae, others[rows]), control=True)
+            random = experiment.steered(with_latents(part, sae, others[rows]))
         found.append(Part(len(part.features), best, random))
     return found
 

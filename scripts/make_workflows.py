@@ -571,8 +571,8 @@ def which_features_count() -> Graph:
     )  # fmt: skip
     graph.add("PreviewAny", "Effect of every feature", source=ranked[2])
     graph.group("Steer by all and by the best")
-    full = steer(graph, "Steer by all", model[0], recipe[0], "feminine", 2.0)
-    short = steer(graph, "Steer by the best", model[0], ranked[0], "feminine", 2.0)
+    full = steer(graph, "Steer by all", model[0], recipe[0], "feminine")
+    short = steer(graph, "Steer by the best", model[0], ranked[0], "feminine")
     graph.column()
     titles = ["Before", "All features", "The best"]
     models = [model[0], full[0], short[0]]
