@@ -25,6 +25,7 @@ from .targets import LEFT_ALONE, assign_targets, plan_moves
 ROUNDS = 4  # strengths tried for every class
 WEAKEST, STRONGEST = 0.2, 3.0  # times the recipe's own strength
 AT_MOST_ONE = ("move", "clamp", "ablate")  # modes in which a strength above 1 counts as 1
+FAILED = 0.95  # mean probability below which a class asked for is said to fail
 PARTS = 5  # of the budget: unsteered, dose-response, two for the search, fresh noises
 
 
@@ -33,13 +34,14 @@ class CalibrationOptions:
     """What a calibration may cost and what it must reach.
 
     budget: pictures to draw at most; tolerance: FD at which the mix is good enough; clear: mean probability that the
-    classifier must give the class asked for, in pictures that showed another; only_where_needed: pictures that fit
+    classifier must give the class asked for, in pictures that showed another, unless pictures that show it by
+    themselves get less (`clear_enough`); only_where_needed: pictures that fit
     the target mix as they are stay as they are (`plan_moves`); seed: of the deal.
     """
 
     budget: int = 1280
     tolerance: float = 0.02
-    clear: float = 0.99
+    clear: float = 0.999
     only_where_needed: bool = False
     seed: int = 0
 
@@ -139,7 +141,7 @@ def calibrate(
         "reached": fresh["within"], "why": reason(best, fresh, options),
         "start": {"shares": start.shares, "fd": start.fd}, "doses": doses, "rounds": rounds, "fresh": fresh | moved,
         "pictures": options.pictures, "drawn": len(trials.known), "tolerance": options.tolerance,
-        "clear": options.clear,
+        "clear": clear_enough(unsteered, options.clear).tolist(),
     }  # fmt: skip
     return replace(recipe, strength=tuple(strength.tolist()), info={**recipe.info, "calibration": record})
 
@@ -169,6 +171,7 @@ def find_strengths(
     each = max(4, options.pictures // (ROUNDS * len(wanted)))
     pictures = {c: np.flatnonzero(own != c)[:each] for c in wanted}
     strength, low, high = np.minimum(usual, strongest), usual * WEAKEST, strongest.copy()
+    enough = clear_enough(unsteered, options.clear)
     for c in wanted:
         doses[recipe.classes[c]].append((0.0, float(unsteered[pictures[c], c].mean())))
     for _ in range(ROUNDS):
@@ -177,11 +180,18 @@ def find_strengths(
         for c in wanted:
             seen = float(read[asked == c, c].mean())
             doses[recipe.classes[c]].append((float(strength[c]), seen))
-            low[c], high[c] = (low[c], strength[c]) if seen >= options.clear else (strength[c], high[c])
+            low[c], high[c] = (low[c], strength[c]) if seen >= enough[c] else (strength[c], high[c])
             strength[c] = round(float(np.sqrt(low[c] * high[c])), 3)
     for c in wanted:
-        strength[c] = weakest_clear(doses[recipe.classes[c]], options.clear)
+        strength[c] = weakest_clear(doses[recipe.classes[c]], enough[c])
     return strength
+
+
+def clear_enough(unsteered: np.ndarray, clear: float) -> np.ndarray:
+    """Mean probability (K) at which each class is clear: `clear`, or what pictures that show it by themselves get."""
+    own = unsteered.argmax(axis=1)
+    usual = [unsteered[own == c, c].mean() if (own == c).sum() >= 4 else 1.0 for c in range(unsteered.shape[1])]
+    return np.minimum(usual, clear)
 
 
 def strength_limits(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
@@ -203,6 +213,7 @@ def search(
     """Draw the mix on the tuning noises, mend strengths and shares, and again. What each round tried and saw."""
     ask, rounds, own = target, [], unsteered.argmax(axis=1)
     names, strongest = trials.recipe.classes, strength_limits(trials.recipe)[1]
+    enough = clear_enough(unsteered, options.clear)
     while True:
         asked, moved = deal(own, ask, options)
         read = trials.read(np.arange(len(own)), np.where(moved, asked, LEFT_ALONE), strength)
@@ -216,7 +227,7 @@ def search(
         cost = (2 if options.only_where_needed else 1) * int(moved.sum()) + len(own)
         if fd <= options.tolerance / 2 or options.budget - len(trials.known) < cost:
             return rounds
-        stronger = np.where(clear < options.clear, np.minimum(strength * 1.25, strongest), strength)
+        stronger = np.where(clear < enough, np.minimum(strength * 1.25, strongest), strength)
         # Which shares to ask for: as if a class asked for were the truth, and what is shown a reading with errors.
         answers = [
             read[asked == c].mean(axis=0) if (asked == c).any() else np.eye(len(ask))[c] for c in range(len(ask))
@@ -265,7 +276,7 @@ def reason(best: dict[str, Any], fresh: dict[str, Any], options: CalibrationOpti
     """In a sentence, how it ended, and if the target was not reached, why."""
     if fresh["within"]:
         return f"reached: on fresh noises FD {fresh['fd']:.3f}, and every class's 95 % interval holds its share."
-    weak = {name: p for name, p in best["clear"].items() if p < options.clear}
+    weak = {name: p for name, p in best["clear"].items() if p < FAILED}
     if weak:
         parts = ", ".join(f"{name} {p:.0%}" for name, p in weak.items())
         return (

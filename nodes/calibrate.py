@@ -56,12 +56,13 @@ class Calibrate(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "clear",
-                    default=0.99,
+                    default=0.999,
                     min=0.5,
                     max=1.0,
-                    step=0.005,
-                    tooltip="How sure the classifier must be, on average, of the class asked for. Higher: stronger, "
-                    "clearer, and more of the rest changes.",
+                    step=0.001,
+                    tooltip="How sure the classifier must be, on average, of the class asked for; never surer than of "
+                    "unsteered pictures of the class. Lower: weaker, some pictures half-way, and less of the rest "
+                    "changes.",
                 ),
                 io.Boolean.Input(
                     "only_where_needed",
