@@ -34,8 +34,8 @@ class CalibrationOptions:
     """What a calibration may cost and what it must reach.
 
     budget: pictures to draw at most; tolerance: FD at which the mix is good enough; clear: mean probability that the
-    classifier must give the class asked for, in pictures that showed another, unless pictures that show it by
-    themselves get less (`clear_enough`); only_where_needed: pictures that fit
+    classifier must give the class asked for, in pictures that showed another, unless most pictures that show it
+    by themselves get less (`clear_enough`); only_where_needed: pictures that fit
     the target mix as they are stay as they are (`plan_moves`); seed: of the deal.
     """
 
@@ -188,9 +188,11 @@ def find_strengths(
 
 
 def clear_enough(unsteered: np.ndarray, clear: float) -> np.ndarray:
-    """Mean probability (K) at which each class is clear: `clear`, or what pictures that show it by themselves get."""
+    """Mean probability (K) at which each class is clear: `clear`, or less if half of the pictures that show it by
+    themselves get less.
+    """
     own = unsteered.argmax(axis=1)
-    usual = [unsteered[own == c, c].mean() if (own == c).sum() >= 4 else 1.0 for c in range(unsteered.shape[1])]
+    usual = [np.median(unsteered[own == c, c]) if (own == c).sum() >= 4 else 1.0 for c in range(unsteered.shape[1])]
     return np.minimum(usual, clear)
 
 

@@ -61,7 +61,7 @@ class Calibrate(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     tooltip="How sure the classifier must be, on average, of the class asked for; never surer than of "
-                    "unsteered pictures of the class. Lower: weaker, some pictures half-way, and less of the rest "
+                    "most unsteered pictures of the class. Lower: weaker, some pictures half-way, and less of the rest "
                     "changes.",
                 ),
                 io.Boolean.Input(
