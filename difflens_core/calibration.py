@@ -206,7 +206,7 @@ def weakest_clear(doses: list[tuple[float, float]], clear: float) -> float:
     """The weakest strength tried whose probability by the monotone fit is `clear`, or else as high as it gets."""
     strengths, seen = np.array(sorted(doses)).T
     fitted = isotonic_regression(seen).x
-    return float(strengths[np.argmax(fitted >= min(clear, fitted[-1] - 0.005))])
+    return float(strengths[np.argmax(fitted >= (clear if fitted[-1] >= clear else fitted[-1] - 0.005))])
 
 
 def search(

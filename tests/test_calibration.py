@@ -192,6 +192,7 @@ def test_the_monotone_fit_forgives_one_unlucky_measurement():
     doses = [(0.0, 0.1), (0.5, 0.6), (1.0, 0.97), (1.5, 0.95), (2.0, 1.0)]
     assert weakest_clear(doses, 0.95) == 1.0
     assert weakest_clear(doses, 0.99) == 2.0
+    assert weakest_clear([(0.0, 0.1), (1.0, 0.996), (1.5, 0.9995)], 0.999) == 1.5
     assert weakest_clear([(0.0, 0.1), (1.0, 0.4), (3.0, 0.4)], 0.99) == 1.0  # more does not help
 
 
