@@ -25,7 +25,7 @@ from .targets import LEFT_ALONE, assign_targets, plan_moves
 ROUNDS = 4  # strengths tried for every class
 WEAKEST, STRONGEST = 0.2, 3.0  # times the recipe's own strength
 AT_MOST_ONE = ("move", "clamp", "ablate")  # modes in which a strength above 1 counts as 1
-FAILED = 0.95  # mean probability below which a class asked for is said to fail
+FAILED = 0.97  # mean probability below which a class asked for is said to fail
 PARTS = 5  # of the budget: unsteered, dose-response, two for the search, fresh noises
 
 
@@ -132,7 +132,8 @@ def calibrate(
     unsteered = trials.read(tuning, np.full_like(tuning, LEFT_ALONE), np.zeros(len(target)))
     strength = find_strengths(trials, unsteered, target, options, doses)
     rounds = search(trials, unsteered, target, options, strength)
-    best = min(rounds, key=lambda tried: tried["fd"])
+    good = [tried for tried in rounds if tried["fd"] <= options.tolerance / 2]
+    best = good[-1] if good else min(rounds, key=lambda tried: tried["fd"])
     strength, ask = np.array(best["strength"]), np.array(best["ask"])
     fresh, moved = fresh_report(trials, target, options, strength, ask)
     start = measure_fairness(unsteered, target, recipe.attribute, recipe.classes)
@@ -227,7 +228,8 @@ def search(
         rounds.append({"strength": strength.tolist(), "ask": ask.tolist(), "fd": fd, "clear": told})
         # What is left must pay for another round and for the fresh noises, where the unsteered ones count too.
         cost = (2 if options.only_where_needed else 1) * int(moved.sum()) + len(own)
-        if fd <= options.tolerance / 2 or options.budget - len(trials.known) < cost:
+        failing = (clear < np.minimum(enough, FAILED)) & (strength < strongest)
+        if (fd <= options.tolerance / 2 and not failing.any()) or options.budget - len(trials.known) < cost:
             return rounds
         stronger = np.where(clear < enough, np.minimum(strength * 1.25, strongest), strength)
         # Which shares to ask for: as if a class asked for were the truth, and what is shown a reading with errors.
