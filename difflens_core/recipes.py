@@ -24,6 +24,8 @@ READING = ("reach", "move", "clamp", "scale", "ablate")
 WITHOUT_LEVELS = ("add fixed", "add own fixed", "scale", "ablate")
 # Probes are surer of their class than right. Divided by this, a picture near the border is still pushed a little.
 SOFTENING = 1.5
+# Threshold of a latent of which only the SAE can tell where it is active.
+UNKNOWN = -1.0
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,11 @@ class Recipe:
     """F latents of an SAE with what steering by them needs.
 
     encoder, decoder: F x width, which is C, or C H W for an SAE of the whole map (`kernel`); bias, threshold: F (a
-    latent is active where its pre-activation exceeds the threshold, fitted to agree with TopK, or below 0 if only the
-    SAE itself can tell); member: K x F, which latents belong to which class; levels: S x K x F x P, mean activity per
-    step, class and position (no positions: not known); probe_weight: S x K x width and probe_bias: S x K read the class
-    that a picture is about to show. mode, strength, start, end: how to edit, see `Steering`. model: fingerprint of the
-    weights it was made on. info: provenance and figures.
+    latent is active where its pre-activation exceeds the threshold, fitted to agree with TopK, or UNKNOWN); member:
+    K x F, which latents belong to which class; levels: S x K x F x P, mean activity per step, class and position (no
+    positions: not known); probe_weight: S x K x width and probe_bias: S x K read the class that a picture is about to
+    show. mode, strength, start, end: how to edit, see `Steering`. model: fingerprint of the weights it was made on.
+    info: provenance and figures.
     """
 
     attribute: str
@@ -78,7 +80,7 @@ class Recipe:
     @property
     def needs_sae(self) -> bool:
         """Whether only the SAE can tell where the latents are active."""
-        return bool((self.threshold < 0).any())
+        return bool((self.threshold == UNKNOWN).any())
 
     @property
     def channels(self) -> int:
@@ -154,7 +156,7 @@ def recipe_from_features(
         raise DiffLensError(f"{attribute}: the features must be some of the SAE's latents 0 to {sae.latents - 1}.")
     member = torch.stack([torch.isin(chosen, own) for own in wanted.values()])
     steps, k, count = len(sae.normalisation.progress), len(wanted), len(chosen)
-    threshold = torch.full((count,), -1.0) if sae.activation == "topk" else sae.gate.expand(sae.latents)[chosen]
+    threshold = torch.full((count,), UNKNOWN) if sae.activation == "topk" else sae.gate.expand(sae.latents)[chosen]
     recipe = Recipe(
         attribute, tuple(wanted), sae.site, "", chosen, sae.encoder[chosen], sae.encoder_bias[chosen], threshold,
         sae.decoder[chosen], member, torch.zeros(steps, k, count, 0), torch.zeros(steps, k, sae.width),

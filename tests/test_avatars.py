@@ -108,3 +108,13 @@ def test_recipes_and_sae_belong_to_the_shipped_model(model):
         recipe = recipe_of(attribute)
         assert recipe.model == fingerprint(model.state_dict())
         assert torch.allclose(recipe.decoder, sae.decoder[recipe.features], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "file", sorted(AVATARS.parent.glob("*/difflens_recipes/**/*.safetensors")), ids=lambda f: f.stem
+)
+def test_every_shipped_recipe_and_control_steers_without_an_sae(file):
+    recipe = load_recipe(file)
+    h = torch.randn(2, 256, 8, 8, generator=torch.Generator().manual_seed(5))
+    edited = Steering(recipe, lambda images: images % len(recipe.classes))(h, 0.5, torch.arange(2))
+    assert edited.isfinite().all() and not torch.equal(edited, h)
