@@ -107,7 +107,7 @@ class LatentDirection:
     site: str = "middle_block"
 
     def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
-        return h + self.strength * self.directions[self.target_of(images)]
+        return h + (self.strength * self.directions[self.target_of(images)]).to(h.dtype)
 
 
 def direction_loss(model: Denoiser, directions: Tensor, pictures: Tensor, context: Tensor, classes: Tensor) -> Tensor:
