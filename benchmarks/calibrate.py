@@ -28,7 +28,7 @@ from debias import ATTRIBUTES, AVATARS, BATCH, STEPS, Read, in_bf16, run
 from torch import Tensor
 
 from difflens_core.calibration import CalibrationOptions, asked_shares, calibrate
-from difflens_core.classifier import AttributeClassifier, join_readings, load_classifier
+from difflens_core.classifier import AttributeClassifier, load_classifier
 from difflens_core.denoiser import Denoiser, load_denoiser
 from difflens_core.fairness import kept_attributes, measure_fairness
 from difflens_core.groups import joint_report
@@ -104,16 +104,12 @@ def planned_run(model: Denoiser, classifier: AttributeClassifier, recipes: list[
             for recipe, part in zip(recipes, targets, strict=True)
         ]
         after[which] = draw(edits, which)
-    return after, read_all(classifier, after), targets
-
-
-def read_all(classifier: AttributeClassifier, pictures: Tensor) -> dict[str, Tensor]:
-    return join_readings([classifier.classify(part) for part in pictures.split(BATCH)])
+    return after, classifier.classify(after), targets
 
 
 def one_attribute(before: Read, after: Read, targets: Targets) -> dict:
     """Fairness of one attribute, how many pictures changed their class, what else was kept."""
-    name, uniform = targets.attribute, np.array(targets.shares) * 0 + 1 / len(targets.shares)
+    name, uniform = targets.attribute, parse_target("uniform", targets.classes)
     labels = [read[name].argmax(dim=1).numpy() for _, read in (before, after)]
     report = measure_fairness(
         after[1][name].numpy(), uniform, name, targets.classes, targets.first(len(labels[0]))
@@ -132,7 +128,7 @@ def all_at_once(before: Read, after: Read, targets: tuple[Targets, ...]) -> dict
     """Joint fairness over all combinations of the attributes' classes."""
     names = [part.attribute for part in targets]
     classes = {part.attribute: part.classes for part in targets}
-    shares = {name: np.full(len(classes[name]), 1 / len(classes[name])) for name in names}
+    shares = {name: parse_target("uniform", classes[name]) for name in names}
     sides = [{name: read[name].numpy() for name in names} for _, read in (before, after)]
     reports = [joint_report(side, classes, shares).report for side in sides]
     sizes = joint_shares([*shares.values()]).shape
@@ -183,7 +179,7 @@ def main() -> None:
     print(f"\n{options.pictures} fresh pictures, {STEPS} steps, seed {FRESH_SEED}; changed to kept in %")
     print("                 before   FD [95 % interval] counted  success  changed     must  untouched  kept   ratio")
     pictures = run(model, options.pictures, seed=FRESH_SEED)[0]
-    before = pictures, read_all(classifier, pictures)
+    before = pictures, classifier.classify(pictures)
     for chosen in (*([name] for name in ATTRIBUTES), ATTRIBUTES):
         after, read, targets = planned_run(model, classifier, [recipes[name] for name in chosen], before)
         name = chosen[0] if len(chosen) == 1 else "all three"

@@ -42,7 +42,7 @@ from difflens_core.denoiser import Denoiser, fingerprint, load_prompted
 from difflens_core.fairness import kept_attributes, measure_fairness, pixel_change
 from difflens_core.files import load_tensors, save_tensors
 from difflens_core.plots import image_grid, line_chart
-from difflens_core.recipes import Recipe, with_settings
+from difflens_core.recipes import Recipe, at_dose
 from difflens_core.sampling import Edit, Guidance, sample, start_noise
 from difflens_core.steering import Steering
 from difflens_core.targets import plan_moves
@@ -107,12 +107,7 @@ def plain(setting: Setting, *edits: Edit) -> Tensor:
 
 def by_recipe(recipe: Recipe) -> Draw:
     """Steering by a recipe at multiples of its own strength."""
-
-    def draw(setting: Setting, target_of: TargetOf, strength: float) -> Tensor:
-        strengths = tuple(strength * own for own in recipe.strength)
-        return plain(setting, Steering(with_settings(recipe, strength=strengths), target_of))
-
-    return draw
+    return lambda setting, target_of, strength: plain(setting, Steering(at_dose(recipe, strength), target_of))
 
 
 def by_direction(directions: Tensor) -> Draw:

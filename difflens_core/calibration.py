@@ -130,8 +130,9 @@ def calibrate(
     trials = Trials(recipe, draw, classify, batch, lambda done: on_batch(done, doses), file)
     tuning = np.arange(options.pictures)
     unsteered = trials.read(tuning, np.full_like(tuning, LEFT_ALONE), np.zeros(len(target)))
-    strength = find_strengths(trials, unsteered, target, options, doses)
-    rounds = search(trials, unsteered, target, options, strength)
+    enough = clear_enough(unsteered, options.clear)
+    strength = find_strengths(trials, unsteered, target, enough, doses)
+    rounds = search(trials, unsteered, target, options, enough, strength)
     good = [tried for tried in rounds if tried["fd"] <= options.tolerance / 2]
     best = good[-1] if good else min(rounds, key=lambda tried: tried["fd"])
     strength, ask = np.array(best["strength"]), np.array(best["ask"])
@@ -142,7 +143,7 @@ def calibrate(
         "reached": fresh["within"], "why": reason(best, fresh, options),
         "start": {"shares": start.shares, "fd": start.fd}, "doses": doses, "rounds": rounds, "fresh": fresh | moved,
         "pictures": options.pictures, "drawn": len(trials.known), "tolerance": options.tolerance,
-        "clear": clear_enough(unsteered, options.clear).tolist(),
+        "clear": enough.tolist(),
     }  # fmt: skip
     return replace(recipe, strength=tuple(strength.tolist()), info={**recipe.info, "calibration": record})
 
@@ -163,16 +164,15 @@ def check(recipe: Recipe, target: np.ndarray, options: CalibrationOptions) -> No
 
 
 def find_strengths(
-    trials: Trials, unsteered: np.ndarray, target: np.ndarray, options: CalibrationOptions, doses: Doses
+    trials: Trials, unsteered: np.ndarray, target: np.ndarray, enough: np.ndarray, doses: Doses
 ) -> np.ndarray:
-    """The weakest strength (K) at which each class of the target is clear; fills `doses`. See `calibrate`."""
+    """The weakest strength (K) at which each class of the target is clear `enough` (K); fills `doses`."""
     own = unsteered.argmax(axis=1)
     recipe, (usual, strongest) = trials.recipe, strength_limits(trials.recipe)
     wanted = [c for c in np.flatnonzero(target) if (own != c).sum() >= 2]  # of two classes or more, one at least
-    each = max(4, options.pictures // (ROUNDS * len(wanted)))
+    each = max(4, len(own) // (ROUNDS * len(wanted)))
     pictures = {c: np.flatnonzero(own != c)[:each] for c in wanted}
     strength, low, high = np.minimum(usual, strongest), usual * WEAKEST, strongest.copy()
-    enough = clear_enough(unsteered, options.clear)
     for c in wanted:
         doses[recipe.classes[c]].append((0.0, float(unsteered[pictures[c], c].mean())))
     for _ in range(ROUNDS):
@@ -211,12 +211,12 @@ def weakest_clear(doses: list[tuple[float, float]], clear: float) -> float:
 
 
 def search(
-    trials: Trials, unsteered: np.ndarray, target: np.ndarray, options: CalibrationOptions, strength: np.ndarray
-) -> list[dict[str, Any]]:
+    trials: Trials, unsteered: np.ndarray, target: np.ndarray, options: CalibrationOptions, enough: np.ndarray,
+    strength: np.ndarray,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Draw the mix on the tuning noises, mend strengths and shares, and again. What each round tried and saw."""
     ask, rounds, own = target, [], unsteered.argmax(axis=1)
     names, strongest = trials.recipe.classes, strength_limits(trials.recipe)[1]
-    enough = clear_enough(unsteered, options.clear)
     while True:
         asked, moved = deal(own, ask, options)
         read = trials.read(np.arange(len(own)), np.where(moved, asked, LEFT_ALONE), strength)

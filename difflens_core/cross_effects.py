@@ -15,6 +15,7 @@ from .intervals import wilson_interval
 from .plots import bar_chart
 from .recipes import Recipe
 from .sampling import Draw
+from .scan import Run
 from .steering import Steering
 from .targets import Targets
 
@@ -55,16 +56,11 @@ def cross_effects(
     count. A row for every recipe and attribute, and if there are several recipes, of all together.
     """
     sets = [[recipe] for recipe in recipes] + ([list(recipes)] if len(recipes) > 1 else [])
-    total, done = pictures * (1 + len(sets)), 0
+    run = Run(draw, batch, pictures * (1 + len(sets)), on_picture)
 
     def read(edits: Callable[[Tensor], list[Steering]]) -> dict[str, np.ndarray]:
-        nonlocal done
-        parts = []
-        for which in torch.arange(pictures).split(batch):
-            parts.append(classify(draw(edits(which), which)))
-            done += len(which)
-            on_picture(done, total)
-        return {name: torch.cat([part[name] for part in parts]).argmax(dim=1).numpy() for name in attributes}
+        seen = classify(run.draw(torch.arange(pictures), edits))
+        return {name: seen[name].argmax(dim=1).numpy() for name in attributes}
 
     before, found = read(lambda which: []), []
     dealt = {

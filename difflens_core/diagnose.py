@@ -22,7 +22,7 @@ from .controls import random_features, with_latents
 from .fairness import pixel_change
 from .files import DiffLensError
 from .plots import bar_chart, line_chart
-from .recipes import Recipe, with_settings
+from .recipes import Recipe, at_dose
 from .sae import SparseAutoencoder
 from .sampling import Draw
 from .scan import Run, scan_sites, shown_classes
@@ -223,11 +223,6 @@ def evenly(names: Sequence[str], count: int) -> list[str]:
     """Up to `count` of the names, evenly spread."""
     at = np.linspace(0, len(names) - 1, min(count, len(names))).round().astype(int)
     return [names[i] for i in at]
-
-
-def at_dose(recipe: Recipe, dose: float) -> Recipe:
-    """The recipe at `dose` times its own strength."""
-    return with_settings(recipe, strength=tuple(dose * own for own in recipe.strength))
 
 
 def probe_score(recipe: Recipe) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .classifier import decided
 from .fairness import Report, measure_fairness, one_hot
 from .intervals import bootstrap_means
+from .targets import joint_shares
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def joint_report(
     """
     names = tuple(readings)
     if isinstance(target, Mapping):
-        target = reduce(np.multiply.outer, [np.asarray(target[name], dtype=np.float64) for name in names])
+        target = joint_shares([target[name] for name in names])
     joint = joint_probabilities([np.asarray(read, dtype=np.float64) for read in readings.values()])
     shape = joint.shape[1:]
     cells = tuple(", ".join(cell) for cell in product(*(classes[name] for name in names)))

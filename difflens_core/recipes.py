@@ -201,6 +201,11 @@ def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
     return replace(recipe, **settings)
 
 
+def at_dose(recipe: Recipe, dose: float) -> Recipe:
+    """The recipe at `dose` times its own strength."""
+    return with_settings(recipe, strength=tuple(dose * own for own in recipe.strength))
+
+
 def save_recipe(path: str | Path, recipe: Recipe) -> None:
     """Write a recipe (matrices as fp16, a few MB at most)."""
     tensors = {name: getattr(recipe, name) for name in TENSORS}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..difflens_core.calibration import asked_shares
 from ..difflens_core.files import DiffLensError
-from ..difflens_core.recipes import MODES, Recipe, with_settings
+from ..difflens_core.recipes import MODES, Recipe, at_dose, with_settings
 from ..difflens_core.sae import SparseAutoencoder
 from ..difflens_core.steering import Steering
 from ..difflens_core.targets import Targets, parse_target, targets_of
@@ -138,8 +138,7 @@ class Steer(io.ComfyNode):
         if start_percent > end_percent:
             raise DiffLensError(f"start_percent ({start_percent:g}) lies after end_percent ({end_percent:g}).")
         recipe = with_settings(
-            recipe,
-            strength=tuple(strength * s for s in recipe.strength),
+            at_dose(recipe, strength),
             mode=recipe.mode if mode == AS_RECIPE else mode,
             start=max(recipe.start, start_percent),
             end=min(recipe.end, end_percent),
