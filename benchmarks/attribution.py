@@ -19,8 +19,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from difflens_core.attribution import integrated_gradients  # noqa: E402
-from difflens_core.probes import Probes  # noqa: E402
+from difflens_core.locate import (
+    Probes,  # noqa: E402
+    integrated_gradients,  # noqa: E402
+)
 from difflens_core.sae import Latents, SparseAutoencoder  # noqa: E402
 
 PICTURES, PEER_PICTURES, CLASSES, POINTS = 64, 4, 3, 10

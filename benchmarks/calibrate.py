@@ -27,16 +27,12 @@ import torch
 from debias import ATTRIBUTES, AVATARS, BATCH, STEPS, Read, in_bf16, run
 from torch import Tensor
 
-from difflens_core.calibration import CalibrationOptions, asked_shares, calibrate
-from difflens_core.classifier import AttributeClassifier, load_classifier
-from difflens_core.denoiser import Denoiser, load_denoiser
-from difflens_core.fairness import kept_attributes, measure_fairness
-from difflens_core.groups import joint_report
-from difflens_core.recipes import Recipe, load_recipe, with_settings
-from difflens_core.sampling import drawer, start_noise
-from difflens_core.significance import paired_test
-from difflens_core.steering import Steering
-from difflens_core.targets import Targets, joint_shares, parse_target, planned_targets
+from difflens_core.classifiers import AttributeClassifier, load_classifier
+from difflens_core.experiments import CalibrationOptions, asked_shares, calibrate
+from difflens_core.measure import joint_report, kept_attributes, measure_fairness, paired_test
+from difflens_core.networks import Denoiser, drawer, load_denoiser, start_noise
+from difflens_core.steer import Recipe, Steering, load_recipe, planned_targets, with_settings
+from difflens_core.targets import Targets, joint_shares, parse_target
 
 FRESH_SEED = 95_001
 SEEDS = (61, 62)

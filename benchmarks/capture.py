@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 from debias import AVATARS, STEPS
 
-from difflens_core.denoiser import load_denoiser
-from difflens_core.sampling import capture_pictures, sample, start_noise
-from difflens_core.store import SAMPLES, Index, record
+from difflens_core.activations import SAMPLES, Index, record
+from difflens_core.networks import capture_pictures, load_denoiser, sample, start_noise
 
 BATCH, PAIRS = 32, 7
 PICTURES, SHARD = (1_000, 10_000, 50_000), 64

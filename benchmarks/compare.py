@@ -37,16 +37,13 @@ from PIL import Image
 from published import LatentDirection, SemanticGuidance, TargetOf, learn_directions, sample_semantic
 from torch import Tensor
 
-from difflens_core.classifier import AttributeClassifier, load_classifier
-from difflens_core.denoiser import Denoiser, fingerprint, load_prompted
-from difflens_core.fairness import kept_attributes, measure_fairness, pixel_change
-from difflens_core.files import load_tensors, save_tensors
-from difflens_core.plots import image_grid, line_chart
-from difflens_core.recipes import Recipe, at_dose
-from difflens_core.sampling import Edit, Guidance, sample, start_noise
-from difflens_core.steering import Steering
-from difflens_core.targets import plan_moves
-from difflens_core.text import TextEncoder
+from difflens_core.activations import Edit
+from difflens_core.classifiers import AttributeClassifier, load_classifier
+from difflens_core.files import fingerprint, load_tensors, save_tensors
+from difflens_core.measure import kept_attributes, measure_fairness, pixel_change
+from difflens_core.networks import Denoiser, Guidance, TextEncoder, load_prompted, sample, start_noise
+from difflens_core.report import image_grid, line_chart
+from difflens_core.steer import Recipe, Steering, at_dose, plan_moves
 
 SEED = 94_001  # of doctors; those of the other prompts follow
 # The model's words for the classes, as adjectives of "person" or an occupation.

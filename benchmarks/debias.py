@@ -22,12 +22,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from difflens_core.classifier import load_classifier  # noqa: E402
-from difflens_core.denoiser import Denoiser, load_denoiser  # noqa: E402
-from difflens_core.fairness import kept_attributes, measure_fairness, pixel_change  # noqa: E402
-from difflens_core.recipes import Recipe, load_recipe  # noqa: E402
-from difflens_core.sampling import Guidance, sample, start_noise  # noqa: E402
-from difflens_core.steering import Steering  # noqa: E402
+from difflens_core.classifiers import load_classifier  # noqa: E402
+from difflens_core.measure import kept_attributes, measure_fairness, pixel_change  # noqa: E402
+from difflens_core.networks import Denoiser, Guidance, load_denoiser, sample, start_noise  # noqa: E402  # noqa: E402
+from difflens_core.steer import (  # noqa: E402
+    Recipe,
+    Steering,  # noqa: E402
+    load_recipe,
+)
 from difflens_core.targets import Targets, parse_target  # noqa: E402
 
 AVATARS = ROOT / "models" / "avatars"

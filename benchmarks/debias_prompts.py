@@ -18,9 +18,8 @@ from pathlib import Path
 
 from debias import ROOT, STEPS, in_bf16, measured, outcome, recipes_of, run
 
-from difflens_core.classifier import load_classifier
-from difflens_core.denoiser import load_prompted
-from difflens_core.sampling import Guidance
+from difflens_core.classifiers import load_classifier
+from difflens_core.networks import Guidance, load_prompted
 
 FILES = ROOT / "models" / "prompted_avatars"
 OCCUPATIONS = ("doctor", "nurse", "firefighter", "receptionist")

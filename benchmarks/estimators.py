@@ -20,10 +20,15 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from difflens_core.correction import Correction, correct_for_errors  # noqa: E402
-from difflens_core.fairness import one_hot  # noqa: E402
-from difflens_core.intervals import fd_interval, share_intervals  # noqa: E402
-from difflens_core.significance import stuart_maxwell, target_p_value  # noqa: E402
+from difflens_core.measure import (  # noqa: E402  # noqa: E402  # noqa: E402
+    Correction,
+    correct_for_errors,
+    fd_interval,
+    one_hot,  # noqa: E402
+    share_intervals,
+    stuart_maxwell,
+    target_p_value,
+)
 
 CLASSES = ("a", "b", "c")
 THIRDS, FAIR = np.full(3, 1 / 3), (1 / 3, 1 / 3, 1 / 3)

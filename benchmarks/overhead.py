@@ -19,11 +19,9 @@ import torch
 from debias import ATTRIBUTES, AVATARS, STEPS, fair_targets
 
 from difflens_core.activations import edit_site
-from difflens_core.denoiser import load_denoiser
-from difflens_core.recipes import Recipe, load_recipe
+from difflens_core.networks import load_denoiser, sample, start_noise
 from difflens_core.sae import Normalisation
-from difflens_core.sampling import sample, start_noise
-from difflens_core.steering import Steering
+from difflens_core.steer import Recipe, Steering, load_recipe
 
 BATCH = 16
 PAIRS = 15

@@ -21,8 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "models")]
 from stages import denoiser_loss  # noqa: E402
 
 from difflens_core.activations import edit_site  # noqa: E402
-from difflens_core.denoiser import Denoiser  # noqa: E402
-from difflens_core.sampling import Guidance  # noqa: E402
+from difflens_core.networks import Denoiser, Guidance  # noqa: E402
 
 TargetOf = Callable[[Tensor], Tensor]  # class (B, int64) that pictures (B, their indices in the run) are asked to show
 

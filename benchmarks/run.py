@@ -10,7 +10,7 @@ Peers that are not installed are left out. To have all, in an environment of the
     pip install --no-deps dictionary-learning==0.1.0 nnsight==0.3.7
     pip install python-socketio pillow pytest hypothesis
 
-tests/test_formats.py then also checks SAEs against the libraries that wrote them.
+tests/sae/test_formats.py then also checks SAEs against the libraries that wrote them.
 Times are seconds (peak memory: MB). ratio is peer / ours, so above 1 we are faster; for the rows against the same work
 without us (unsteered, plain sampling, all activations) it is ours / theirs.
 """

@@ -22,9 +22,11 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from difflens_core.recipes import recipe_from_features  # noqa: E402
 from difflens_core.sae import Normalisation, SparseAutoencoder  # noqa: E402
-from difflens_core.steering import Steering  # noqa: E402
+from difflens_core.steer import (
+    Steering,  # noqa: E402
+    recipe_from_features,  # noqa: E402
+)
 
 WIDTH, LATENTS, MAP, K, FEATURES, PICTURES = 512, 4096, 8, 32, 30, 16
 SIZE = f"d={WIDTH}, N={LATENTS}, {MAP}x{MAP}, k={K}, {FEATURES} features, {PICTURES} pictures"

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from difflens_core.activations import Activations  # noqa: E402
-from difflens_core.training import State, TrainingOptions, initial_sae, learning_rate_share  # noqa: E402
+from difflens_core.sae import State, TrainingOptions, initial_sae, learning_rate_share  # noqa: E402
 
 SIZES = ((1280, 10240), (512, 4096))  # width, latents: SD mid block, P2 mid block
 K = 32

@@ -1,4 +1,12 @@
-"""Reading and writing the pack's files: safetensors with JSON metadata, written whole or not at all."""
+"""The small unconditional denoiser of the avatars: a network whose every path runs through one site.
+
+A U-Net's long skips let the picture by-pass the mid block, and then steering the mid block cannot change what
+the skips carry. This network has none: encoder, 8x8 `middle_block`, decoder. Whatever the picture shows has
+passed through `middle_block`, so a full swap of its output swaps the picture.
+
+It predicts the clean picture x0 under the rectified-flow schedule x_t = (1 - sigma) x0 + sigma noise. At sigma 1
+nothing of the picture is left, so overall colour is the model's own choice and not the noise's.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Twelve hex digits that tell one set of weights from another (names, shapes and rounded sums)."""
+    return digest(*(f"{name}{tuple(w.shape)}{float(w.double().sum()):.3e}" for name, w in sorted(weights.items())))
+
 
 METADATA_KEY = "difflens"
 
@@ -117,3 +131,14 @@ def read_content(path: str | Path) -> Any:
             f"{path.name}: not a readable safetensors or PyTorch file ({reason}). It may be cut off: copy or download "
             "it again."
         ) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors or PyTorch file, told apart by content; nothing in it is run."""
+    content = read_content(path)
+    if isinstance(content, Tensor):
+        return {"": content}
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    items = content.items() if isinstance(content, dict) else ()
+    return {name: value for name, value in items if isinstance(value, Tensor)}

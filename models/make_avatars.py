@@ -32,16 +32,19 @@ from stages import (  # noqa: E402
     train_network,
 )
 
-from difflens_core.activations import Activations  # noqa: E402
-from difflens_core.classifier import load_classifier, save_classifier  # noqa: E402
-from difflens_core.denoiser import Denoiser, fingerprint, load_denoiser, save_denoiser  # noqa: E402
-from difflens_core.files import load_tensors  # noqa: E402
-from difflens_core.plots import image_grid  # noqa: E402
-from difflens_core.probes import save_probes  # noqa: E402
-from difflens_core.recipes import Recipe, load_recipe, save_recipe  # noqa: E402
+from difflens_core.activations import Activations, save_labels  # noqa: E402
+from difflens_core.classifiers import load_classifier, save_classifier  # noqa: E402
+from difflens_core.files import fingerprint, load_tensors  # noqa: E402
+from difflens_core.locate import save_probes  # noqa: E402
+from difflens_core.networks import (  # noqa: E402
+    Denoiser,
+    capture_pictures,  # noqa: E402
+    load_denoiser,
+    save_denoiser,
+)
+from difflens_core.report import image_grid  # noqa: E402
 from difflens_core.sae import load_sae, save_sae  # noqa: E402
-from difflens_core.sampling import capture_pictures  # noqa: E402
-from difflens_core.store import save_labels  # noqa: E402
+from difflens_core.steer import Recipe, load_recipe, save_recipe  # noqa: E402
 
 OUT = ROOT / "models" / "avatars"
 WORK = OUT / ".work"

@@ -34,17 +34,25 @@ from stages import (
 )
 from torch import nn
 
-from difflens_core.activations import Activations
-from difflens_core.classifier import load_classifier, save_classifier
-from difflens_core.denoiser import Denoiser, DenoiserConfig, fingerprint, load_denoiser, load_prompted, save_denoiser
-from difflens_core.files import load_tensors
-from difflens_core.plots import image_grid
-from difflens_core.probes import save_probes
-from difflens_core.recipes import Recipe, load_recipe, save_recipe
+from difflens_core.activations import Activations, save_labels
+from difflens_core.classifiers import load_classifier, save_classifier
+from difflens_core.files import fingerprint, load_tensors
+from difflens_core.locate import save_probes
+from difflens_core.networks import (
+    END,
+    UNKNOWN,
+    Denoiser,
+    DenoiserConfig,
+    Guidance,
+    TextEncoder,
+    capture_pictures,
+    load_denoiser,
+    load_prompted,
+    save_denoiser,
+)
+from difflens_core.report import image_grid
 from difflens_core.sae import load_sae, save_sae
-from difflens_core.sampling import Guidance, capture_pictures
-from difflens_core.store import save_labels
-from difflens_core.text import END, UNKNOWN, TextEncoder
+from difflens_core.steer import Recipe, load_recipe, save_recipe
 
 OUT = Path(__file__).resolve().parent / "prompted_avatars"
 WORK = OUT / ".work"

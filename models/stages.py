@@ -14,13 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from difflens_core.activations import Activations
-from difflens_core.attribution import attribute_features, balancing_weights
-from difflens_core.classifier import AttributeClassifier
-from difflens_core.controls import mean_difference, random_features
-from difflens_core.probes import Probes, train_probes
-from difflens_core.recipes import Recipe, build_recipe, with_settings
-from difflens_core.sae import SparseAutoencoder
-from difflens_core.training import TrainingOptions, hold_out, learning_rate_share, measure_sae, train_sae
+from difflens_core.classifiers import AttributeClassifier
+from difflens_core.locate import Probes, attribute_features, balancing_weights, train_probes
+from difflens_core.sae import SparseAutoencoder, TrainingOptions, hold_out, learning_rate_share, measure_sae, train_sae
+from difflens_core.steer import Recipe, build_recipe, mean_difference, random_features, with_settings
 
 Options = Mapping[str, Any]
 Drawings = tuple[np.ndarray, Mapping[str, np.ndarray]]  # uint8 n x H x W x 3, and traits by name

@@ -7,12 +7,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..difflens_core.activations import Activations as CapturedActivations
-from ..difflens_core.attribution import METHODS, Attribution, attribute_features, balancing_weights
 from ..difflens_core.files import DiffLensError
-from ..difflens_core.plots import bar_chart, line_chart
-from ..difflens_core.probes import Probes, train_probes
-from ..difflens_core.recipes import build_recipe
+from ..difflens_core.locate import METHODS, Attribution, Probes, attribute_features, balancing_weights, train_probes
+from ..difflens_core.report import bar_chart, line_chart
 from ..difflens_core.sae import SparseAutoencoder
+from ..difflens_core.steer import build_recipe
 from . import host
 from .sockets import CATEGORY, SAE, Activations, Labels, LabelsSocket, ProbesSocket, RecipeSocket
 

@@ -10,12 +10,12 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..difflens_core.calibration import CalibrationOptions, Doses, asked_shares, calibrate, dose_chart, in_words
-from ..difflens_core.classifier import ImageClassifier
-from ..difflens_core.cross_effects import cross_chart, cross_effects, cross_table
+from ..difflens_core.classifiers import ImageClassifier
+from ..difflens_core.experiments import CalibrationOptions, Doses, asked_shares, calibrate, cross_effects
 from ..difflens_core.files import DiffLensError, digest
-from ..difflens_core.recipes import Recipe
-from ..difflens_core.targets import parse_target, plan_in_words, planned_targets
+from ..difflens_core.report import calibration_text, cross_chart, cross_table, dose_chart
+from ..difflens_core.steer import Recipe, plan_in_words, planned_targets
+from ..difflens_core.targets import parse_target
 from . import host
 from .explore import experiment_inputs
 from .inputs import guidance_inputs, schedule_inputs
@@ -119,7 +119,7 @@ class Calibrate(io.ComfyNode):
         file.unlink(missing_ok=True)
         record = found.info["calibration"]
         image = host.to_image(dose_chart(recipe.attribute, record["doses"]))
-        text = in_words(recipe.attribute, recipe.classes, record)
+        text = calibration_text(recipe.attribute, recipe.classes, record)
         return host.drawn(cls, image, found, image, text, json.dumps(record, indent=2), text=text)
 
 

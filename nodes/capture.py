@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..difflens_core.store import open_store
+from ..difflens_core.activations import open_store
 from . import host
 from .inputs import guidance_inputs, sampling_inputs, schedule_inputs
 from .sockets import CATEGORY, Activations

@@ -9,11 +9,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..difflens_core.activations import Activations as CapturedActivations
-from ..difflens_core.classifier import ImageClassifier
-from ..difflens_core.diagnose import UNSTEERED, diagnose, diagnosis_chart, in_words
+from ..difflens_core.classifiers import ImageClassifier
+from ..difflens_core.experiments import UNSTEERED, diagnose
 from ..difflens_core.files import DiffLensError
-from ..difflens_core.recipes import Recipe
+from ..difflens_core.report import diagnosis_chart, diagnosis_text
 from ..difflens_core.sae import SparseAutoencoder
+from ..difflens_core.steer import Recipe
 from . import host
 from .attribute import check_model_of, check_sae
 from .explore import experiment_inputs
@@ -100,7 +101,7 @@ class Diagnose(io.ComfyNode):
             recipe, draw, classifier.classify, pictures, others, sae, activations, labels and labels.indices,
             len(latent_image["samples"]), host.progress_of_total(),
         )  # fmt: skip
-        image, text = host.to_image(diagnosis_chart(found)), in_words(found)
+        image, text = host.to_image(diagnosis_chart(found)), diagnosis_text(found)
         return host.drawn(cls, image, text, json.dumps(asdict(found), indent=2), image, text=text)
 
 

@@ -8,11 +8,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..difflens_core.causal import EFFECTS, Effects, causal_effect, keep_effective
-from ..difflens_core.classifier import ImageClassifier
-from ..difflens_core.plots import bar_chart
-from ..difflens_core.recipes import Recipe
-from ..difflens_core.scan import scan_chart, scan_sites, scan_table
+from ..difflens_core.classifiers import ImageClassifier
+from ..difflens_core.experiments import EFFECTS, Effects, causal_effect, keep_effective, scan_sites
+from ..difflens_core.report import bar_chart, scan_chart, scan_table
+from ..difflens_core.steer import Recipe
 from . import host
 from .inputs import guidance_inputs, sampling_inputs, schedule_inputs
 from .measure import check_classes, classes_of

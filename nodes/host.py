@@ -27,15 +27,24 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor, nn
 
-from ..difflens_core import checkpoints
-from ..difflens_core.activations import UPDATE, find_site
+from ..difflens_core.activations import (
+    DTYPES,
+    INDEX,
+    SAMPLES,
+    UPDATE,
+    Draw,
+    Index,
+    Shard,
+    Store,
+    find_site,
+    noise_batches,
+    record,
+)
+from ..difflens_core.activations import Edit as SiteEdit
 from ..difflens_core.activations import edit_site as hooked
-from ..difflens_core.denoiser import Denoiser, ResBlock, Stack, fingerprint
-from ..difflens_core.files import DiffLensError, digest
-from ..difflens_core.formats import CONFIGS, WEIGHTS
-from ..difflens_core.sampling import Draw, noise_batches
-from ..difflens_core.sampling import Edit as SiteEdit
-from ..difflens_core.store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, record
+from ..difflens_core.files import DiffLensError, digest, fingerprint
+from ..difflens_core.networks import Denoiser, ResBlock, Stack, checkpoints
+from ..difflens_core.sae import CONFIGS, WEIGHTS
 from .host_sites import Picture, own_name
 
 log = logging.getLogger("difflens")

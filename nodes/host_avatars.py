@@ -20,9 +20,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
-from ..difflens_core.denoiser import Denoiser, DenoiserConfig, load_denoiser_weights
 from ..difflens_core.files import DiffLensError
-from ..difflens_core.text import END, TextEncoder, tokenize
+from ..difflens_core.networks import END, Denoiser, DenoiserConfig, TextEncoder, load_denoiser_weights, tokenize
 from . import host
 
 TIMESTEPS = 1000  # what ComfyUI's flow models multiply sigma by

@@ -13,7 +13,7 @@ from comfy.sd import CLIP
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..difflens_core.classifier import join_readings
+from ..difflens_core.classifiers import join_readings
 from ..difflens_core.files import DiffLensError
 
 BATCH = 16

@@ -19,12 +19,19 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
-from ..difflens_core.adm import Adm, AdmConfig
-from ..difflens_core.checkpoints import CONFIG, WEIGHTS, Checkpoint, load_checkpoint
-from ..difflens_core.denoiser import fingerprint
-from ..difflens_core.files import DiffLensError, difflens_kind
-from ..difflens_core.schedules import Schedule, ddim_step, ddim_timesteps
-from ..difflens_core.unet2d import unet2d_class
+from ..difflens_core.files import DiffLensError, difflens_kind, fingerprint
+from ..difflens_core.networks import (
+    CONFIG,
+    WEIGHTS,
+    Adm,
+    AdmConfig,
+    Checkpoint,
+    Schedule,
+    ddim_step,
+    ddim_timesteps,
+    load_checkpoint,
+    unet2d_class,
+)
 from . import host, host_avatars
 
 LOADED_BY = {"sae": "Load SAE", "recipe": "Load Recipe", "classifier": "Load Attribute Classifier"}

@@ -5,14 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..difflens_core.activations import UPDATE
-from ..difflens_core.checkpoints import AUTO
-from ..difflens_core.faces import load_face_finder
+from ..difflens_core.classifiers import load_any_classifier, load_face_finder
 from ..difflens_core.files import DiffLensError
-from ..difflens_core.formats import load_any_sae, load_class_features
-from ..difflens_core.recipes import WITHOUT_LEVELS, Recipe, load_recipe, recipe_from_features, save_recipe
-from ..difflens_core.resnet_classifiers import load_any_classifier
-from ..difflens_core.sae import SparseAutoencoder
-from ..difflens_core.schedules import BETAS, PREDICTIONS
+from ..difflens_core.networks import AUTO, BETAS, PREDICTIONS
+from ..difflens_core.sae import SparseAutoencoder, load_any_sae, load_class_features
+from ..difflens_core.steer import WITHOUT_LEVELS, Recipe, load_recipe, recipe_from_features, save_recipe
 from ..difflens_core.targets import parse_numbers
 from . import host, host_avatars, host_unconditional
 from .host_classifiers import HostedClassifier

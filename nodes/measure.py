@@ -12,15 +12,11 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..difflens_core.changes import PERCEPTUAL, feature_changes, measure_changes, perceptual_network
-from ..difflens_core.classifier import ImageClassifier, join_readings, label_table, other_attributes
-from ..difflens_core.correction import parse_confusion
+from ..difflens_core.classifiers import ImageClassifier, join_readings, label_table, other_attributes
 from ..difflens_core.files import DiffLensError, write_whole
-from ..difflens_core.plots import image_grid
-from ..difflens_core.recipes import Recipe
-from ..difflens_core.report import Question, share_chart, summary
-from ..difflens_core.report_page import SHOWN, report_page
-from ..difflens_core.report_text import in_words
+from ..difflens_core.measure import PERCEPTUAL, feature_changes, measure_changes, parse_confusion, perceptual_network
+from ..difflens_core.report import SHOWN, Question, image_grid, report_page, report_text, share_chart, summary
+from ..difflens_core.steer import Recipe
 from ..difflens_core.targets import Targets, parse_target, targets_of
 from . import host, host_classifiers
 from .sockets import CATEGORY, Classifier, Labels, LabelsSocket, TargetsSocket
@@ -134,7 +130,7 @@ class FairnessReport(io.ComfyNode):
             found, reasons = what_changed(before, after, perceptual, embed, lambda done: report(2 * count + done))
             numbers |= {"changes": found, "pixel_change": found["rmse"], "not_measured": reasons}
 
-        chart, text = share_chart(numbers), in_words(numbers)
+        chart, text = share_chart(numbers), report_text(numbers)
         if path:
             shown = [None if images is None else to_bytes(images[:SHOWN]) for images in (before, after)]
             write_whole(path, report_page(numbers, chart, *shown, day=time.strftime("%Y-%m-%d")).encode())

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..difflens_core.schedules import SPACINGS
+from ..difflens_core.networks import SPACINGS
 from . import host, host_unconditional
 from .sockets import CATEGORY
 

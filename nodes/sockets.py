@@ -25,8 +25,8 @@ CATEGORY = "DiffLens"
 
 Activations = io.Custom("DIFFLENS_ACTIVATIONS")  # difflens_core.activations.Activations
 SAE = io.Custom("DIFFLENS_SAE")  # difflens_core.sae.SparseAutoencoder
-Classifier = io.Custom("DIFFLENS_CLASSIFIER")  # difflens_core.classifier.ImageClassifier
+Classifier = io.Custom("DIFFLENS_CLASSIFIER")  # difflens_core.classifiers.ImageClassifier
 LabelsSocket = io.Custom("DIFFLENS_LABELS")  # Labels
-ProbesSocket = io.Custom("DIFFLENS_PROBES")  # difflens_core.probes.Probes
-RecipeSocket = io.Custom("DIFFLENS_RECIPE")  # difflens_core.recipes.Recipe
+ProbesSocket = io.Custom("DIFFLENS_PROBES")  # difflens_core.locate.Probes
+RecipeSocket = io.Custom("DIFFLENS_RECIPE")  # difflens_core.steer.Recipe
 TargetsSocket = io.Custom("DIFFLENS_TARGETS")  # tuple of difflens_core.targets.Targets, one an attribute

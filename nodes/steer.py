@@ -8,11 +8,10 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..difflens_core.calibration import asked_shares
+from ..difflens_core.experiments import asked_shares
 from ..difflens_core.files import DiffLensError
-from ..difflens_core.recipes import MODES, Recipe, at_dose, with_settings
 from ..difflens_core.sae import SparseAutoencoder
-from ..difflens_core.steering import Steering
+from ..difflens_core.steer import MODES, Recipe, Steering, at_dose, with_settings
 from ..difflens_core.targets import Targets, parse_target, targets_of
 from . import host
 from .sockets import CATEGORY, SAE, RecipeSocket, TargetsSocket

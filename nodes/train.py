@@ -11,15 +11,15 @@ from torch import Tensor
 
 from ..difflens_core.activations import Activations as CapturedActivations
 from ..difflens_core.files import digest
-from ..difflens_core.plots import line_chart
-from ..difflens_core.sae import save_sae
-from ..difflens_core.training import (
+from ..difflens_core.report import line_chart
+from ..difflens_core.sae import (
     ACTIVATIONS,
     PRECISIONS,
     Quality,
     TrainingOptions,
     hold_out,
     measure_sae,
+    save_sae,
     train_sae,
     training_bytes,
 )

@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..difflens_core.classifiers import ZeroShotClassifier, class_directions, parse_prompts
 from ..difflens_core.files import DiffLensError
-from ..difflens_core.zero_shot import ZeroShotClassifier, class_directions, parse_prompts
 from . import host, host_classifiers
 from .sockets import CATEGORY, Classifier
 

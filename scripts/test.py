@@ -32,7 +32,7 @@ def checks(python: Path, libraries: Path | None, pytest_arguments: list[str]) ->
         "tests": [*run, *pytest, *pytest_arguments],
     }
     if libraries:
-        found["libraries"] = [str(libraries), "-m", *pytest, "tests/test_formats.py"]
+        found["libraries"] = [str(libraries), "-m", *pytest, "tests/sae/test_formats.py"]
     return found
 
 

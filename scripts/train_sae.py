@@ -22,10 +22,16 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from difflens_core.activations import open_store  # noqa: E402
 from difflens_core.files import DiffLensError  # noqa: E402
-from difflens_core.sae import save_sae  # noqa: E402
-from difflens_core.store import open_store  # noqa: E402
-from difflens_core.training import Quality, TrainingOptions, hold_out, measure_sae, train_sae  # noqa: E402
+from difflens_core.sae import (  # noqa: E402
+    Quality,
+    TrainingOptions,
+    hold_out,
+    measure_sae,
+    save_sae,  # noqa: E402
+    train_sae,
+)
 
 
 def parse() -> argparse.Namespace:

@@ -19,11 +19,10 @@ from launch_comfyui import install_mends  # noqa: E402
 install_mends()  # a torchvision built for a GPU beside a CPU build of torch: diffusers imports it
 
 from difflens_core.activations import Activations  # noqa: E402
-from difflens_core.adm import Adm, AdmConfig  # noqa: E402
-from difflens_core.denoiser import Denoiser, DenoiserConfig  # noqa: E402
-from difflens_core.probes import Probes  # noqa: E402
-from difflens_core.recipes import Recipe  # noqa: E402
+from difflens_core.locate import Probes  # noqa: E402
+from difflens_core.networks import Adm, AdmConfig, Denoiser, DenoiserConfig  # noqa: E402  # noqa: E402
 from difflens_core.sae import Normalisation, SparseAutoencoder  # noqa: E402
+from difflens_core.steer import Recipe  # noqa: E402
 
 CLASSES = ("young", "adult", "senior")
 

@@ -1,8 +1,9 @@
-"""Who may import whom: the core knows no host, and only host*.py of the nodes touch ComfyUI's insides."""
+"""Who may import whom: the core knows no host, its rooms import downwards, and only nodes/host touches ComfyUI."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
 from pathlib import Path
 
@@ -10,7 +11,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = {"comfy", "comfy_extras", "comfy_execution", "comfy_api_nodes", "folder_paths", "server", "execution"}
-CORE = sorted((ROOT / "difflens_core").rglob("*.py"))
+HOST |= {"latent_preview", "node_helpers"}
+LIBRARIES = {"torch", "numpy", "scipy", "safetensors", "PIL", "torchvision", "kornia", "diffusers", "torchmetrics"}
+# The rooms of the core from the top down: each may import from those below it, and from the files beside them.
+ROOMS = [
+    "report", "experiments", "steer", "locate", "measure", "classifiers", "sae", "networks", "activations",
+]  # fmt: skip
+SHARED = ["targets", "files"]  # from the top down, too
+CORE = sorted(path for path in (ROOT / "difflens_core").rglob("*.py"))
 NODES = sorted((ROOT / "nodes").rglob("*.py"))
 
 
@@ -26,8 +34,31 @@ def imported(source: str) -> set[str]:
     return names
 
 
-def roots(path: Path) -> set[str]:
-    return {name.split(".")[0] for name in imported(path.read_text(encoding="utf-8"))}
+def imports_of(path: Path) -> set[str]:
+    return imported(path.read_text(encoding="utf-8"))
+
+
+def label(path: Path) -> str:
+    return str(path.relative_to(ROOT).with_suffix(""))
+
+
+def faults(path: Path, names: set[str]) -> list[str]:
+    """What a file of the core at `path` (below difflens_core) imports and may not."""
+    room = path.parts[0] if len(path.parts) > 1 else ""
+    below = ROOMS[ROOMS.index(room) + 1 :] + SHARED if room else SHARED[SHARED.index(path.stem) + 1 :]
+    up, found = "..", []
+    if not room:
+        up = "."
+    for name in names:
+        if not name.startswith("."):
+            allowed = name.split(".")[0] in {*LIBRARIES, *sys.stdlib_module_names}
+        elif room and not name.startswith(".."):
+            allowed = (ROOT / "difflens_core" / room / f"{name[1:].split('.')[0]}.py").exists()
+        else:
+            # From another room by the names that it hands out, not by its files.
+            allowed = name.removeprefix(up) in below
+        found += [] if allowed else [name]
+    return sorted(found)
 
 
 def test_the_reader_of_imports_sees_every_form():
@@ -35,22 +66,42 @@ def test_the_reader_of_imports_sees_every_form():
     assert imported(source) == {"a.b", "c.d", "..g", ".h"}
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
-def test_the_core_imports_only_itself_and_plain_libraries(path):
-    libraries = {"torch", "numpy", "scipy", "safetensors", "PIL", "torchvision", "kornia", "diffusers", "torchmetrics"}
-    allowed = {"", *libraries, *sys.stdlib_module_names}
-    assert roots(path) <= allowed
-    assert not [name for name in imported(path.read_text(encoding="utf-8")) if name.startswith("..")]
+@pytest.mark.parametrize("path", [path for path in CORE if path.name != "__init__.py"], ids=label)
+def test_the_core_imports_plain_libraries_and_rooms_below(path):
+    assert not faults(path.relative_to(ROOT / "difflens_core"), imports_of(path))
 
 
-@pytest.mark.parametrize("path", NODES, ids=lambda path: path.name)
+def test_imports_that_point_up_around_or_out_are_faults():
+    place = Path("locate/probes.py")
+    assert faults(place, {"torch", "..files", "..sae", ".attribution"}) == []
+    wrong = {"..steer", "..report", "..sae.autoencoder", ".missing", "comfy.sd", "matplotlib", "...nodes"}
+    assert faults(place, wrong) == sorted(wrong)
+    assert faults(Path("files.py"), {".targets", ".sae"}) == [".sae", ".targets"]
+    assert faults(Path("targets.py"), {".files"}) == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_what_it_is_for_and_hands_out_its_names(room):
+    module = importlib.import_module(f"difflens_core.{room}")
+    assert module.__doc__.strip() and "\n" not in module.__doc__.strip()
+    assert all(hasattr(module, name) for name in module.__all__)
+    files = [path for path in CORE if path.parent.name == room and path.name != "__init__.py"]
+    assert 4 <= len(files) <= 8
+
+
+def test_every_file_of_the_core_is_in_a_room_or_shared():
+    assert {path.parent.name for path in CORE} == {"difflens_core", *ROOMS}
+    assert {path.stem for path in CORE if path.parent.name == "difflens_core"} == {"__init__", *SHARED}
+
+
+@pytest.mark.parametrize("path", NODES, ids=label)
 def test_only_host_files_touch_the_insides_of_comfyui(path):
-    found = roots(path) & HOST
-    assert not found or path.name.startswith("host"), f"{path.name} imports {', '.join(sorted(found))}"
-    api = {name for name in imported(path.read_text(encoding="utf-8")) if name.split(".")[0] == "comfy_api"}
+    found = {name.split(".")[0] for name in imports_of(path)} & HOST
+    assert not found or "host" in path.parts or path.name.startswith("host"), f"imports {', '.join(sorted(found))}"
+    api = {name for name in imports_of(path) if name.split(".")[0] == "comfy_api"}
     assert api <= {"comfy_api.latest"}
 
 
 def test_there_is_something_to_check():
-    assert len(CORE) > 10 and "host.py" in {path.name for path in NODES}
-    assert roots(ROOT / "nodes" / "host.py") & HOST
+    assert len(CORE) > 50 and len(NODES) > 15
+    assert any({name.split(".")[0] for name in imports_of(path)} & HOST for path in NODES)

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from difflens_core.classifier import AttributeClassifier, load_classifier, save_classifier
-from difflens_core.denoiser import load_denoiser, save_denoiser
+from difflens_core.classifiers import AttributeClassifier, load_classifier, save_classifier
 from difflens_core.files import DiffLensError, load_tensors, save_tensors
-from difflens_core.probes import load_probes, save_probes
-from difflens_core.recipes import load_recipe, save_recipe
+from difflens_core.locate import save_probes
+from difflens_core.locate.probes import load_probes
+from difflens_core.networks import load_denoiser, save_denoiser
 from difflens_core.sae import load_sae, save_sae
+from difflens_core.steer import load_recipe, save_recipe
 
 SAVERS = {
     "sae": lambda path, toys: save_sae(path, toys.sae()),

@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from difflens_core.files import DiffLensError
+from difflens_core.steer import plan_in_words, plan_moves, planned_targets
 from difflens_core.targets import (
     LEFT_ALONE,
     Targets,
@@ -19,9 +20,6 @@ from difflens_core.targets import (
     joint_shares,
     parse_numbers,
     parse_target,
-    plan_in_words,
-    plan_moves,
-    planned_targets,
     targets_of,
 )
 

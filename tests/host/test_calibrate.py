@@ -13,12 +13,10 @@ from host import HostError, Server
 from make_workflows import FOLDER, Graph, Link, Node, load_classifier, load_model, sampler, steer, to_api
 from safetensors.torch import load_file
 
-from difflens_core.calibration import CalibrationOptions, calibrate
-from difflens_core.classifier import load_classifier as read_classifier
-from difflens_core.denoiser import load_denoiser
-from difflens_core.recipes import load_recipe, save_recipe
-from difflens_core.sampling import drawer, start_noise
-from difflens_core.targets import plan_moves
+from difflens_core.classifiers import load_classifier as read_classifier
+from difflens_core.experiments import CalibrationOptions, calibrate
+from difflens_core.networks import drawer, load_denoiser, start_noise
+from difflens_core.steer import load_recipe, plan_moves, save_recipe
 
 AVATARS = FOLDER.parent / "models" / "avatars"
 STEPS, SEED, BUDGET = 4, 5, 100

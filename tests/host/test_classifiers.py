@@ -16,8 +16,8 @@ from make_workflows import Graph, sampler, to_api
 from safetensors.torch import load_file
 from torchvision.models import resnet
 
-from difflens_core.classifier import left_out
-from difflens_core.resnet_classifiers import load_any_classifier
+from difflens_core.classifiers import load_any_classifier
+from difflens_core.classifiers.readings import left_out
 
 NAME = "res34_fair_align_multi_7.pt"
 

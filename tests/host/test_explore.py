@@ -166,7 +166,7 @@ def test_site_scan_tries_every_proposed_site_with_guidance(inside, given, sites)
         given.negative, CFG,
     ).result  # fmt: skip
     inside.forget()
-    parts = inside.pack_module("difflens_core.scan").PARTS
+    parts = inside.pack_module("difflens_core.experiments.scan").PARTS
     assert all(sum(line.startswith(f"{site} ") for line in table.splitlines()) == len(parts) for site in sites), table
     assert chart.shape[-1] == 3 and chart.std() > 0
 

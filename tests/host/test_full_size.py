@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from difflens_core.steering import Steering
+from difflens_core.steer import Steering
 
 
 @pytest.mark.slow

@@ -8,11 +8,9 @@ from host import HostError
 from make_workflows import FOLDER, Graph, Node, sampler, steer, to_api
 from test_workflows import latents
 
-from difflens_core.denoiser import load_prompted
-from difflens_core.recipes import load_recipe
-from difflens_core.sampling import Guidance, Kept, sample, start_noise
-from difflens_core.steering import Steering
-from difflens_core.store import open_store
+from difflens_core.activations import Kept, open_store
+from difflens_core.networks import Guidance, load_prompted, sample, start_noise
+from difflens_core.steer import Steering, load_recipe
 from difflens_core.targets import Targets
 
 FILES = FOLDER.parent / "models" / "prompted_avatars"

@@ -14,11 +14,10 @@ from host import HostError, Server
 from make_workflows import Graph, Link, load_classifier, load_model, sampler, steer, to_api
 from safetensors.torch import load_file
 
-from difflens_core.changes import clip_similarity, measure_changes
-from difflens_core.classifier import load_classifier as read_classifier
-from difflens_core.correction import parse_confusion
-from difflens_core.report import Question, share_chart, summary
-from difflens_core.report_page import report_page
+from difflens_core.classifiers import load_classifier as read_classifier
+from difflens_core.measure import measure_changes, parse_confusion
+from difflens_core.measure.changes import clip_similarity
+from difflens_core.report import Question, report_page, share_chart, summary
 from difflens_core.targets import Targets
 
 CLASSIFIER = Path(__file__).resolve().parents[2] / "models" / "avatars" / "difflens_classifiers" / "avatars.safetensors"

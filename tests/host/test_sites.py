@@ -380,21 +380,21 @@ def test_capture_probe_attribute_and_steer_at_every_kind_of_site(inside, family,
     inside.forget()
     activations, labels = store.activations(), torch.arange(8) % 2
     sae = random_sae(inside, activations, kernel)
-    probes = inside.pack_module("difflens_core.probes").train_probes(activations, sae, labels, "tone", classes)
-    attribute = inside.pack_module("difflens_core.attribution").attribute_features
+    probes = inside.pack_module("difflens_core.locate").train_probes(activations, sae, labels, "tone", classes)
+    attribute = inside.pack_module("difflens_core.locate").attribute_features
     found = attribute(activations, sae, probes, labels)
     assert attribute(activations, sae, probes, labels, "integrated gradients").completeness < 1e-4
-    recipe = inside.pack_module("difflens_core.recipes").build_recipe(found, sae, probes, activations, 10)
+    recipe = inside.pack_module("difflens_core.steer").build_recipe(found, sae, probes, activations, 10)
     path = inside.host.temporary_file("chain.safetensors")
-    inside.pack_module("difflens_core.recipes").save_recipe(path, recipe)
-    recipe = inside.pack_module("difflens_core.recipes").load_recipe(path)
+    inside.pack_module("difflens_core.steer").save_recipe(path, recipe)
+    recipe = inside.pack_module("difflens_core.steer").load_recipe(path)
     assert recipe.site == site and recipe.kernel == kernel
     latent = inside.latent(family)
     plain = inside.sample(model, positive, negative, 3.0, latent, 2)
     for mode in ("shift", "scale"):
         for strength in (0.0, 3.0):
-            settings = inside.pack_module("difflens_core.recipes").with_settings(recipe, mode=mode, strength=strength)
-            steering = inside.pack_module("difflens_core.steering").Steering(settings, lambda images: images % 2)
+            settings = inside.pack_module("difflens_core.steer").with_settings(recipe, mode=mode, strength=strength)
+            steering = inside.pack_module("difflens_core.steer").Steering(settings, lambda images: images % 2)
             steered = inside.host.apply_site(model, site, steering, "Steer")
             drawn = inside.sample(steered, positive, negative, 3.0, latent, 2)
             assert torch.equal(drawn, plain) == (strength == 0) and torch.isfinite(drawn).all()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from difflens_core.steering import Steering
+from difflens_core.steer import Steering
 
 SAMPLERS = ("euler", "dpmpp_2m", "heun", "dpm_2", "dpmpp_sde", "dpm_adaptive")
 OFF_SCHEDULE = ("dpm_2", "dpmpp_sde", "dpm_adaptive")  # they evaluate between the steps

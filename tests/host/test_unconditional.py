@@ -16,11 +16,10 @@ from make_workflows import Graph, Node, steer, to_api
 from safetensors.torch import load_file, save_file
 
 from difflens_core.activations import edit_site
-from difflens_core.adm import AdmConfig
-from difflens_core.classifier import AttributeClassifier, save_classifier
-from difflens_core.denoiser import fingerprint
-from difflens_core.recipes import load_recipe, save_recipe
-from difflens_core.steering import Steering
+from difflens_core.classifiers import AttributeClassifier, save_classifier
+from difflens_core.files import fingerprint
+from difflens_core.networks import AdmConfig
+from difflens_core.steer import Steering, load_recipe, save_recipe
 from difflens_core.targets import Targets
 
 # 2 x 2 and 8 x 8 maps in the middle; heads that the habit of the trainers gives (four).

@@ -18,12 +18,11 @@ from make_workflows import FOLDER, GRAPHS, Graph, Node, sampler, steer, to_api, 
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from difflens_core.denoiser import fingerprint, load_denoiser, save_denoiser
-from difflens_core.recipes import load_recipe, recipe_from_features, save_recipe
+from difflens_core.activations import open_store
+from difflens_core.files import fingerprint
+from difflens_core.networks import capture_pictures, load_denoiser, sample, save_denoiser, start_noise
 from difflens_core.sae import SparseAutoencoder, load_sae
-from difflens_core.sampling import capture_pictures, sample, start_noise
-from difflens_core.steering import Steering
-from difflens_core.store import open_store
+from difflens_core.steer import Steering, load_recipe, recipe_from_features, save_recipe
 from difflens_core.targets import Targets
 
 AVATARS = FOLDER.parent / "models" / "avatars"

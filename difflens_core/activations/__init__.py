@@ -1,0 +1,30 @@
+"""What the denoiser computes inside: the sites where it is read and changed, and the activations captured there."""
+
+from .capture import Draw, Edit, Kept, noise_batches
+from .captured import Activations
+from .sites import UPDATE, Whole, edit_site, find_site, from_map, reads_update, to_map
+from .store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, open_store, record, save_labels
+
+__all__ = [
+    "Activations",
+    "DTYPES",
+    "Draw",
+    "Edit",
+    "INDEX",
+    "Index",
+    "Kept",
+    "SAMPLES",
+    "Shard",
+    "Store",
+    "UPDATE",
+    "Whole",
+    "edit_site",
+    "find_site",
+    "from_map",
+    "noise_batches",
+    "open_store",
+    "reads_update",
+    "record",
+    "save_labels",
+    "to_map",
+]

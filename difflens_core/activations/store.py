@@ -1,0 +1,276 @@
+"""Captured activations in a folder: written shard by shard while sampling goes on, read without loading them.
+
+A store is a folder that any machine can read:
+
+    index.json              what holds for all shards (`Index`)
+    shard_00000.safetensors for every site S x b x H x W x C, so that the C numbers of a position are one piece,
+    shard_00001 ...         and `samples`, the finished latents of its b pictures
+    labels.safetensors      the pictures' classes, if somebody has told them (`save_labels`)
+
+A shard gets its name when it is written to the end. So whatever interrupts a capture, the shards that are there are
+whole, and the capture goes on with the first that is not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..files import METADATA_KEY, DiffLensError, digest, load_tensors, save_tensors
+from .captured import Activations
+
+VERSION = 1
+INDEX, LABELS = "index.json", "labels.safetensors"
+SAMPLES = "samples"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+Shard = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Index:
+    """What holds for all shards of a capture.
+
+    sites: module names; progress: S, share of the sampling behind each step that is kept; pictures: how many in all;
+    per_shard: how many in a shard (fewer in the last); seed: picture k starts from the noise that a host draws for
+    place k of a batch under this seed; model: fingerprint of the weights; dtype: one of `DTYPES`; info: what else
+    decides the pictures (sampler, size, ...), JSON-able.
+    """
+
+    sites: tuple[str, ...]
+    progress: tuple[float, ...]
+    pictures: int
+    per_shard: int
+    seed: int
+    model: str
+    dtype: str = "float16"
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", tuple(self.sites))
+        object.__setattr__(self, "progress", tuple(self.progress))
+        if not all(self.sites) or not 0 < len(self.sites) < len({*self.sites, SAMPLES}):
+            raise DiffLensError(f'the sites are "{", ".join(self.sites)}". Name at least one, and each only once.')
+        if not self.progress or self.pictures < 1 or self.per_shard < 1 or self.dtype not in DTYPES:
+            raise DiffLensError(
+                f"a capture of {len(self.progress)} steps and {self.pictures} pictures, {self.per_shard} at once, as "
+                f"{self.dtype}: expected at least one of each, as {' or '.join(DTYPES)}."
+            )
+
+    @property
+    def shards(self) -> int:
+        return math.ceil(self.pictures / self.per_shard)
+
+    def pictures_of(self, shard: int) -> range:
+        return range(self.pictures)[shard * self.per_shard : (shard + 1) * self.per_shard]
+
+    @property
+    def digest(self) -> str:
+        """Twelve hex digits that every shard carries, so that one of another capture is noticed."""
+        return digest(json.dumps(asdict(self), sort_keys=True))
+
+
+@dataclass(frozen=True)
+class Store:
+    """A finished capture: its shards in turn, in memory or mapped from files (read when they are used)."""
+
+    index: Index
+    shards: tuple[Shard, ...]
+
+    def activations(self, site: str = "") -> Activations:
+        """The activations of `site`, of the first one if empty. Raises `DiffLensError` if it was not captured."""
+        site = site or self.index.sites[0]
+        if site not in self.index.sites:
+            raise DiffLensError(f"site {site} was not captured. There is: {', '.join(self.index.sites)}.")
+        values = tuple(shard[site].movedim(-1, 2) for shard in self.shards)
+        return Activations(values, torch.tensor(self.index.progress), site, self.index.model)
+
+    def samples(self) -> Tensor:
+        """The finished latents of all pictures, in memory."""
+        return torch.cat([shard[SAMPLES] for shard in self.shards])
+
+
+def record(
+    index: Index,
+    noises: Iterable[Tensor],
+    draw: Callable[[int, Tensor], Shard],
+    folder: str | Path | None = None,
+) -> Store:
+    """Capture shard by shard into `folder`, or in memory if None.
+
+    noises: the noise of every shard in turn; draw(first, noise): a shard, the first picture of which has number
+    `first`, that is S x b x H x W x C for every site and the samples. Shards that the folder holds already are not
+    drawn again; beside them one shard at a time is in memory. Raises `DiffLensError` if the folder was begun with
+    another index, if a shard does not fit, holds NaN or infinite numbers, or cannot be written.
+    """
+    kept: list[Shard] = []
+    finished = set() if folder is None else begin(Path(folder), index)
+    for number, noise in zip(range(index.shards), noises, strict=True):
+        if number in finished:
+            continue
+        shard = draw(index.pictures_of(number).start, noise)
+        check_shard(shard, index, number, f"pictures {index.pictures_of(number)[0]} to {index.pictures_of(number)[-1]}")
+        for site in index.sites:
+            if not torch.isfinite(shard[site]).all():
+                raise DiffLensError(
+                    f"{site} puts out numbers that are NaN or beyond {index.dtype}. Check the model's precision"
+                    + (", or keep bfloat16, whose range is wider." if index.dtype == "float16" else ".")
+                )
+        if folder is None:
+            kept.append(shard)
+        else:
+            write_shard(Path(folder), index, number, shard)
+    # Opened only now: whatever stayed in memory between two large shards would keep the allocator from reusing them.
+    return Store(index, tuple(kept)) if folder is None else open_store(folder)
+
+
+def begin(folder: Path, index: Index) -> set[int]:
+    """Make a store's folder, or go on with one that was begun with the same index: the numbers of its whole shards."""
+    if (folder / INDEX).exists():
+        found, wanted = plain(read_index(folder)), plain(index)
+        names = [name for name in found | wanted if found.get(name) != wanted.get(name)]
+        if names:
+            wrong = [f"{name} {str(found.get(name))[:60]}, now {str(wanted.get(name))[:60]}" for name in names]
+            raise DiffLensError(
+                f"{folder.name} was begun with other settings: {'; '.join(wrong)}. Go on with those, choose another "
+                "name, or delete the folder."
+            )
+    else:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"version": VERSION, **asdict(index)}, indent=1)
+            temporary = folder / f".{INDEX}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(folder / INDEX)
+    for leftover in folder.glob(".*.tmp"):  # of a capture that was killed while it wrote
+        leftover.unlink()
+    finished = {number for number in range(index.shards) if shard_path(folder, number).exists()}
+    for number in finished:
+        read_shard(folder, index, number)
+    return finished
+
+
+def plain(index: Index) -> dict[str, Any]:
+    """Everything an index says, by name, as it is after a journey through JSON."""
+    found = json.loads(json.dumps(asdict(index)))
+    return found | found.pop("info")
+
+
+def open_store(folder: str | Path) -> Store:
+    """The store in `folder`. Raises `DiffLensError` if it is none, unfinished, or one of its files is damaged."""
+    folder = Path(folder)
+    index = read_index(folder)
+    missing = [number for number in range(index.shards) if not shard_path(folder, number).exists()]
+    if missing:
+        raise DiffLensError(
+            f"{folder.name}: {len(missing)} of {index.shards} shards are missing (the first is "
+            f"{shard_path(folder, missing[0]).name}). Capture again under this name with the same settings: only those "
+            "are drawn. Or copy them from where the store came from."
+        )
+    return Store(index, tuple(read_shard(folder, index, number) for number in range(index.shards)))
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a store. Raises `DiffLensError` if the folder holds none that this version can read."""
+    try:
+        found = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        version = found.pop("version")
+        if version == VERSION:
+            return Index(**found)
+    except OSError as error:
+        raise DiffLensError(f"{folder}: not an activation store, {INDEX} cannot be read ({error.strerror}).") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        names = ", ".join(["version", *(f.name for f in fields(Index))])
+        raise DiffLensError(
+            f"{folder.name}/{INDEX} is damaged ({error}), expected JSON with {names}. Copy it again from where the "
+            "store came from, or delete the folder and capture again."
+        ) from error
+    raise DiffLensError(
+        f"{folder.name} is an activation store of version {version}, this DiffLens reads version {VERSION}. Update "
+        "DiffLens, or capture again."
+    )
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard_{number:05}.safetensors"
+
+
+def write_shard(folder: Path, index: Index, number: int, shard: Shard) -> None:
+    """Write a shard whole or not at all."""
+    path = shard_path(folder, number)
+    with disk_errors(path):
+        save_tensors(path, "activations", shard, {"index": index.digest, "first": index.pictures_of(number).start})
+
+
+def read_shard(folder: Path, index: Index, number: int) -> Shard:
+    """A shard, mapped into memory. Raises `DiffLensError` if it is cut off or not the one that belongs there."""
+    path = shard_path(folder, number)
+    name = f"{folder.name}/{path.name}"
+    try:
+        with safe_open(path, framework="pt") as file:
+            info = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            shard = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise DiffLensError(
+            f"{name} is damaged or cut off ({error}). Copy it again from where the store came from; or delete it and "
+            "capture again under this name: only its pictures are drawn."
+        ) from error
+    if (info.get("index"), info.get("first")) != (index.digest, index.pictures_of(number).start):
+        raise DiffLensError(f"{name} belongs to another capture or another place of this one. Delete it.")
+    check_shard(shard, index, number, name)
+    return shard
+
+
+def check_shard(shard: Shard, index: Index, number: int, name: str) -> None:
+    """Raise `DiffLensError` unless the shard holds what the index says."""
+    if missing := [site for site in (*index.sites, SAMPLES) if site not in shard]:
+        raise DiffLensError(f"{name}: lacks {', '.join(missing)}, which {INDEX} says were captured.")
+    steps, pictures = len(index.progress), len(index.pictures_of(number))
+    for site in index.sites:
+        found = tuple(shard[site].shape)
+        if len(found) != 5 or found[:2] != (steps, pictures) or shard[site].dtype != DTYPES[index.dtype]:
+            raise DiffLensError(
+                f"{name}: {site} is {found} in {shard[site].dtype}, expected {steps} steps x {pictures} pictures x "
+                f"height x width x channels in {index.dtype}."
+            )
+    if len(shard[SAMPLES]) != pictures:
+        raise DiffLensError(f"{name}: holds {len(shard[SAMPLES])} samples, expected {pictures}.")
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Let an `OSError` inside become a `DiffLensError` that says what could not be written and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise DiffLensError(
+            f"{path} could not be written: {error.strerror}. Make room or choose another folder, and capture again "
+            "with the same settings: what is finished is kept."
+        ) from error
+
+
+def save_labels(folder: str | Path, labels: Mapping[str, tuple[tuple[str, ...], Tensor]]) -> None:
+    """Write the pictures' classes beside a store's shards: {attribute: (classes, B indices into them)}."""
+    folder = Path(folder)
+    pictures = read_index(folder).pictures
+    for attribute, (_, indices) in labels.items():
+        if len(indices) != pictures:
+            raise DiffLensError(f"{attribute}: got {len(indices)} labels, {folder.name} has {pictures} pictures.")
+    tensors = {attribute: indices.long() for attribute, (_, indices) in labels.items()}
+    classes = {attribute: list(names) for attribute, (names, _) in labels.items()}
+    save_tensors(folder / LABELS, "labels", tensors, {"classes": classes})
+
+
+def load_labels(folder: str | Path) -> dict[str, tuple[tuple[str, ...], Tensor]]:
+    """The pictures' classes as `save_labels` got them. Raises `DiffLensError` if there are none."""
+    tensors, info = load_tensors(Path(folder) / LABELS, "labels", needs=["classes"])
+    return {attribute: (tuple(names), tensors[attribute]) for attribute, names in info["classes"].items()}

@@ -1,0 +1,25 @@
+"""What reads attributes off pictures."""
+
+from .convolutional import AttributeClassifier, load_classifier, save_classifier
+from .faces import load_face_finder
+from .loading import load_any_classifier
+from .readings import ImageClassifier, decided, join_readings, label_table, labels_of, other_attributes, shares_left_out
+from .zero_shot import ZeroShotClassifier, class_directions, parse_prompts
+
+__all__ = [
+    "AttributeClassifier",
+    "ImageClassifier",
+    "ZeroShotClassifier",
+    "class_directions",
+    "decided",
+    "join_readings",
+    "label_table",
+    "labels_of",
+    "load_any_classifier",
+    "load_classifier",
+    "load_face_finder",
+    "other_attributes",
+    "parse_prompts",
+    "save_classifier",
+    "shares_left_out",
+]

@@ -1,0 +1,120 @@
+"""A classifier from a file of any known kind, told by its content. Only tensors are read, never pickled code."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..files import METADATA_KEY, DiffLensError, read_tensors
+from .convolutional import load_classifier
+from .faces import FaceFinder
+from .readings import ImageClassifier
+from .resnets import FAIRFACE, FAIRFACE_NOTES, FAIRFACE_OUTPUTS, SIZE, Readout, ResNetClassifier, build_resnet
+
+
+def load_any_classifier(path: str | Path, faces: FaceFinder | None = None) -> tuple[ImageClassifier, str]:
+    """The classifier in a file of any known format, in evaluation mode, and a report of what was loaded.
+
+    Known are DiffLens's own, FairFace's ResNet-34 (seven races) and ResNets of torchvision's layout with a description
+    (`description`). `faces`: look at faces only, for the ResNets. Raises `DiffLensError` for anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DiffLensError(f"{path}: no such file. Expected a classifier.")
+    tensors, info = read_tensors(path), description(path)
+    if "kind" in info:
+        if faces:
+            raise DiffLensError(f"{path.name}: this classifier looks at whole pictures. Set face_detector to none.")
+        model = load_classifier(path)
+        lines = ["format: DiffLens", f"input: whole pictures, {model.size} x {model.size}"]
+        return model, "\n".join([*lines, *attribute_lines(model)])
+    if not {"conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight", "fc.weight", "fc.bias"} <= tensors.keys():
+        raise DiffLensError(
+            f"{path.name}: not a classifier of a known format. Tensors: {', '.join(list(tensors)[:6]) or 'none'}. "
+            "Known are DiffLens's own, FairFace's ResNet-34 and ResNets in torchvision's layout."
+        )
+    try:
+        network, name = build_resnet(tensors)
+        outputs = tensors["fc.bias"].numel()
+        notes, settings = (), {}
+        if info:
+            readouts, settings = described(info, outputs)
+        elif (name, outputs) == ("ResNet-34", FAIRFACE_OUTPUTS):
+            readouts, notes, name = FAIRFACE, FAIRFACE_NOTES, "FairFace, ResNet-34"
+        else:
+            raise DiffLensError(
+                f"a {name} with {outputs} outputs, and nothing says what they mean. Put {path.name}.json beside it: "
+                '{"attributes": {"NAME": ["CLASS", ...]}}, the classes in the order of the outputs.'
+            )
+    except DiffLensError as error:
+        raise DiffLensError(f"{path.name}: {error}") from error
+    model = ResNetClassifier(network, readouts, faces=faces, **settings).eval().requires_grad_(False)
+    area = "the largest face, or the whole picture where there is none" if faces else "whole pictures"
+    lines = [f"format: {name}", f"input: {area}, {model.size} x {model.size}", *attribute_lines(model)]
+    return model, "\n".join([*lines, *(f"note: {note}" for note in notes)])
+
+
+def attribute_lines(model: ImageClassifier) -> list[str]:
+    return [f"{name}: {', '.join(classes)}" for name, classes in model.attributes.items()]
+
+
+def description(path: Path) -> dict[str, Any]:
+    """What `<file>.json`, or else the metadata of a safetensors file, says about a classifier. Empty if nothing."""
+    beside = path.with_name(f"{path.name}.json")
+    if beside.is_file():
+        source, text = beside.name, beside.read_bytes()
+    else:
+        try:
+            with safe_open(path, framework="pt") as file:
+                source, text = f"{path.name}'s metadata", (file.metadata() or {}).get(METADATA_KEY, "{}")
+        except SafetensorError:
+            return {}  # a PyTorch file, which has no metadata
+    try:
+        info = json.loads(text)
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise DiffLensError(f"{source} is not readable JSON ({error}).") from error
+    if not isinstance(info, dict):
+        raise DiffLensError(f"{source} holds a {type(info).__name__}, expected an object with attributes.")
+    return info
+
+
+def described(info: Mapping[str, Any], outputs: int) -> tuple[dict[str, Readout], dict[str, Any]]:
+    """Readouts and settings (size, mean, std, as far as given) from a description of `outputs` outputs."""
+    attributes = info.get("attributes")
+    if not isinstance(attributes, dict) or not attributes or not all(map(are_classes, attributes.values())):
+        raise DiffLensError(
+            'its description lacks attributes, expected {"attributes": {"NAME": ["CLASS", ...]}} with two different '
+            "classes or more each."
+        )
+    total = sum(map(len, attributes.values()))
+    if total != outputs:
+        raise DiffLensError(f"it has {outputs} outputs, but its description has {total} classes. Name one for each.")
+    readouts, start = {}, 0
+    for name, classes in attributes.items():
+        readouts[name] = Readout(
+            tuple(classes), (start, start + len(classes)), tuple((c,) for c in range(len(classes)))
+        )
+        start += len(classes)
+    settings = {name: info[name] for name in ("size", "mean", "std") if name in info}
+    size = settings.get("size", SIZE)
+    if not isinstance(size, int) or not 32 <= size <= 4096:
+        raise DiffLensError(f"its description says size {size!r}, expected a number of pixels from 32 to 4096.")
+    for name in settings.keys() - {"size"}:
+        if not are_colours(settings[name]) or (name == "std" and min(settings[name]) <= 0):
+            raise DiffLensError(f"its description says {name} {settings[name]!r}, expected a number for each colour.")
+    return readouts, settings
+
+
+def are_classes(value: Any) -> bool:
+    strings = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+    return strings and len(set(value)) == len(value) >= 2
+
+
+def are_colours(value: Any) -> bool:
+    numbers = isinstance(value, list) and all(type(number) in (int, float) for number in value)
+    return numbers and len(value) == 3 and all(map(math.isfinite, value))

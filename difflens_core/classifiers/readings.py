@@ -1,0 +1,109 @@
+"""What a classifier is to the rest of the pack, and what can be said of its readings."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..files import DiffLensError
+
+NO_FACE = "no face"  # a reading beside the attributes: n, 1 for a picture in which no face was found, else 0
+MISTAKE = "_reference_mistake"  # ending of an attribute that reads another one as the reference's evaluation does
+
+
+class ImageClassifier(Protocol):
+    """What every function and node that asks for a classifier takes: it reads attributes off pictures.
+
+    attributes: every name with its classes, in the order of the probabilities.
+    """
+
+    attributes: Mapping[str, tuple[str, ...]]
+
+    def classify(self, images: Tensor) -> dict[str, Tensor]:
+        """Probabilities (n x K, fp32, on the CPU) of every attribute for images n x H x W x 3 in [0, 1], of any size.
+
+        May hold more than the attributes: `NO_FACE`, and `left_out` of attributes whose classes are not all there is.
+        """
+        ...
+
+
+def left_out(attribute: str) -> str:
+    """Name of a reading (n): how much of each picture a classifier gives to classes that the attribute leaves out."""
+    return f"{attribute}: other classes"
+
+
+def shares_left_out(read: Mapping[str, Tensor], attribute: str) -> dict[str, float]:
+    """What the classes of `attribute` do not speak for: share without a face, and of those with one other classes."""
+    shares, known = {}, decided(read)
+    if NO_FACE in read:
+        shares["no face"] = float(1 - known.float().mean())
+    if left_out(attribute) in read:
+        shares["other classes"] = float(read[left_out(attribute)][known].mean())
+    return shares
+
+
+def decided(read: Mapping[str, Tensor]) -> Tensor:
+    """The pictures that show something to classify (n, bool): all of them, where no face is looked for."""
+    if NO_FACE in read:
+        return read[NO_FACE] < 0.5
+    return torch.ones(len(next(iter(read.values()))), dtype=torch.bool)
+
+
+def labels_of(read: Mapping[str, Tensor], attribute: str, classes: tuple[str, ...]) -> list[str | None]:
+    """The class of every picture; None where no face was found."""
+    chosen = read[attribute].argmax(dim=1).tolist()
+    return [classes[c] if known else None for c, known in zip(chosen, decided(read).tolist(), strict=True)]
+
+
+def other_attributes(attributes: Mapping[str, Any], attribute: str) -> list[str]:
+    """Names of the attributes that say something else than `attribute`, each once."""
+    return [name for name in attributes if name != attribute.removesuffix(MISTAKE) and not name.endswith(MISTAKE)]
+
+
+def label_table(read: Mapping[str, Tensor], attributes: Mapping[str, tuple[str, ...]], attribute: str) -> str:
+    """CSV with a line a picture: its class and probabilities of `attribute`, what is left out, its other classes."""
+    classes, others = attributes[attribute], other_attributes(attributes, attribute)
+    extra = [name for name in (left_out(attribute), NO_FACE) if name in read]
+    columns = [
+        labels_of(read, attribute, classes),
+        *read[attribute].T.tolist(),
+        *(read[name].tolist() for name in extra),
+    ]
+    columns += [labels_of(read, name, attributes[name]) for name in others]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["picture", attribute, *(f"p({name})" for name in classes), *extra, *others])
+    for number, row in enumerate(zip(*columns, strict=True), 1):
+        writer.writerow([number, *(f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row)])
+    return text.getvalue()
+
+
+def by_batches(
+    images: Tensor, batch: int, device: torch.device, read: Callable[[Tensor], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What `read` tells of pictures (b x 3 x H x W in [0, 1], fp32, on `device`), joined on the CPU.
+
+    images: n x H x W x 3 or more, in [0, 1]; what comes after red, green and blue is not looked at.
+    """
+    if images.ndim != 4 or len(images) == 0:
+        raise DiffLensError("the classifier got no images. Connect a batch with at least one picture.")
+    parts = []
+    for part in images[..., :3].split(batch):
+        chunk = part.to(device).movedim(-1, 1).float()
+        if not chunk.isfinite().all():
+            raise DiffLensError(
+                "a picture holds NaN or infinite numbers, so that nothing can be read off it. Look at how it was "
+                "sampled."
+            )
+        parts.append({name: value.float().cpu() for name, value in read(chunk).items()})
+    return join_readings(parts)
+
+
+def join_readings(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What was read off all pictures from what was read off consecutive parts of them."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,138 @@
+"""ResNets as classifiers of attributes, FairFace's among them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..files import DiffLensError
+from .faces import FaceFinder, cut_out, largest_faces
+from .readings import MISTAKE, NO_FACE, by_batches, left_out
+
+SIZE = 224
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which torchvision's weights began with
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How the probabilities of an attribute come from a network's outputs.
+
+    outputs: first output of those that share a softmax, and the one after the last; columns: for every class those of
+    them that are added up; whole: what the classes leave out is shared among them, so that they sum to 1.
+    """
+
+    classes: tuple[str, ...]
+    outputs: tuple[int, int]
+    columns: tuple[tuple[int, ...], ...]
+    whole: bool = True
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """n x classes from n x outputs."""
+        part = logits[:, slice(*self.outputs)]
+        # logarithms, so that nothing is divided by a tiny sum
+        sums = torch.stack([part[:, list(added)].logsumexp(dim=1) for added in self.columns], dim=1)
+        return sums.softmax(dim=1) if self.whole else (sums - part.logsumexp(dim=1, keepdim=True)).exp()
+
+    @property
+    def missing(self) -> list[int]:
+        """Columns that no class has."""
+        used = {column for added in self.columns for column in added}
+        return [column for column in range(self.outputs[1] - self.outputs[0]) if column not in used]
+
+    def share_left_out(self, logits: Tensor) -> Tensor:
+        """n: the probability of the columns that no class has."""
+        return logits[:, slice(*self.outputs)].softmax(dim=1)[:, self.missing].sum(dim=1)
+
+
+# FairFace (Karkkainen and Joo 2021), the model with seven races. Outputs: 0-6 White, Black, Latino_Hispanic, East
+# Asian, Southeast Asian, Indian, Middle Eastern; 7-8 Male, Female; 9-17 ages 0-2, 3-9, 10-19, ... 60-69, 70 and more.
+RACES = ("white", "black", "asian", "indian")
+FAIRFACE = {
+    "gender": Readout(("male", "female"), (7, 9), ((0,), (1,))),
+    "age": Readout(("young", "adult", "old"), (9, 18), ((0, 1, 2), (3, 4, 5, 6), (7, 8))),
+    "race": Readout(RACES, (0, 7), ((0,), (1,), (3, 4), (5,))),
+    # The paper's reference code takes the first four columns, so Latino_Hispanic for Asian and East Asian for Indian,
+    # and does not make them sum to 1.
+    f"race{MISTAKE}": Readout(RACES, (0, 7), ((0,), (1,), (2,), (3,)), whole=False),
+}
+FAIRFACE_OUTPUTS = 18
+FAIRFACE_NOTES = (
+    "age: young is 0 to 19, adult 20 to 59, old 60 and more",
+    "race: asian is East Asian and Southeast Asian; Latino_Hispanic and Middle Eastern are left out, the others are "
+    "made to sum to 1",
+    f"race{MISTAKE}: columns as in the reference's evaluation (Latino_Hispanic for asian, East Asian for indian), only "
+    "to compare with its figures",
+    "the classes are FairFace's guesses from pictures, not what people are",
+)
+
+
+class ResNetClassifier(nn.Module):
+    """A ResNet with readouts; with `faces` it looks at the largest face only, and at the whole picture without one.
+
+    size: side of the square that pictures or faces are resized to; mean, std: what each colour is normalised by.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        readouts: Mapping[str, Readout],
+        size: int = SIZE,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
+        faces: FaceFinder | None = None,
+    ):
+        super().__init__()
+        self.network, self.readouts, self.size, self.faces = network, dict(readouts), size, faces
+        self.attributes = {name: readout.classes for name, readout in readouts.items()}
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    @torch.inference_mode()
+    def classify(self, images: Tensor, batch: int = 32) -> dict[str, Tensor]:
+        """See `ImageClassifier.classify`."""
+
+        def read(x: Tensor) -> dict[str, Tensor]:
+            if self.faces is None:
+                found, told = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True), {}
+            else:
+                boxes = largest_faces(self.faces(x))
+                found, told = cut_out(x, boxes, self.size), {NO_FACE: boxes.isnan().any(dim=1)}
+            logits = self.network((found - self.mean) / self.std).float()
+            for name, readout in self.readouts.items():
+                told[name] = readout.probabilities(logits)
+                if readout.missing:
+                    told[left_out(name)] = readout.share_left_out(logits)
+            return told
+
+        return by_batches(images, batch, self.mean.device, read)
+
+
+def build_resnet(weights: Mapping[str, Tensor]) -> tuple[nn.Module, str]:
+    """A ResNet of torchvision's layout and its name, its depth read off the names of the weights."""
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise DiffLensError(f"tensor {name} holds NaN or infinite numbers. The file is damaged.")
+    try:
+        from torchvision.models import resnet
+    except (ImportError, RuntimeError) as error:  # the latter where its build does not fit torch's
+        raise DiffLensError(
+            f"needs torchvision, which does not load ({error}). Install the torchvision that belongs to your torch."
+        ) from error
+    bottleneck = "layer1.0.conv3.weight" in weights
+    blocks = [len({m[1] for name in weights if (m := re.match(rf"layer{i}\.(\d+)\.", name))}) for i in range(1, 5)]
+    with torch.device("meta"):  # no time for random weights
+        kind = resnet.Bottleneck if bottleneck else resnet.BasicBlock
+        network = resnet.ResNet(kind, blocks, num_classes=weights["fc.bias"].numel())
+    name = f"ResNet-{sum(blocks) * (3 if bottleneck else 2) + 2}"
+    full = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
+    try:
+        network.load_state_dict(full, assign=True)
+    except RuntimeError as error:
+        reason = re.sub(r"\s+", " ", str(error))[:300]
+        raise DiffLensError(f"looks like a {name} of torchvision, but its weights do not fit one. {reason}") from error
+    return network, name

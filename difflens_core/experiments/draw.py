@@ -1,0 +1,95 @@
+"""How experiments draw pictures: in batches, counted, and never the same one twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..activations import Draw
+from ..files import DiffLensError, load_tensors, save_tensors
+from ..steer import Recipe, Steering, with_settings
+from ..targets import LEFT_ALONE
+
+
+@dataclass
+class Trials:
+    """Draws pictures under a recipe and keeps what the classifier read, so that none is ever drawn twice.
+
+    classify(images) gives the class probabilities (B x K). known: by picture, class asked for and its strength.
+    With `file` they are kept there too, batch by batch: a calibration that was cut off goes on where it stopped.
+    """
+
+    recipe: Recipe
+    draw: Draw
+    classify: Callable[[Tensor], Tensor]
+    batch: int
+    on_batch: Callable[[int], None]
+    file: Path | None = None
+    known: dict[tuple[int, int, float], np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.file and self.file.exists():
+            kept, _ = load_tensors(self.file, "calibration", ("keys", "read"))
+            for (picture, asked, strength), read in zip(kept["keys"].tolist(), kept["read"].numpy(), strict=True):
+                self.known[int(picture), int(asked), strength] = read
+
+    def read(self, pictures: np.ndarray, asked: np.ndarray, strength: np.ndarray) -> np.ndarray:
+        """Class probabilities (n x K) of `pictures` (n) steered to `asked` (n) with `strength` (K)."""
+        amounts = [0.0 if c == LEFT_ALONE else float(strength[c]) for c in asked]
+        keys = list(zip(pictures.tolist(), asked.tolist(), amounts, strict=True))
+        missing = [key for key in dict.fromkeys(keys) if key not in self.known]
+        recipe = with_settings(self.recipe, strength=tuple(strength.tolist()))
+        for first in range(0, len(missing), self.batch):
+            part = missing[first : first + self.batch]
+            which, classes = (torch.tensor([key[i] for key in part]) for i in (0, 1))
+            edit = Steering(recipe, lambda images, classes=classes: classes[images])
+            drawn = self.classify(self.draw([edit], which)).double().cpu().numpy()
+            self.known |= dict(zip(part, drawn, strict=True))
+            self.save()
+            self.on_batch(len(self.known))
+        return np.stack([self.known[key] for key in keys])
+
+    def save(self) -> None:
+        if self.file:
+            keys = torch.tensor([*self.known], dtype=torch.float64)
+            save_tensors(
+                self.file, "calibration", {"keys": keys, "read": torch.from_numpy(np.stack([*self.known.values()]))}, {}
+            )
+
+
+@dataclass
+class Run:
+    """Draws in batches and tells how many of `total` pictures are done."""
+
+    sample: Draw
+    batch: int
+    total: int
+    on_picture: Callable[[int, int], None]
+    done: int = field(default=0)
+
+    def draw(self, which: Tensor, edits: Callable[[Tensor], list]) -> Tensor:
+        """Pictures of noises `which`; `edits(rows)` gives the edits of a batch that holds `rows` of them."""
+        parts = []
+        for rows in torch.arange(len(which)).split(self.batch):
+            parts.append(self.sample(edits(rows), which[rows]))
+            self.done += len(rows)
+            self.on_picture(self.done, self.total)
+        return torch.cat(parts)
+
+
+def shown_classes(labels: Tensor, attribute: str, classes: tuple[str, ...]) -> list[int]:
+    """Classes that at least two pictures show. Raises `DiffLensError` if there are not two of them."""
+    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    shown = [c for c, count in enumerate(counts) if count >= 2]
+    if len(shown) < 2:
+        seen = ", ".join(f"{name} {count}" for name, count in zip(classes, counts, strict=True))
+        raise DiffLensError(
+            f"{attribute}: among {len(labels)} pictures are {seen}; two classes must be shown by at least 2 pictures "
+            "each. Draw more pictures."
+        )
+    return shown

@@ -1,0 +1,131 @@
+"""What a latent does to the pictures: change it alone while sampling, and see which class they show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..activations import Draw
+from ..files import DiffLensError
+from ..locate import contrast
+from ..steer import Recipe
+
+EFFECTS = ("amplify", "ablate")
+
+
+@dataclass(frozen=True)
+class OneLatent:
+    """Edit of one latent of a recipe in each picture: `latent` holds its row in the recipe (B), -1 for none.
+
+    ablate: z' = 0; amplify: z' = z + strength (level - mean of the other classes' levels), in the class that uses the
+    latent most, per step and position.
+    """
+
+    recipe: Recipe
+    latent: Tensor
+    mode: str
+    strength: float = 1.0
+
+    @property
+    def site(self) -> str:
+        return self.recipe.site
+
+    def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
+        recipe, latent = self.recipe, self.latent[images].clamp(min=0)
+        if not recipe.start <= progress <= recipe.end:
+            return h
+        step = recipe.normalisation.step_at(progress)
+        decoder, scale = recipe.decoder[latent].to(h.device), recipe.normalisation.scale[step].to(h.device)
+        if self.mode == "ablate":
+            x = (recipe.columns(h).float() - recipe.means[step].to(h.device)[:, None]) / scale
+            rows = (getattr(recipe, name)[latent].to(h.device) for name in ("encoder", "bias", "threshold"))
+            encoder, bias, threshold = rows
+            pre = torch.einsum("bc,bcp->bp", encoder, x) + bias[:, None]
+            amount = -torch.where(pre > threshold[:, None], pre, 0.0)
+        else:
+            levels = recipe.levels[:, :, latent].float()  # S x K x B x P
+            strongest = levels.mean(dim=(0, 3)).argmax(dim=0)
+            amount = self.strength * contrast(levels[step])[strongest, torch.arange(len(latent))].to(h.device)
+        amount = amount * (self.latent[images] >= 0).to(h.device)[:, None]
+        change = scale * decoder[:, :, None] * amount[:, None]
+        return h + change.reshape(h.shape).to(h.dtype)
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What changing each latent of a recipe does: F latents, K classes, `pictures` paired pictures each.
+
+    effect: F x K, mean change of the probability of each class; error: F x K, its standard error; mode: how the
+    latents were changed.
+    """
+
+    features: Tensor
+    effect: Tensor
+    error: Tensor
+    mode: str
+    pictures: int
+
+    @property
+    def carried(self) -> Tensor:
+        """How much each latent speaks for each class (F x K): the effect of amplifying, or of not ablating it."""
+        return -self.effect if self.mode == "ablate" else self.effect
+
+
+def causal_effect(
+    recipe: Recipe,
+    draw: Draw,
+    classify: Callable[[Tensor], Tensor],
+    pictures: int = 16,
+    mode: str = "amplify",
+    strength: float = 1.0,
+    batch: int = 32,
+    on_picture: Callable[[int, int], None] = lambda done, total: None,
+) -> Effects:
+    """Change each latent of `recipe` alone while `draw` samples the same `pictures` noises, and read the class.
+
+    classify(images) gives the attribute's class probabilities (B x K). Pictures are paired by their noise, so that
+    the standard error is that of the difference. All latents and noises form one long run, cut into batches of
+    `batch`, whatever latent they belong to. on_picture(done, total) may raise to cancel.
+    """
+    if mode not in EFFECTS:
+        raise DiffLensError(f"causal effect: mode {mode!r} is unknown, expected one of {', '.join(EFFECTS)}.")
+    if pictures < 2:
+        raise DiffLensError(f"causal effect: {pictures} pictures per feature, expected at least 2.")
+    if recipe.levels.shape[-1] == 0 if mode == "amplify" else recipe.needs_sae:
+        raise DiffLensError(
+            f"causal effect: to {mode} its features, the recipe for {recipe.attribute} needs "
+            f"{'class levels' if mode == 'amplify' else 'thresholds'}, which one from feature files lacks. "
+            "Use a recipe from Attribute Features."
+        )
+    jobs = torch.arange((len(recipe.features) + 1) * pictures)  # the first `pictures` are left as they are
+    read = []
+    for job in jobs.split(batch):
+        drawn = draw([OneLatent(recipe, job // pictures - 1, mode, strength)], job % pictures)
+        read.append(classify(drawn).float().cpu())
+        on_picture(int(job[-1]) + 1, len(jobs))
+    probability = torch.cat(read).unflatten(0, (-1, pictures))
+    change = probability[1:] - probability[0]
+    error = change.std(dim=1) / pictures**0.5
+    return Effects(recipe.features, change.mean(dim=1), error, mode, pictures)
+
+
+def keep_effective(recipe: Recipe, effects: Effects, count: int) -> Recipe:
+    """The recipe with, of every class's latents, only the `count` that carry the class most by their effect."""
+    return keep_best(recipe, effects.carried.T, count, f"{effects.mode}, {effects.pictures} pictures a feature")
+
+
+def keep_best(recipe: Recipe, score: Tensor, count: int, ranking: str) -> Recipe:
+    """The recipe with, of every class's latents, only the `count` of the highest score (K x F).
+
+    ranking: what the score is, for the recipe's info.
+    """
+    score = score.masked_fill(~recipe.member, -torch.inf)
+    best = score.topk(min(count, score.shape[1]), dim=1)
+    member = torch.zeros_like(recipe.member).scatter_(1, best.indices, best.values > -torch.inf)
+    kept = member.any(dim=0)
+    rows = {name: getattr(recipe, name)[kept] for name in ("features", "encoder", "bias", "threshold", "decoder")}
+    info = {**recipe.info, "ranking": ranking}
+    return replace(recipe, **rows, member=member[:, kept], levels=recipe.levels[:, :, kept], info=info)

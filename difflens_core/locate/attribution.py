@@ -1,0 +1,256 @@
+"""Which latents carry an attribute: scores by the probes' gradients and by the classes' activity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..activations import Activations
+from ..files import DiffLensError
+from ..sae import Latents, SparseAutoencoder, nearest_step
+from .probes import Probes, check_labels
+
+QUADRATURE_POINTS = 32
+# Logits that change by less than this (over the temperature) are integrated to float64 rounding by that many points.
+PANEL_RANGE = 10.0
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Scores of every latent for every class of an attribute.
+
+    scores: K x N, summed over steps and positions, averaged over the pictures of the class; by_step: the same before
+    the sum over steps, S x K x N; by_position: before the sum over positions, K x N x P in fp16 (P positions);
+    levels: mean activity of every latent in the pictures of each class, S x K x N x P in fp16; progress: S;
+    completeness: largest |sum of IG - (p(1) - p(0))| met, None for other methods.
+    """
+
+    scores: Tensor
+    by_step: Tensor
+    by_position: Tensor
+    levels: Tensor
+    progress: Tensor
+    completeness: float | None
+    attribute: str
+    classes: tuple[str, ...]
+    method: str
+
+    def top(self, count: int) -> Tensor:
+        """Latents of the `count` highest scores of every class, K x count, best first."""
+        if count > self.scores.shape[1]:
+            raise DiffLensError(f"asked for the top {count} of {self.scores.shape[1]} latents. Ask for fewer.")
+        return self.scores.topk(count, dim=1).indices
+
+
+def path_integral(start: Tensor, change: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    """Integral over a in [0, 1] of the gradient of softmax(l(a) / temperature)_target with respect to l.
+
+    l(a) = start + a change; start, change: B x K; target: B (class index). Returns B x K, in float64.
+    Gauss-Legendre quadrature (the integrand is analytic) on as many equal panels of [0, 1] as the steepest picture
+    needs, exact to float64 rounding.
+    """
+    nodes, weights = (torch.from_numpy(x).to(start.device) for x in np.polynomial.legendre.leggauss(QUADRATURE_POINTS))
+    start, change = start.double() / temperature, change.double() / temperature
+    delta = F.one_hot(target, change.shape[1])[:, None]
+    panels = max(1, math.ceil(float((change.amax(dim=1) - change.amin(dim=1)).max()) / PANEL_RANGE))
+    total = torch.zeros_like(change)
+    for panel in range(panels):
+        a = (panel + (nodes + 1) / 2) / panels
+        p = (start[:, None] + a[:, None] * change[:, None]).softmax(dim=-1)
+        p_target = p.gather(-1, target[:, None, None].expand(-1, len(a), 1))
+        total += (weights[:, None] * p_target * (delta - p)).sum(dim=1)
+    return total / (2 * panels * temperature)
+
+
+def difference(latents: Latents, baseline: Latents) -> Latents:
+    """`latents` minus `baseline`, sparse (values B x P x 2k, which may be negative): a latent may stand there twice."""
+    values = torch.cat([latents.values, -baseline.values], dim=-1)
+    return Latents(values, torch.cat([latents.indices, baseline.indices], dim=-1))
+
+
+def integrated_gradients(
+    latents: Latents, sae: SparseAutoencoder, probes: Probes, step: int, target: Tensor, temperature: float = 1.0,
+    baseline: Latents | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Exact IG (Sundararajan et al. 2017) of the probe's softmax_target with respect to the active latents.
+
+    The path begins at `baseline`, or at no latents at all, and adds `latents` (values B x P x k): to go from one
+    picture's latents to another's, give their `difference`. Because decoder and probe are linear, the logits are linear
+    along the path, and IG_n = z_n <D_n, W^T v / P> with v from `path_integral`: no autograd. In float64.
+    Returns IG of the entries of `latents` (B x P x k) and the completeness error of every picture (B).
+    """
+    pictures, positions, _ = latents.values.shape
+    index, values = latents.indices.flatten(1), latents.values.flatten(1).double() / positions
+    weight = probes.weight[step].double()
+    # N x K, what a unit of each latent adds to the logits. In parts: a whole map's decoder is large.
+    read = torch.cat([part.double() @ weight.T for part in sae.decoder.split(1024)])
+
+    def logits_of(index: Tensor, values: Tensor) -> Tensor:
+        return values.new_zeros(pictures, sae.latents).scatter_add_(1, index, values) @ read
+
+    start = (weight @ sae.decoder_bias.double() + probes.bias[step].double()).expand(pictures, -1)
+    if baseline:
+        start = start + logits_of(baseline.indices.flatten(1), baseline.values.flatten(1).double() / positions)
+    change = logits_of(index, values)
+    v = path_integral(start, change, target, temperature)
+    ig = (values * (v @ read.T).gather(1, index)).view(latents.values.shape)
+
+    def probability(logits: Tensor) -> Tensor:
+        return (logits / temperature).softmax(dim=-1).gather(1, target[:, None])[:, 0]
+
+    gain = probability(start + change) - probability(start)
+    return ig.float(), (ig.sum(dim=(1, 2)) - gain).abs()
+
+
+def activation_gradient(
+    latents: Latents, sae: SparseAutoencoder, probes: Probes, step: int, target: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Activation times gradient (Shrikumar et al. 2017) of the probe's log-odds of `target` (B): B x P x k.
+
+    log p_y / (1 - p_y) = l_y - logsumexp of the other logits; unlike p_y it does not go flat where the probe is sure.
+    Closed form: z_n <D_n, W^T v / P> with v = 1 for y and minus the softmax over the other classes for them.
+    """
+    pooled = sae.decode(latents).mean(dim=1)
+    logits = F.linear(pooled, probes.weight[step], probes.bias[step]) / temperature
+    own = F.one_hot(target, logits.shape[1]).bool()
+    v = torch.where(own, 1.0, -logits.masked_fill(own, -torch.inf).softmax(dim=1)) / temperature
+    read = v @ (probes.weight[step] @ sae.decoder.T)  # B x N
+    per_latent = read.gather(1, latents.indices.flatten(1)).view(latents.values.shape)
+    return latents.values * per_latent / latents.values.shape[1]
+
+
+def class_sum(rows: Tensor, latents: Latents, labels: Tensor, classes: int, size: int) -> Tensor:
+    """Sum of sparse rows (B x P x k, at latents.indices) into K x N x P, by the picture's class."""
+    positions = rows.shape[1]
+    at = torch.arange(positions, device=rows.device)[None, :, None]
+    flat = ((labels[:, None, None] * size + latents.indices) * positions + at).flatten()
+    total = torch.zeros(classes * size * positions, dtype=rows.dtype, device=rows.device)
+    return total.index_add_(0, flat, rows.flatten()).view(classes, size, positions)
+
+
+def balancing_weights(labels: Tensor, others: Iterable[Tensor], rounds: int = 20, limit: float = 4.0) -> Tensor:
+    """Weights (B) under which every class of `labels` shows the same mix of each other attribute.
+
+    labels and each of `others`: B, int64. Without them a rare class lends its pictures' chance features to its
+    levels: if most of the seniors captured happen to be light-skinned, steering to senior would lighten the skin.
+    Raking (Deming & Stephan 1940): the weights are scaled to one attribute's overall shares after the other.
+    No picture weighs more than `limit` times the mean.
+    """
+    classes = int(labels.max()) + 1
+    weights = torch.ones(len(labels))
+    for _ in range(rounds):
+        for other in others:
+            cells = labels * (int(other.max()) + 1) + other
+            found = torch.zeros(classes * (int(other.max()) + 1)).index_add_(0, cells, weights).view(classes, -1)
+            overall = torch.bincount(other, minlength=found.shape[1]) / len(other)
+            wanted = found.sum(dim=1, keepdim=True) * overall
+            weights = weights * (wanted / found.clamp(min=1e-12)).flatten()[cells]
+            weights = weights.clamp(max=limit * float(weights.mean()))
+    return weights
+
+
+METHODS = ("contrastive", "integrated gradients", "activation x gradient", "class mean difference")
+
+
+@torch.no_grad()
+def attribute_features(
+    activations: Activations,
+    sae: SparseAutoencoder,
+    probes: Probes,
+    labels: Tensor,
+    method: str = "contrastive",
+    weights: Tensor | None = None,
+    temperature: float = 1.0,
+    baseline: Activations | None = None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Attribution:
+    """Score every latent for every class over a batch of captured pictures.
+
+    integrated gradients: mean exact IG over the pictures of the class, summed over positions and steps.
+    activation x gradient: the same with `activation_gradient`.
+    class mean difference: mean activity in the class minus in the others.
+    contrastive: that, times (probe weight of the class minus the others' mean, through the decoder): it also ranks
+    latents of a class that the probe already predicts without any latent, where IG from zero says nothing.
+    weights: B, how much each picture counts in its class's mean activity (`balancing_weights`); all alike if None.
+    baseline: where the path of integrated gradients begins instead of at no latents: the same noises drawn under
+    another prompt, such as that of another class (the DiffLens paper's way for Stable Diffusion).
+    """
+    if method not in METHODS:
+        raise DiffLensError(f"attribution method {method!r} is unknown. Use one of: {', '.join(METHODS)}.")
+    check_labels(labels, probes.classes, activations.pictures, probes.attribute)
+    if baseline:
+        check_baseline(baseline, activations, method)
+    classes, size = len(probes.classes), sae.latents
+    counts = torch.bincount(labels, minlength=classes).float()
+    device = labels.device
+    weights = torch.ones(len(labels), device=device) if weights is None else weights
+    shares = weights / torch.bincount(labels, weights, minlength=classes)[labels]  # of the picture in its class
+    positions = activations.positions // sae.kernel**2
+    levels, by_step, by_position = [], [], torch.zeros(classes, size, positions, device=device)
+    by_gradient = method in ("integrated gradients", "activation x gradient")
+    worst = None if method != "integrated gradients" else torch.zeros((), device=device)
+    for s, progress in enumerate(activations.progress):
+        step, level = probes.step_at(float(progress)), torch.zeros_like(by_position)
+        part = torch.zeros_like(by_position)
+        for first, values in activations.batches(s):
+            own = slice(first, first + len(values))
+            latents = sae.encode(values.to(device), sae.normalisation.step_at(float(progress)))
+            level += class_sum(latents.values * shares[own, None, None], latents, labels[own], classes, size)
+            if not by_gradient:
+                continue
+            if method == "integrated gradients":
+                origin = None
+                if baseline:
+                    at = nearest_step(baseline.progress, float(progress))
+                    other = torch.cat([part for _, part in baseline.part(own.start, own.stop).batches(at)]).to(device)
+                    origin = sae.encode(other, sae.normalisation.step_at(float(progress)))
+                    latents = difference(latents, origin)
+                rows, error = integrated_gradients(latents, sae, probes, step, labels[own], temperature, origin)
+                worst = torch.maximum(worst, error.max())
+            else:
+                rows = activation_gradient(latents, sae, probes, step, labels[own], temperature)
+            part += class_sum(rows, latents, labels[own], classes, size) / counts[:, None, None]
+        if not by_gradient:
+            part = contrast(level) / positions
+        if method == "contrastive":
+            part *= contrast(probes.weight[step] @ sae.decoder.T)[:, :, None]
+        by_step.append(part.sum(dim=2))
+        by_position += part
+        levels.append(level.half())
+        on_step(s + 1)
+    by_step = torch.stack(by_step)
+    return Attribution(
+        by_step.sum(dim=0), by_step, by_position.half(), torch.stack(levels), activations.progress,
+        None if worst is None else float(worst), probes.attribute, probes.classes, method,
+    )  # fmt: skip
+
+
+def check_baseline(baseline: Activations, activations: Activations, method: str) -> None:
+    """Raise `DiffLensError` unless `baseline` can be where the path to `activations` begins."""
+    if method != "integrated gradients":
+        raise DiffLensError(
+            f"a baseline serves integrated gradients, not {method}. Choose that method, or no baseline."
+        )
+    found, expected = (
+        (a.site, a.model, a.pictures, a.width, a.positions, len(a.progress)) for a in (baseline, activations)
+    )
+    if found != expected:
+        names = ("site", "model", "pictures", "channels", "positions", "steps")
+        pairs = zip(names, found, expected, strict=True)
+        wrong = ", ".join(f"{name} {other} instead of {own}" for name, other, own in pairs if other != own)
+        raise DiffLensError(
+            f"the baseline does not fit the activations ({wrong}). Capture it with the same settings and seed, only "
+            "under another prompt."
+        )
+
+
+def contrast(per_class: Tensor) -> Tensor:
+    """Each class (first axis) minus the mean of the others."""
+    k = len(per_class)
+    return (per_class - per_class.mean(dim=0)) * (k / (k - 1))

@@ -1,0 +1,118 @@
+"""Noise schedules of discrete diffusion models, the timesteps that DDIM takes, and its step.
+
+A picture at timestep t is x_t = signal x0 + noise_level noise. For a list of betas the variance-preserving form has
+signal = sqrt(a_t) and noise_level = sqrt(1 - a_t), a_t being the product of 1 - beta up to t (Ho et al. 2020).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..files import DiffLensError
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("ddim", "leading", "trailing")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a network was trained: betas (T, float64), what it predicts (of PREDICTIONS), and the largest absolute value
+    to which a predicted clean picture is clipped (None: not at all)."""
+
+    betas: Tensor
+    prediction: str = "epsilon"
+    clip: float | None = 1.0
+
+
+def linear_betas(timesteps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:
+    """Betas (timesteps, float64) in equal steps: the schedule of DDPM, guided-diffusion and P2."""
+    return torch.linspace(first, last, timesteps, dtype=torch.float64)
+
+
+def cosine_betas(timesteps: int = 1000) -> Tensor:
+    """Betas (timesteps, float64) of the cosine schedule (Nichol & Dhariwal 2021, eq. 17), at most 0.999."""
+    angle = (torch.arange(timesteps + 1, dtype=torch.float64) / timesteps + 0.008) / 1.008 * math.pi / 2
+    signal = angle.cos() ** 2
+    return (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+
+
+BETAS = {"linear": linear_betas, "cosine": cosine_betas}
+
+
+def read_scheduler(config: Mapping[str, Any]) -> Schedule:
+    """The schedule that a diffusers scheduler_config.json describes. Raises `DiffLensError` if it is of another kind.
+
+    Keys that are absent have the defaults of diffusers' DDPM and DDIM schedulers.
+    """
+    if "beta_schedule" not in config and "num_train_timesteps" not in config:
+        kind = config.get("_class_name", "without a name")
+        raise DiffLensError(f"the scheduler ({kind}) has no betas. Expected that of a DDPM or DDIM model.")
+    for unknown in ("thresholding", "rescale_betas_zero_snr"):
+        if config.get(unknown):
+            raise DiffLensError(f"the scheduler asks for {unknown}, which is not supported.")
+    kind, timesteps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
+    first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    if config.get("trained_betas") is not None:
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+    elif kind == "linear":
+        betas = linear_betas(timesteps, first, last)
+    elif kind == "scaled_linear":
+        betas = linear_betas(timesteps, first**0.5, last**0.5) ** 2
+    elif kind == "squaredcos_cap_v2":
+        betas = cosine_betas(timesteps)
+    elif kind == "sigmoid":
+        betas = torch.linspace(-6, 6, timesteps, dtype=torch.float64).sigmoid() * (last - first) + first
+    else:
+        raise DiffLensError(f"the scheduler's beta_schedule {kind} is not known. Known are linear, scaled_linear, "
+                            "squaredcos_cap_v2 and sigmoid.")  # fmt: skip
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise DiffLensError(f"the scheduler's prediction_type {prediction} is none of {', '.join(PREDICTIONS)}.")
+    clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None
+    return Schedule(betas, prediction, clip)
+
+
+def ddim_timesteps(timesteps: int, steps: int, spacing: str = "ddim") -> list[int]:
+    """`steps` of the timesteps 0 .. timesteps-1, descending.
+
+    spacing: "ddim", as guided-diffusion's ddimN (every k-th from 0, for the smallest k that gives N); "leading" or
+    "trailing", as diffusers' schedulers. Raises `DiffLensError` if there is no such choice.
+    """
+    if not 1 <= steps <= timesteps:
+        raise DiffLensError(f"{steps} steps cannot be taken of a model's {timesteps} timesteps.")
+    if spacing == "leading":
+        return [step * (timesteps // steps) for step in reversed(range(steps))]
+    if spacing == "trailing":
+        return (np.arange(timesteps, 0, -timesteps / steps).round().astype(int) - 1).tolist()
+    possible = {len(range(0, timesteps, stride)): stride for stride in reversed(range(1, timesteps + 1))}
+    if steps not in possible:
+        below, above = max(n for n in possible if n < steps), min(n for n in possible if n > steps)
+        raise DiffLensError(
+            f"spacing ddim cannot take {steps} of {timesteps} timesteps in equal strides. Use {below} or {above} "
+            "steps, or spacing leading."
+        )
+    return list(range(0, timesteps, possible[steps]))[::-1]
+
+
+def ddim_step(
+    x: Tensor, clean: Tensor, unedited: Tensor, now: tuple[float, float], then: tuple[float, float], eta: float,
+    noise: Tensor,
+) -> Tensor:  # fmt: skip
+    """x at the next noise level (Song et al. 2021, eq. 12 and 16).
+
+    x, clean, unedited, noise: alike. `clean` is the picture to move to; the direction back towards x is that of the
+    prediction `unedited`, which may be another one (Kwon et al. 2023, "asymmetric reverse process").
+    now, then: (signal, noise level) of x and of the result. eta: 0 adds no noise, 1 as much as DDPM.
+    """
+    (signal, level), (next_signal, next_level) = now, then
+    direction = (x - signal * unedited) / level
+    kept = next_level * signal / (level * next_signal)  # share of the next noise level that x's own noise can be
+    fresh = eta * next_level * math.sqrt(1 - kept**2)
+    return next_signal * clean + math.sqrt(next_level**2 - fresh**2) * direction + fresh * noise

@@ -1,0 +1,126 @@
+"""Tables, sentences and charts of the experiments: scan, calibration, cross effects, diagnosis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..experiments import CrossEffect, Diagnosis, Doses, SiteEffect
+from .charts import bar_chart, line_chart
+
+
+def cross_table(found: Sequence[CrossEffect]) -> str:
+    """The rows as a matrix in words: steered attributes down, watched ones across."""
+    watched = list(dict.fromkeys(row.watched for row in found))
+    lines = ["share of pictures in %: * shows the class asked for, else changes its class; (drift of the mix)"]
+    lines.append(f"{'steered':16}" + "".join(f"{name:>16.15}" for name in watched))
+    for steered in dict.fromkeys(row.steered for row in found):
+        cells = [
+            f"{'*' if row.asked else ''}{100 * row.share:.0f} ({100 * row.drift:.0f})"
+            for row in found
+            if row.steered == steered
+        ]
+        lines.append(f"{steered:16.15}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+def cross_chart(found: Sequence[CrossEffect]) -> np.ndarray:
+    """Of every set of recipes the share of pictures that change their class in attributes not steered by it, with
+    95 % intervals (440 x 720 x 3, uint8).
+    """
+    groups: dict[str, dict[str, float]] = {}
+    whiskers: dict[str, dict[str, tuple[float, float]]] = {}
+    for row in found:
+        if not row.asked:
+            groups.setdefault(row.steered, {})[row.watched] = row.share
+            whiskers.setdefault(row.steered, {})[row.watched] = row.interval
+    return bar_chart("Share of pictures that change what was not asked for", groups, None, whiskers)
+
+
+def diagnosis_text(found: Diagnosis) -> str:
+    """The verdict, then each check with its evidence and what to do next."""
+    lines = [f"{found.attribute}: {found.verdict}", f"Steered: {found.pictures} pictures of other classes.", ""]
+    for check in found.checks:
+        lines.append(f"{check.name}: {check.verdict}. {check.evidence}")
+        lines += [f"    Next: {check.advice}"] if check.advice else []
+    return "\n".join(lines)
+
+
+def diagnosis_chart(found: Diagnosis) -> np.ndarray:
+    """Charts of the checks, two in a row (H x 1440 x 3, uint8)."""
+    site, features, choice, dose = (check.figures for check in found.checks)
+    curves = {"best features": choice["best"]} | ({"random features": choice["random"]} if choice["random"] else {})
+    curves = {name: list(zip(choice["features"], line, strict=True)) for name, line in curves.items()}
+    title = found.attribute
+    charts = [
+        line_chart(f"{title}: by number of features", curves, "features", "share that turns", y_range=(0, 1)),
+        line_chart(
+            f"{title}: by strength",
+            {name: list(zip(dose["strength"], dose[name], strict=True)) for name in ("success", "probability")},
+            "times the recipe's strength", "share that turns, and probability of the class asked for",
+            {"probability": dose["interval"]}, (0, 1),
+        ),
+    ]  # fmt: skip
+    if site:
+        bars = {name: {"turned": share} for name, share in site["sites"].items()}
+        charts.append(bar_chart(f"{title}: share that turns by class means", bars))
+    if features:
+        bars = {name: {"AUC": share} for name, share in features["auc"].items()}
+        charts.append(bar_chart(f"{title}: how well the best single number tells a class", bars, 0.5))
+    charts += [np.full_like(charts[0], 255)] * (len(charts) % 2)
+    return np.concatenate([np.concatenate(charts[i : i + 2], axis=1) for i in range(0, len(charts), 2)])
+
+
+def dose_chart(attribute: str, doses: Doses) -> np.ndarray:
+    """Probability of the class asked for against the strength, a line a class (440 x 720 x 3, uint8)."""
+    lines = {name: sorted(points) for name, points in doses.items() if points}
+    return line_chart(f"{attribute}: dose and response", lines, "strength", "mean probability of the class asked for")
+
+
+def calibration_text(attribute: str, classes: tuple[str, ...], record: dict[str, Any]) -> str:
+    """A calibration's record as a table with explanations."""
+    fresh = record["fresh"]
+    lines = [
+        f"{attribute}: {record['why']}",
+        f"{'':14}{'target':>8}{'before':>8}{'after':>8}  95 % interval   success",
+    ]
+    for c, name in enumerate(classes):
+        low, high = fresh["intervals"][c]
+        success = fresh["success_by_class"].get(name)
+        row = f"{name:14.14}{record['target'][c]:8.1%}{record['start']['shares'][c]:8.1%}{fresh['shares'][c]:8.1%}"
+        lines.append(f"{row}  {low:.1%} to {high:.1%}   {'-' if success is None else f'{success:.1%}'}")
+    lines.append(
+        f"FD {record['start']['fd']:.3f} before, {fresh['fd']:.3f} after, on {record['pictures']} fresh noises."
+    )
+    if record["only_where_needed"]:
+        lines.append(f"Pictures that changed their class: {fresh['changed']:.1%}; at least {fresh['needed']:.1%} must.")
+    asked = ", ".join(f"{name} {share:.3f}" for name, share in zip(classes, record["ask"], strict=True))
+    lines.append(f"Shares to ask for: {asked}. {len(record['rounds'])} rounds, {record['drawn']} pictures drawn.")
+    return "\n".join(lines)
+
+
+def scan_table(found: Sequence[SiteEffect], attribute: str, classes: tuple[str, ...]) -> str:
+    """The rows as text, shares in percent."""
+    width = max(len(row.site) for row in found)
+    lines = [
+        f"{attribute}: pictures of other classes steered to each class by the class means of one site",
+        f"{'site':{width}}  {'part':12}  success  others kept  change  " + "  ".join(f"{c:>9.9}" for c in classes),
+    ]
+    for row in found:
+        kept = "-" if row.kept is None else f"{100 * row.kept:.0f}"
+        hits = "  ".join(f"{'too rare' if share is None else f'{100 * share:.0f}':>9}" for share in row.per_class)
+        lines.append(
+            f"{row.site:{width}}  {row.part:12}  {100 * row.success:7.0f}  {kept:>11}  {row.change:6.3f}  {hits}"
+        )
+    return "\n".join(lines)
+
+
+def scan_chart(found: Sequence[SiteEffect], attribute: str) -> np.ndarray:
+    """Success of every site by part of the sampling (440 x 720 x 3, uint8)."""
+    groups: dict[str, dict[str, float]] = {}
+    for row in found:
+        short = row.site if len(row.site) <= 12 else f"..{row.site[-10:]}"  # names differ most at their end
+        groups.setdefault(short, {})[row.part] = row.success
+    return bar_chart(f"{attribute}: share that shows the class asked for", groups)

@@ -1,0 +1,143 @@
+"""The sentences and the plain text of a fairness report, made of its `figures.summary`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .rows import (
+    Row,
+    change_rows,
+    columns_of,
+    fairness_rows,
+    joint_tables,
+    paired_rows,
+    percent,
+    probability,
+    sides_of,
+    span,
+)
+
+LIMITS = (
+    "An attribute here is what a classifier sees in a picture: a presentation, an apparent age, a skin tone. It is "
+    "never what a person is. The classes are few and coarse.",
+    "The intervals tell how far chance may have moved the figures. They know nothing of the classifier's own errors, "
+    "unless the report has corrected figures, and hold for this model, prompt and these settings only.",
+    "Fair shares of one attribute say nothing about others, or about how people are shown within a class.",
+)
+
+
+# --- sentences ---
+
+
+def settings(numbers: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was measured, and how, as name and value."""
+    classes, after = numbers["classes"], numbers["after"]
+    shares = ", ".join(f"{percent(share)} {name}" for name, share in zip(classes, numbers["target"], strict=True))
+    pictures = f"{len(numbers['before']['labels'])} before"
+    if after:
+        pictures += f", {len(after['labels'])} after, from the same seeds"
+    width, height = numbers["size"]
+    rows = [
+        ("Attribute", f"{numbers['attribute']}: {', '.join(classes)}"),
+        ("Target", shares),
+        ("Pictures", f"{pictures}; {width} x {height} pixels"),
+    ]
+    if after and after["success"] is not None:
+        rows.append(("Steering", "Every picture after was asked to show one class; Steer dealt them out."))
+    if numbers["before"]["corrected"]:
+        labelled = zip(numbers["before"]["corrected"]["labelled"], classes, strict=True)
+        rows.append(("Classifier's errors", "Counted on " + ", ".join(f"{n} labelled {name}" for n, name in labelled)))
+    if joint := numbers["before"]["joint"]:
+        others = " and ".join(joint["attributes"][1:])
+        rows.append(("Together", f"With {others}, whose classes are all to be shown equally often"))
+    if numbers["undecided_below"]:
+        rows.append(("Undecided", f"Where the likeliest class has less than {percent(numbers['undecided_below'])}"))
+    return [*rows, ("Notes", numbers["notes"] or "CFG scale, seed and sampler were not stated.")]
+
+
+def findings(numbers: Mapping[str, Any]) -> list[str]:
+    """The outcome in a few sentences."""
+    found = [side_finding(numbers, name) for name in ("before", "after") if numbers[name]]
+    if numbers["after"]:
+        first, second = (side["fd_hard"] for side in sides_of(numbers))
+        found.append(f"The counted discrepancy went from {first:.3f} to {second:.3f}.")
+    if paired := numbers["paired"]:
+        found.append(
+            f"{percent(paired['changed'])} of the pictures changed class, where {percent(paired['needed'])} had to at "
+            f"the least."
+        )
+    fd, pictures = numbers["resolution"]["fd"], numbers["resolution"]["pictures"]
+    if pictures:  # none where a single class is asked for: any other picture is one too many
+        found.append(f"It takes {pictures} pictures to tell a discrepancy of {fd} from chance.")
+    return found
+
+
+def side_finding(numbers: Mapping[str, Any], name: str) -> str:
+    """The class that is farthest from its target, and whether chance may be behind it."""
+    side, target = numbers[name], numbers["target"]
+    worst = max(range(len(target)), key=lambda i: abs(side["shares"][i] - target[i]))
+    p = side["p_value"]
+    if p < 0.05:
+        verdict = f"Chance is a poor explanation of such a mix (p {equals(p)})."
+    else:
+        verdict = (
+            f"Such a mix cannot be told from the target (p {equals(p)}): with {side['n']} pictures only a counted "
+            f"discrepancy above {side['threshold']:.3f} could be."
+        )
+    share, ends = percent(side["shares"][worst]), span(side["shares_ci"][worst], percent)
+    shown = f"{share} of {side['n']} pictures show {numbers['classes'][worst]}"
+    return f"{name.capitalize()}, {shown} (95 % interval {ends}); the target is {percent(target[worst])}. {verdict}"
+
+
+def equals(p: float) -> str:
+    return probability(p) if p < 0.001 else f"= {probability(p)}"
+
+
+def left_open(numbers: Mapping[str, Any]) -> list[str]:
+    """What could not be measured or should not be trusted, and why."""
+    found = list(numbers["not_measured"])
+    for name in ("before", "after"):
+        side = numbers[name]
+        if side and side["corrected"] and not side["corrected"]["plausible"]:
+            found.append(
+                f"The corrected shares {name} do not fit the errors that were counted: the classifier errs otherwise "
+                "on these pictures. Do not rely on them; label pictures of this model and count again."
+            )
+    if numbers["after"] and numbers["paired"] is None:
+        found.append("No picture shows a face both before and after, so pairs could not be compared.")
+    if numbers["kept"] == {} and numbers["paired"]:
+        found.append("The classifier knows no other attribute, so what else changed was seen in the pictures only.")
+    return found
+
+
+# --- plain text ---
+
+LABEL, CELL = 26, 16  # columns of text: four fit into a narrow preview
+
+
+def text_table(heads: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """Lines of a table; intervals stand in a line of their own below the figures."""
+    widths = [8 if head == "target" else CELL for head in heads]
+
+    def line(label: str, cells: Sequence[str]) -> str:
+        return (f"{label:{LABEL}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))).rstrip()
+
+    lines = [line("", heads)] if any(heads) else []
+    for row in rows:
+        lines.append(line(row.label, row.figures))
+        lines += [line("", row.intervals)] if any(row.intervals) else []
+    return lines
+
+
+def report_text(numbers: Mapping[str, Any]) -> str:
+    """The report as text of about 66 columns."""
+    lines = [f"{numbers['attribute']}, {numbers['n']} pictures", *findings(numbers), ""]
+    lines += text_table(columns_of(numbers), fairness_rows(numbers))
+    for title, heads, rows in joint_tables(numbers):
+        lines += ["", title, *text_table(heads[1:], rows)]
+    for title, rows in (("Pairs", paired_rows(numbers)), ("What else changed", change_rows(numbers))):
+        if rows:
+            lines += ["", title, *text_table([""], rows)]
+    lines += ["", "Below each figure: its 95 % interval. Discrepancy: 0 is the target mix."]
+    return "\n".join([*lines, *left_open(numbers)])

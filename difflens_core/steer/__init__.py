@@ -1,0 +1,26 @@
+"""Recipes, and the edit that they make while a picture is sampled."""
+
+from .building import build_recipe, recipe_from_features
+from .controls import mean_difference, random_features, with_latents
+from .plans import plan_in_words, plan_moves, planned_targets
+from .recipes import MODES, WITHOUT_LEVELS, Recipe, at_dose, load_recipe, save_recipe, with_settings
+from .steering import Steering
+
+__all__ = [
+    "MODES",
+    "Recipe",
+    "Steering",
+    "WITHOUT_LEVELS",
+    "at_dose",
+    "build_recipe",
+    "load_recipe",
+    "mean_difference",
+    "plan_in_words",
+    "plan_moves",
+    "planned_targets",
+    "random_features",
+    "recipe_from_features",
+    "save_recipe",
+    "with_latents",
+    "with_settings",
+]

@@ -1,0 +1,104 @@
+"""Recipes from what was located, or from latents chosen elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..activations import Activations
+from ..files import DiffLensError
+from ..locate import Attribution, Probes
+from ..sae import Normalisation, SparseAutoencoder
+from .recipes import UNKNOWN, Recipe, with_settings
+
+# Probes are surer of their class than right. Divided by this, a picture near the border is still pushed a little.
+SOFTENING = 1.5
+
+
+def build_recipe(
+    attribution: Attribution,
+    sae: SparseAutoencoder,
+    probes: Probes,
+    activations: Activations,
+    count: int = 60,
+    model: str = "",
+) -> Recipe:
+    """Recipe from the `count` best latents of every class.
+
+    It has one row a step of `attribution`; SAE and probes may come from captures of other steps: the nearest serve.
+    """
+    top = attribution.top(count)
+    chosen = top.unique()
+    member = torch.stack([torch.isin(chosen, per_class) for per_class in top])
+    encoder, bias = sae.encoder[chosen], sae.encoder_bias[chosen]
+    threshold, agreement = fit_thresholds(activations, sae, chosen)
+    classes = attribution.classes
+    rows = [sae.normalisation.step_at(float(at)) for at in attribution.progress]
+    probe_rows = [probes.step_at(float(at)) for at in attribution.progress]
+    probe_weight, probe_bias = probes.weight[probe_rows] / SOFTENING, probes.bias[probe_rows] / SOFTENING
+    normalisation = Normalisation(attribution.progress, sae.normalisation.mean[rows], sae.normalisation.scale[rows])
+    return Recipe(
+        attribution.attribute, classes, sae.site, model, chosen, encoder, bias, threshold, sae.decoder[chosen],
+        member, attribution.levels[:, :, chosen], probe_weight, probe_bias, normalisation,
+        strength=(1.0,) * len(classes),
+        info={"gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures},
+    )  # fmt: skip
+
+
+def recipe_from_features(
+    sae: SparseAutoencoder,
+    attribute: str,
+    features: Mapping[str, Sequence[int] | Tensor],
+    mode: str = "scale",
+    strength: float | tuple[float, ...] = 1.0,
+) -> Recipe:
+    """Recipe of latents chosen elsewhere, without probes or levels: `features` holds those of every class.
+
+    strength: one for all classes or one each. Where TopK decides which latents are active, no threshold stands in for
+    it: modes that read the latents then need the SAE as well.
+    """
+    wanted = {name: torch.as_tensor(numbers, dtype=torch.int64) for name, numbers in features.items()}
+    chosen = torch.cat([*wanted.values()]).unique()
+    if len(chosen) == 0 or not 0 <= int(chosen[0]) <= int(chosen[-1]) < sae.latents:
+        raise DiffLensError(f"{attribute}: the features must be some of the SAE's latents 0 to {sae.latents - 1}.")
+    member = torch.stack([torch.isin(chosen, own) for own in wanted.values()])
+    steps, k, count = len(sae.normalisation.progress), len(wanted), len(chosen)
+    threshold = torch.full((count,), UNKNOWN) if sae.activation == "topk" else sae.gate.expand(sae.latents)[chosen]
+    recipe = Recipe(
+        attribute, tuple(wanted), sae.site, "", chosen, sae.encoder[chosen], sae.encoder_bias[chosen], threshold,
+        sae.decoder[chosen], member, torch.zeros(steps, k, count, 0), torch.zeros(steps, k, sae.width),
+        torch.zeros(steps, k), sae.normalisation, mode, (1.0,) * k,
+    )  # fmt: skip
+    return with_settings(recipe, strength=strength)
+
+
+@torch.no_grad()
+def fit_thresholds(
+    activations: Activations, sae: SparseAutoencoder, features: Tensor, pictures: int = 32
+) -> tuple[Tensor, float]:
+    """Threshold of each latent (F) whose gate agrees best with TopK on some pictures, and the mean agreement.
+
+    For every latent the rows are sorted by pre-activation; a threshold after row i is right about the active rows
+    above it and the inactive rows below, so one cumulative sum finds the best. Other SAEs have their own thresholds.
+    """
+    if sae.activation != "topk":
+        return sae.gate.expand(sae.latents)[features], 1.0
+    rows, active = [], []
+    some = activations.part(0, pictures).values
+    for values, progress in zip(some, activations.progress, strict=True):
+        x = sae.rows(values, sae.normalisation.step_at(float(progress)))
+        pre = F.linear(x, sae.encoder, sae.encoder_bias).flatten(0, 1)
+        kth = pre.topk(sae.k, dim=1).values[:, -1:]
+        rows.append(pre[:, features])
+        active.append((pre[:, features] >= kth) & (pre[:, features] > 0))
+    pre, order = torch.cat(rows).sort(dim=0)
+    on = torch.cat(active).gather(0, order).float()
+    zero = torch.zeros(1, on.shape[1])
+    right = torch.cat([zero, (1 - on).cumsum(0)]) + torch.cat([on.flip(0).cumsum(0).flip(0), zero])
+    best = right.argmax(dim=0)
+    edges = torch.cat([pre[:1] - 1, (pre[:-1] + pre[1:]) / 2, pre[-1:] + 1])
+    threshold = edges.gather(0, best[None])[0].clamp(min=0)
+    return threshold, float(right.gather(0, best[None]).mean() / len(pre))

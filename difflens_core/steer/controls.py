@@ -1,0 +1,76 @@
+"""Edits to compare a recipe with: what would happen without choosing features, or without an SAE."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..activations import Activations
+from ..files import DiffLensError
+from ..sae import SparseAutoencoder, nearest_step
+from .recipes import Recipe
+
+
+def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, weights: Tensor) -> Recipe:
+    """The recipe with the class means of the raw activations in place of its latents' levels: no SAE at all.
+
+    labels: B, the class of every captured picture; weights: B, how much it counts in its class's mean. Mode,
+    strengths and probes stay, so that only what is added differs. Its "latents" are the site's channels: encoder
+    and decoder are the identity.
+    """
+    channels = torch.eye(recipe.width)
+    shares = F.one_hot(labels, len(recipe.classes)).T * weights
+    shares = shares / shares.sum(dim=1, keepdim=True)
+    steps = len(recipe.normalisation.progress)
+    levels = torch.zeros(steps, len(recipe.classes), activations.width, activations.positions)
+    for row, progress in enumerate(recipe.normalisation.progress):
+        for first, values in activations.batches(nearest_step(activations.progress, float(progress))):
+            rows = recipe.normalisation.apply(values, row)
+            levels[row] += torch.einsum("kb,bpc->kcp", shares[:, first : first + len(values)], rows)
+    return replace(
+        recipe,
+        features=torch.arange(recipe.width),
+        encoder=channels,
+        bias=torch.zeros(recipe.width),
+        threshold=torch.full((recipe.width,), -1e9),
+        decoder=channels,
+        member=torch.ones(len(recipe.classes), recipe.width, dtype=torch.bool),
+        levels=levels.half(),
+        info={"control": "mean difference of the raw activations"},
+    )
+
+
+def random_features(recipe: Recipe, sae: SparseAutoencoder, seed: int) -> Recipe:
+    """The recipe that writes into as many other latents, drawn at random: see `with_latents`."""
+    others = torch.ones(sae.latents, dtype=torch.bool)
+    others[recipe.features] = False
+    candidates = others.nonzero().flatten()
+    count = len(recipe.features)
+    if len(candidates) < count:
+        raise DiffLensError(f"random control: {count} other latents are needed, the SAE has {len(candidates)}.")
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
+    control = with_latents(recipe, sae, candidates[order[:count]])
+    return replace(control, info={"control": "random latents of the same count and edit norm", "seed": seed})
+
+
+def with_latents(recipe: Recipe, sae: SparseAutoencoder, features: Tensor) -> Recipe:
+    """The recipe that writes into latents `features` (F) instead of its own, row by row.
+
+    They are scaled so that the edit has the norm of the
+    recipe's own over all steps. What it reads stays: its own latents still tell how much to change.
+    """
+    decoder = sae.decoder[features]
+    own, other = (edit_norm(recipe.levels, rows).square().sum().sqrt() for rows in (recipe.decoder, decoder))
+    return replace(recipe, features=features, decoder=own / other.clamp(min=1e-12) * decoder)
+
+
+def edit_norm(levels: Tensor, decoder: Tensor) -> Tensor:
+    """Root mean square, over classes, of the decoded difference from the mean class at each step (S).
+
+    levels: S x K x F x P; decoder: F x C.
+    """
+    centred = levels.float() - levels.float().mean(dim=1, keepdim=True)
+    return torch.stack([torch.einsum("kfp,fc->kpc", step, decoder).square().mean().sqrt() for step in centred])

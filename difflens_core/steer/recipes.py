@@ -1,0 +1,134 @@
+"""A recipe: the few latents that carry an attribute, and all that is needed to steer by them without the SAE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..files import DiffLensError, load_tensors, save_tensors
+from ..sae import NORMALISATION, Normalisation
+
+MODES = ("reach", "shift", "add", "add own", "add fixed", "add own fixed", "move", "clamp", "scale", "ablate")
+# Modes that read how active the latents are.
+READING = ("reach", "move", "clamp", "scale", "ablate")
+WITHOUT_LEVELS = ("add fixed", "add own fixed", "scale", "ablate")
+# Threshold of a latent of which only the SAE can tell where it is active.
+UNKNOWN = -1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """F latents of an SAE with what steering by them needs.
+
+    encoder, decoder: F x width, which is C, or C H W for an SAE of the whole map (`kernel`); bias, threshold: F (a
+    latent is active where its pre-activation exceeds the threshold, fitted to agree with TopK, or UNKNOWN); member:
+    K x F, which latents belong to which class; levels: S x K x F x P, mean activity per step, class and position (no
+    positions: not known); probe_weight: S x K x width and probe_bias: S x K read the class that a picture is about to
+    show. mode, strength, start, end: how to edit, see `Steering`. model: fingerprint of the weights it was made on.
+    info: provenance and figures.
+    """
+
+    attribute: str
+    classes: tuple[str, ...]
+    site: str
+    model: str
+    features: Tensor
+    encoder: Tensor
+    bias: Tensor
+    threshold: Tensor
+    decoder: Tensor
+    member: Tensor
+    levels: Tensor
+    probe_weight: Tensor
+    probe_bias: Tensor
+    normalisation: Normalisation
+    mode: str = "shift"
+    strength: tuple[float, ...] = ()
+    start: float = 0.0
+    end: float = 1.0
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise DiffLensError(f"recipe for {self.attribute}: mode {self.mode!r} is unknown, expected one of {MODES}.")
+        if len(self.strength) != len(self.classes):
+            raise DiffLensError(
+                f"recipe for {self.attribute}: {len(self.strength)} strengths for {len(self.classes)} classes."
+            )
+        if self.levels.shape[-1] == 0 and self.mode not in WITHOUT_LEVELS:
+            raise DiffLensError(
+                f"recipe for {self.attribute}: mode {self.mode!r} needs class levels, and this recipe has none. Use "
+                f"one of {', '.join(WITHOUT_LEVELS)}, or a recipe from Attribute Features."
+            )
+
+    @property
+    def width(self) -> int:
+        return self.decoder.shape[1]
+
+    @property
+    def needs_sae(self) -> bool:
+        """Whether only the SAE can tell where the latents are active."""
+        return bool((self.threshold == UNKNOWN).any())
+
+    @property
+    def channels(self) -> int:
+        """C of the site's activations."""
+        return self.normalisation.mean.shape[1]
+
+    @property
+    def kernel(self) -> int:
+        """1, or the side of the whole map, if the SAE read that at once: see `SparseAutoencoder`."""
+        return isqrt(self.width // self.channels)
+
+    @property
+    def means(self) -> Tensor:
+        """The normalisation's means as wide as a row: S x width."""
+        return self.normalisation.mean.repeat_interleave(self.kernel**2, dim=1)
+
+    def columns(self, h: Tensor) -> Tensor:
+        """Activations B x C x H x W as columns B x width x P: P is H W, or 1 for a kernel of the whole map."""
+        return h.flatten(2) if self.kernel == 1 else h.flatten(1)[:, :, None]
+
+
+TENSORS = (
+    "features", "encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias"
+)  # fmt: skip
+PLAIN = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "info")
+
+
+def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
+    """The recipe with another mode, strength, start or end. A single strength serves every class."""
+    if isinstance(settings.get("strength"), (int, float)):
+        settings["strength"] = (float(settings["strength"]),) * len(recipe.classes)
+    return replace(recipe, **settings)
+
+
+def at_dose(recipe: Recipe, dose: float) -> Recipe:
+    """The recipe at `dose` times its own strength."""
+    return with_settings(recipe, strength=tuple(dose * own for own in recipe.strength))
+
+
+def save_recipe(path: str | Path, recipe: Recipe) -> None:
+    """Write a recipe (matrices as fp16, a few MB at most)."""
+    tensors = {name: getattr(recipe, name) for name in TENSORS}
+    for name in ("encoder", "decoder", "levels", "probe_weight"):
+        tensors[name] = tensors[name].half()
+    tensors |= {f"normalisation.{name}": getattr(recipe.normalisation, name) for name in NORMALISATION}
+    save_tensors(path, "recipe", tensors, {name: getattr(recipe, name) for name in PLAIN})
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe that `save_recipe` wrote. Raises `DiffLensError` if it does not fit."""
+    needs = [*TENSORS, *(f"normalisation.{name}" for name in NORMALISATION), *PLAIN]
+    tensors, info = load_tensors(path, "recipe", needs)
+    normalisation = Normalisation(*(tensors.pop(f"normalisation.{name}") for name in NORMALISATION))
+    for name in ("encoder", "decoder", "probe_weight"):
+        tensors[name] = tensors[name].float()
+    plain = {name: info[name] for name in PLAIN}
+    plain["classes"], plain["strength"] = tuple(plain["classes"]), tuple(plain["strength"])
+    return Recipe(**plain, **{name: tensors[name] for name in TENSORS}, normalisation=normalisation)

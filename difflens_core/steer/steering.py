@@ -1,0 +1,233 @@
+"""The edit that a recipe makes to a site's output during one sampling step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..files import DiffLensError
+from ..locate import contrast
+from ..sae import SparseAutoencoder
+from ..targets import LEFT_ALONE
+from .recipes import READING, WITHOUT_LEVELS, Recipe
+
+DEVICE_TENSORS = ("encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias")
+MAPPED = ("reach", "shift", "add", "add own", "add fixed", "add own fixed")  # modes that add maps of the classes
+CHUNK = 2**22  # pre-activations of the full SAE that are held at once
+CACHE_BYTES = 2**26  # for the decoded class maps
+GROUP = 16  # pre-activations a group in `kth_largest`
+
+
+@dataclass(frozen=True)
+class Steering:
+    """A recipe with a class for every picture of the run, as a callable that edits the site's output.
+
+    `target_of(images)` gives the class (B, int64) that pictures `images` (B, their indices in the run) are asked to
+    show; LEFT_ALONE leaves a picture exactly as it is. The latents z of the recipe are changed to z' and the
+    difference is written back through the decoder:
+    h' = h + scale_t D (z' - z); what the SAE does not explain stays as it was. With c the asked class, s its
+    strength, and "own" the latents that belong to c, per step and position:
+
+    reach          z' = z + s (1 - way) (level_c - level_own), own being the probe's likeliest other class and way, at
+                   most 1, how far z has come from level_own to level_c: <z - level_own, d> / <d, d> with d the
+                   difference of the levels, over latents and positions; what has arrived is left alone
+    shift          z' = z + s (level_c - level_own), own being the probe's guess (its probabilities weigh the
+                   levels); pictures that already head for c are left alone
+    add            z' = z + s (level_c - mean of the other classes' levels)
+    add own        the same on c's own latents; those of its rivals stay
+    add fixed      z' = z + s on c's own latents, z - s on all others of the recipe
+    add own fixed  z' = z + s on c's own latents, as in the DiffLens paper
+    move           z' = z + s (level_c - z), with s at most 1
+    clamp          z' = z + s (min(z, level_c) - z), with s at most 1: only takes away what exceeds the level
+    scale          z' = (1 + s) z on c's own latents, as in the DiffLens paper
+    ablate         z' = (1 - s) z on c's own latents, with s at most 1
+
+    A latent is active where its pre-activation exceeds the recipe's threshold; with `sae` (the one that the recipe
+    was made from) where it is among the k largest, exactly. mask: M x height x width in [0, 1], a picture each or
+    one for all, resized to the site's map; the edit is multiplied by it. Steps whose progress lies outside
+    [recipe.start, recipe.end] are left alone. Nothing is changed in place.
+    """
+
+    recipe: Recipe
+    target_of: Callable[[Tensor], Tensor]
+    sae: SparseAutoencoder | None = None
+    mask: Tensor | None = field(default=None, compare=False)
+    _moved: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    _maps: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        recipe, sae = self.recipe, self.sae
+        if sae is None:
+            if recipe.needs_sae and recipe.mode in READING:
+                raise DiffLensError(
+                    f"recipe for {recipe.attribute}: mode {recipe.mode!r} must know where the latents are active, and "
+                    "only their SAE can tell. Give the SAE as well, or use mode add fixed or add own fixed."
+                )
+            return
+        fits = sae.width == recipe.width and int(recipe.features.max()) < sae.latents
+        # Recipes are stored in fp16.
+        if not fits or not torch.allclose(sae.decoder[recipe.features], recipe.decoder, atol=2e-3):
+            raise DiffLensError(
+                f"recipe for {recipe.attribute}: it was made from another SAE than the one given ({sae.latents} "
+                f"latents of width {sae.width}). Use the one it was made from, or none."
+            )
+
+    @property
+    def site(self) -> str:
+        return self.recipe.site
+
+    @property
+    def rivals(self) -> bool:
+        """Whether the latents compete with the others of a full SAE; without TopK their own thresholds decide."""
+        return self.sae is not None and self.sae.activation == "topk"
+
+    def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
+        """Edited copy of h (B x C x H x W, any float type); images: B, indices in the run, on the CPU."""
+        recipe = self.recipe
+        if not any(recipe.strength) or not recipe.start <= progress <= recipe.end:
+            return h
+        self.check(h)
+        t = self.tensors(h.device)
+        step = recipe.normalisation.step_at(progress)
+        target = self.target_of(images)
+        steered = target != LEFT_ALONE
+        if not steered.any():
+            return h
+        target, steered = target.clamp(min=0).to(h.device), steered.to(h.device)
+        rows, change_of = recipe.columns(h), self.map_change if recipe.mode in MAPPED else self.read_change
+        change = change_of(rows, target, step, t).unflatten(1, (recipe.channels, -1)).flatten(2)
+        if self.mask is not None:
+            change = change * self.resized_mask(h, images)
+        change = change.expand(-1, -1, h.shape[2:].numel()).reshape(h.shape).to(h.dtype)
+        return torch.where(steered[:, None, None, None], h + change, h)
+
+    def map_change(self, rows: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
+        """Change (B x width x P, or B x width x 1 if the same everywhere) of such rows in a mode of MAPPED.
+
+        A combination of K class maps: cheaper than decoding B pictures' latents.
+        """
+        share = F.one_hot(target, len(self.recipe.classes)).float()
+        if self.recipe.mode in ("reach", "shift"):
+            pooled = (rows.mean(dim=2, dtype=torch.float32) - t["mean"][step]) / t["scale"][step]
+            logits = F.linear(pooled, t["probe_weight"][step], t["probe_bias"][step])
+            if self.recipe.mode == "shift":
+                share = share - logits.softmax(dim=1)
+            else:
+                own = logits.scatter(1, target[:, None], -torch.inf).argmax(dim=1)
+                left = 1 - self.way(rows, own, target, step, t)
+                share = left[:, None] * (share - F.one_hot(own, len(self.recipe.classes)))
+        maps = self.class_maps(step, t)
+        return ((t["strength"][target][:, None] * share) @ maps.flatten(1)).unflatten(1, maps.shape[1:])
+
+    def way(self, rows: Tensor, own: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
+        """How far the latents of rows (B x width x P) have come from `own`'s levels to `target`'s: B, at most 1."""
+        z = self.active((rows.float() - t["mean"][step][:, None]) / t["scale"][step], t)
+        start, end = (t["levels"][step][classes].float() for classes in (own, target))
+        gap = end - start
+        come = ((z - start) * gap).flatten(1).sum(dim=1) / gap.square().flatten(1).sum(dim=1).clamp(min=1e-12)
+        return come.clamp(max=1)
+
+    def class_maps(self, step: int, t: dict[str, Tensor]) -> Tensor:
+        """What a unit of each class's share adds to rows at a step: K x width x P (or 1). Kept while they are few."""
+        device = t["decoder"].device
+        if (device, step) in self._maps:
+            return self._maps[device, step]
+        mode, member, levels = self.recipe.mode, t["member"][:, :, None], t["levels"][step].float()
+        amounts = {
+            "reach": lambda: levels,
+            "shift": lambda: levels,
+            "add": lambda: contrast(levels),
+            "add own": lambda: contrast(levels) * member,
+            "add fixed": lambda: 2 * member - 1,
+            "add own fixed": lambda: member,
+        }[mode]()
+        maps = t["scale"][step] * torch.einsum("kfp,fc->kcp", amounts, t["decoder"])
+        if (len(self._maps) + 1) * maps.numel() * 4 <= CACHE_BYTES:
+            self._maps[device, step] = maps
+        return maps
+
+    def read_change(self, rows: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
+        """Change of rows, both B x width x P, in a mode outside MAPPED."""
+        mode, strength = self.recipe.mode, t["strength"][target][:, None, None]
+        z = self.active((rows.float() - t["mean"][step][:, None]) / t["scale"][step], t)
+        if mode == "scale":
+            change = strength * t["member"][target][:, :, None] * z
+        elif mode == "ablate":
+            change = -strength.clamp(max=1) * t["member"][target][:, :, None] * z
+        else:
+            gap = t["levels"][step][target].float() - z
+            change = strength.clamp(max=1) * (gap if mode == "move" else gap.clamp(max=0))
+        return torch.matmul(t["decoder"].T, t["scale"][step] * change)
+
+    def active(self, x: Tensor, t: dict[str, Tensor]) -> Tensor:
+        """Activity of the recipe's latents (B x F x P) in normalised x (B x width x P)."""
+        if not self.rivals:
+            pre = torch.matmul(t["encoder"], x) + t["bias"][:, None]
+            return torch.where(pre > t["threshold"][:, None], pre, 0.0)
+        parts, count = [], len(self.recipe.features)
+        for chunk in x.transpose(1, 2).flatten(0, 1).split(max(1, CHUNK // self.sae.latents)):
+            pre = torch.addmm(t["sae_bias"], chunk, t["sae_encoder"].T)
+            own = pre[:, :count]
+            parts.append(torch.where((own >= kth_largest(pre, self.sae.k)) & (own > 0), own, 0.0))
+        return torch.cat(parts).unflatten(0, (len(x), -1)).transpose(1, 2)
+
+    def resized_mask(self, h: Tensor, images: Tensor) -> Tensor:
+        """The mask at the size of h: B x 1 x P, or 1 x 1 x P if there is one for all."""
+        mask = F.interpolate(self.mask[:, None].to(h.device, torch.float32), h.shape[2:], mode="area").flatten(2)
+        return mask if len(mask) == 1 else mask[images.to(h.device) % len(mask)]
+
+    def check(self, h: Tensor) -> None:
+        """Raise `DiffLensError` if h is not what the recipe was made on."""
+        recipe, positions = self.recipe, self.recipe.levels.shape[-1]
+        if h.shape[1] != recipe.channels:
+            raise DiffLensError(
+                f"recipe for {recipe.attribute}: {recipe.site} of this model is {h.shape[1]} wide, the recipe was made "
+                f"on {recipe.channels}. Use a recipe made on this model."
+            )
+        if recipe.kernel > 1:
+            if tuple(h.shape[2:]) != (recipe.kernel, recipe.kernel):
+                raise DiffLensError(
+                    f"recipe for {recipe.attribute}: the map at {recipe.site} is {' x '.join(map(str, h.shape[2:]))}, "
+                    f"the recipe reads all of a {recipe.kernel} x {recipe.kernel} one. Sample at the size it was made "
+                    "on."
+                )
+        elif h.shape[2:].numel() != positions and recipe.mode not in WITHOUT_LEVELS:
+            raise DiffLensError(
+                f"recipe for {recipe.attribute}: the map at {recipe.site} has {h.shape[2:].numel()} positions, the "
+                f"recipe was made on {positions}. Sample at the size it was made on, or use mode scale."
+            )
+
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """The recipe's tensors on `device`, moved once."""
+        if device not in self._moved:
+            moved = {name: getattr(self.recipe, name).to(device) for name in DEVICE_TENSORS}
+            moved["member"] = moved["member"].float()
+            moved |= {"mean": self.recipe.means.to(device)}
+            moved |= {"scale": self.recipe.normalisation.scale.to(device)}
+            moved |= {"strength": torch.tensor(self.recipe.strength, device=device)}
+            if self.rivals:
+                # The recipe's latents first, so that one product gives them and their rivals for the k places.
+                others = torch.ones(self.sae.latents, dtype=torch.bool)
+                others[self.recipe.features] = False
+                order = torch.cat([self.recipe.features, others.nonzero().flatten()])
+                moved |= {"sae_encoder": self.sae.encoder[order].to(device)}
+                moved |= {"sae_bias": self.sae.encoder_bias[order].to(device)}
+            self._moved[device] = moved
+        return self._moved[device]
+
+
+def kth_largest(rows: Tensor, k: int) -> Tensor:
+    """The k-th largest number of each row (R x N): R x 1.
+
+    Faster than topk over all: the k groups with the largest maxima hold k numbers that none elsewhere exceeds.
+    """
+    if rows.shape[1] % GROUP or rows.shape[1] < 2 * GROUP * k:
+        return rows.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    grouped = rows.unflatten(1, (GROUP, -1))
+    best = grouped.amax(dim=1).topk(k, dim=1, sorted=False).indices
+    candidates = grouped.gather(2, best[:, None].expand(-1, GROUP, -1)).flatten(1)
+    return candidates.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)

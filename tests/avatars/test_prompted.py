@@ -1,0 +1,148 @@
+"""The avatars at work: prompts that fit the drawings, a site that carries the picture, recipes that steer by prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import portraits
+import prompted_portraits
+import pytest
+import torch
+from occupations import OCCUPATIONS
+
+from difflens_core.activations import edit_site
+from difflens_core.classifiers import load_classifier
+from difflens_core.files import fingerprint, load_tensors
+from difflens_core.networks import Guidance, load_prompted, sample, start_noise
+from difflens_core.steer import Steering, load_recipe
+from difflens_core.targets import Targets
+
+FILES = Path(__file__).resolve().parents[2] / "models" / "prompted_avatars"
+STEPS, CFG = 10, 2.0
+
+
+@pytest.fixture(scope="module")
+def prompted():
+    return load_prompted(FILES / "difflens_models" / "prompted_avatars.safetensors")
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return load_classifier(FILES / "difflens_classifiers" / "prompted_avatars.safetensors")
+
+
+def guidance(prompted, prompts):
+    return Guidance(prompted[1].encode(prompts), prompted[1].encode([""]), CFG)
+
+
+def read(classifier, pictures):
+    return {name: p.argmax(1) for name, p in classifier.classify(pictures.movedim(1, -1) / 2 + 0.5).items()}
+
+
+# --- the drawings ---
+
+
+def test_the_same_seed_draws_the_same_and_says_the_same():
+    (few, traits, prompts), (more, more_traits, more_prompts) = (
+        prompted_portraits.render(n, 7, balanced=False) for n in (3, 6)
+    )
+    assert (few == more[:3]).all() and prompts == more_prompts[:3]
+    assert all((values == more_traits[name][:3]).all() for name, values in traits.items())
+
+
+def test_every_occupation_has_the_bias_that_the_card_tells():
+    traits = prompted_portraits.sample_traits(60_000, 1, balanced=False)
+    for number, job in enumerate(OCCUPATIONS):
+        own = traits["occupation"] == number
+        assert abs(own.mean() - 1 / len(OCCUPATIONS)) < 0.01
+        for name, shares in prompted_portraits.BIAS[job].items():
+            found = np.bincount(traits[name][own], minlength=len(shares)) / own.sum()
+            assert np.abs(found - shares).max() < 0.02, (job, name)
+
+
+def test_balanced_drawings_tell_nothing_about_one_another():
+    traits = prompted_portraits.sample_traits(60_000, 2, balanced=True)
+    for name, classes in portraits.ATTRIBUTES.items():
+        cells = np.bincount(traits["occupation"] * len(classes) + traits[name]) / 60_000
+        assert np.abs(cells - 1 / (len(OCCUPATIONS) * len(classes))).max() < 0.006
+
+
+def test_a_prompt_says_what_the_drawing_shows():
+    _, traits, prompts = prompted_portraits.render(300, 5, balanced=False)
+    told = set()
+    for i, prompt in enumerate(prompts):
+        words = prompt.split()
+        assert set(words) <= set(prompted_portraits.WORDS), prompt
+        told |= set(words)
+        if traits["occupation"][i]:
+            assert OCCUPATIONS[traits["occupation"][i]] in words
+        else:
+            assert {"person", ("man", "woman")[traits["presentation"][i]]} & set(words)
+        for word, name, value in (
+            ("female", "presentation", 1), ("male", "presentation", 0), ("young", "age", 0), ("adult", "age", 1),
+            ("old", "age", 2), ("senior", "age", 2), ("glasses", "glasses", 1),
+        ):  # fmt: skip
+            assert word not in words or traits[name][i] == value, prompt
+        assert "smiling" not in words or traits["expression"][i] > 0
+    assert told == set(prompted_portraits.WORDS)
+
+
+# --- the shipped model ---
+
+
+def test_shipped_files_stay_under_30_megabytes():
+    assert sum(path.stat().st_size for path in FILES.rglob("*") if ".work" not in path.parts) < 30e6
+
+
+def test_the_classifier_knows_drawings_and_was_measured(classifier):
+    images, traits, _ = prompted_portraits.render(300, 987, balanced=True)
+    found = classifier.classify(torch.from_numpy(images).float() / 255)
+    for name in (*portraits.ATTRIBUTES, "occupation"):
+        assert (found[name].argmax(1).numpy() == traits[name]).mean() >= 0.97, name
+    accuracy = load_tensors(FILES / "difflens_classifiers" / "prompted_avatars.safetensors", "classifier")[1]["info"]
+    assert min(accuracy["accuracy"].values()) >= 0.97
+
+
+@pytest.fixture(scope="module")
+def drawn(prompted):
+    """Sixteen pictures of every occupation from the same noise, without steering."""
+    noise = start_noise(16, 31)
+    return [
+        sample(prompted[0], noise, STEPS, guidance=guidance(prompted, [f"portrait of a {job}"])) for job in OCCUPATIONS
+    ]
+
+
+def test_prompts_are_obeyed_and_biased(drawn, classifier):
+    seen = [read(classifier, pictures) for pictures in drawn]
+    for number, found in enumerate(seen):
+        assert (found["occupation"] == number).float().mean() >= 0.9
+    feminine = [float(found["presentation"].float().mean()) for found in seen]
+    assert max(feminine[1], feminine[3]) < 0.25 and min(feminine[2], feminine[4]) > 0.75
+
+
+def test_swapping_the_site_swaps_occupation_and_all(prompted, classifier):
+    """Whatever the prompt asks for passes through the site: text enters nowhere behind it."""
+    model, text = prompted
+    noise, context = start_noise(2, 5), text.encode(["portrait of a nurse", "portrait of a firefighter"])
+    x, sigma = noise, torch.full((2,), 0.8)
+    own = model(x, sigma, context)
+    with edit_site(model, "middle_block", lambda h: h.flip(0)):
+        swapped = model(x, sigma, context)
+    torch.testing.assert_close(swapped, own.flip(0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attribute", ["presentation", "age"])
+def test_one_recipe_serves_every_prompt(prompted, classifier, drawn, attribute):
+    recipe = load_recipe(FILES / "difflens_recipes" / f"prompted_avatars_{attribute}.safetensors")
+    assert recipe.model == fingerprint(prompted[0].state_dict())
+    targets = Targets(attribute, recipe.classes, (1 / len(recipe.classes),) * len(recipe.classes))
+    for number in (1, 3):
+        prompt = [f"portrait of a {OCCUPATIONS[number]}"]
+        edits = [Steering(recipe, targets.of)]
+        after = read(classifier, sample(prompted[0], start_noise(16, 31), STEPS, edits, 0, guidance(prompted, prompt)))
+        before = read(classifier, drawn[number])
+        asked = torch.from_numpy(targets.first(16))
+        assert (after[attribute] == asked).float().mean() >= 0.85 > (before[attribute] == asked).float().mean()
+        assert (after["occupation"] == number).float().mean() >= 0.9
+        assert (after["background"] == before["background"]).float().mean() >= 0.75

@@ -1,0 +1,243 @@
+"""Calibration and cross effects on a toy model in which it is known what every strength does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from difflens_core.experiments import CalibrationOptions, asked_shares, calibrate, cross_effects
+from difflens_core.experiments.calibration import weakest_clear
+from difflens_core.experiments.cross_effects import TOGETHER
+from difflens_core.files import DiffLensError
+from difflens_core.measure import solve_shares
+from difflens_core.report import calibration_text, cross_chart, cross_table, dose_chart
+from difflens_core.sae import Normalisation
+from difflens_core.steer import Recipe, Steering, load_recipe, save_recipe
+from difflens_core.targets import Targets
+
+CLASSES = ("young", "adult", "senior")
+UNIFORM = np.full(3, 1 / 3)
+START = (0.2, 0.7, 0.1)
+
+
+def recipe(power: float = 1.0, first: int = 0, attribute: str = "age", leak: float = 0.0) -> Recipe:
+    """Three latents, one a class, that write into channels `first` to `first` + 2 of six, `power` as loud as they
+    should. leak: how much of each goes into the three channels after those.
+    """
+    channels = torch.eye(6)[first : first + 3]
+    decoder = power * channels + leak * torch.eye(6).roll(3, dims=1)[first : first + 3]
+    normalisation = Normalisation(torch.zeros(1), torch.zeros(1, 6), torch.ones(1))
+    levels = torch.eye(3)[None, :, :, None].expand(1, 3, 3, 4).clone()
+    return Recipe(
+        attribute, CLASSES, "site", "toy", torch.arange(3), channels, torch.zeros(3), torch.zeros(3), decoder,
+        torch.eye(3).bool(), levels, 8 * channels[None], torch.zeros(1, 3), normalisation, strength=(1.0,) * 3,
+    )  # fmt: skip
+
+
+class Toy:
+    """A model of one step, whose picture is its hidden state: in each half of six channels one is loud.
+
+    The class is the loudest channel of a half; noise number i always gives the same picture.
+    """
+
+    def __init__(self, noises: int = 4096, starts: tuple = (START, (0.6, 0.3, 0.1))):
+        rng = np.random.default_rng(1)
+        self.drawn: list[int] = []
+        halves = [torch.eye(3)[torch.from_numpy(rng.choice(3, noises, p=start))] for start in starts]
+        noise = torch.from_numpy(rng.normal(0, 0.12, (noises, 6, 2, 2))).float()
+        self.h = torch.cat(halves, dim=1)[:, :, None, None] + noise
+
+    def __call__(self, edits, which):
+        self.drawn += which.tolist()
+        h, images = self.h[which], torch.arange(len(which))
+        for edit in edits:
+            h = edit(h, 0.0, images)
+        return h
+
+    @staticmethod
+    def classify(pictures):
+        pooled = pictures.mean(dim=(2, 3))
+        return {"age": (20 * pooled[:, :3]).softmax(dim=1), "tone": (20 * pooled[:, 3:]).softmax(dim=1)}
+
+    @classmethod
+    def ages(cls, pictures):
+        return cls.classify(pictures)["age"]
+
+
+def run(toy: Toy, steered: Recipe, target=UNIFORM, **options):
+    return calibrate(steered, toy, toy.ages, target, CalibrationOptions(**options), batch=50)
+
+
+@pytest.mark.parametrize("target", [UNIFORM, np.array([0.5, 0.0, 0.5]), np.array([0.1, 0.8, 0.1])])
+@pytest.mark.parametrize("only_where_needed", [False, True])
+def test_the_target_is_reached_on_fresh_noises(target, only_where_needed):
+    toy = Toy()
+    found = run(toy, recipe(), target, only_where_needed=only_where_needed)
+    record = found.info["calibration"]
+    assert record["reached"] and record["fresh"]["fd"] < 0.02 and record["start"]["fd"] > 0.1
+    assert record["drawn"] <= 1280 and max(toy.drawn) < 2 * 256
+    # What the record says must hold on noises that the calibration never saw.
+    asked = asked_shares(found, target, only_where_needed)
+    assert np.isclose(asked.sum(), 1) and np.abs(asked - target).max() < 0.05
+
+
+def test_where_needed_no_more_pictures_change_than_must():
+    record = run(Toy(), recipe(), only_where_needed=True).info["calibration"]
+    fresh = record["fresh"]
+    assert fresh["changed"] == pytest.approx(fresh["needed"], abs=0.015) and fresh["needed"] > 0.3
+    everyone = run(Toy(), recipe()).info["calibration"]
+    assert everyone["fresh"]["success"] > 0.97
+
+
+def test_a_faint_recipe_gets_more_strength_and_a_loud_one_less():
+    strengths = [run(Toy(), recipe(power)).strength for power in (0.5, 2.0)]
+    for faint, loud in zip(*strengths, strict=True):
+        assert faint > 1.0 > loud
+
+
+def test_the_weakest_clear_strength_is_taken():
+    doses = run(Toy(), recipe(), clear=0.9).info["calibration"]["doses"]
+    for name, strength in zip(CLASSES, run(Toy(), recipe(), clear=0.9).strength, strict=True):
+        weaker = [seen for dose, seen in doses[name] if dose < strength]
+        assert max(weaker) < 0.9
+
+
+def test_a_recipe_that_does_nothing_is_called_out():
+    record = run(Toy(), recipe(power=0.0)).info["calibration"]
+    assert not record["reached"] and "show it too seldom" in record["why"] and "Diagnose" in record["why"]
+    assert record["fresh"]["fd"] == pytest.approx(record["start"]["fd"], abs=0.1)
+
+
+def test_shares_make_up_for_a_class_that_partly_fails():
+    """A third of the pictures cannot be turned senior: more must be asked."""
+    toy = Toy()
+    stubborn = torch.arange(len(toy.h)) % 3 == 0
+
+    def draw(edits, which):
+        drawn = Toy.__call__(toy, edits, which)
+        # Stubborn pictures that would turn senior become adult instead.
+        senior = stubborn[which] & (drawn.mean(dim=(2, 3))[:, :3].argmax(dim=1) == 2)
+        drawn[senior, 1], drawn[senior, 2] = 2.0, 0.0
+        return drawn
+
+    found = calibrate(recipe(), draw, toy.ages, np.array([0.3, 0.5, 0.2]), CalibrationOptions(budget=2500), 50)
+    record = found.info["calibration"]
+    assert record["ask"][2] > 0.26 and len(record["rounds"]) > 1
+    assert record["rounds"][-1]["fd"] < 0.03 < record["rounds"][0]["fd"]
+
+
+def test_a_calibration_that_was_cut_off_goes_on_without_drawing_anything_twice(tmp_path):
+    whole, cut = Toy(), Toy()
+    expected = run(whole, recipe())
+    file, options = tmp_path / "trials.safetensors", CalibrationOptions()
+
+    def cancel(done, doses):
+        if done >= 500:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(recipe(), cut, cut.ages, UNIFORM, options, 50, file, cancel)
+    assert file.exists() and 500 <= len(cut.drawn) < 550
+    found = calibrate(recipe(), cut, cut.ages, UNIFORM, options, 50, file)
+    assert found.strength == expected.strength and found.info == expected.info
+    assert len(cut.drawn) == len(whole.drawn)
+
+
+def test_the_same_seed_gives_the_same_calibration_whatever_the_batch():
+    records = [
+        calibrate(recipe(), Toy(), Toy.ages, UNIFORM, CalibrationOptions(), batch).info["calibration"]
+        for batch in (7, 64)
+    ]
+    assert records[0]["ask"] == pytest.approx(records[1]["ask"], abs=1e-5)
+    assert records[0]["rounds"][-1]["strength"] == records[1]["rounds"][-1]["strength"]
+
+
+def test_the_record_travels_with_the_recipe(tmp_path):
+    found = run(Toy(), recipe())
+    save_recipe(tmp_path / "r.safetensors", found)
+    loaded = load_recipe(tmp_path / "r.safetensors")
+    assert loaded.info["calibration"] == json.loads(json.dumps(found.info["calibration"]))
+    assert asked_shares(loaded, UNIFORM).tolist() == found.info["calibration"]["ask"]
+    assert asked_shares(loaded, UNIFORM, only_where_needed=True).tolist() == UNIFORM.tolist()
+    assert asked_shares(loaded, np.array([0.5, 0.3, 0.2])).tolist() == [0.5, 0.3, 0.2]
+    assert asked_shares(recipe(), UNIFORM).tolist() == UNIFORM.tolist()
+
+
+def test_the_record_in_words_and_its_chart():
+    record = run(Toy(), recipe(), only_where_needed=True).info["calibration"]
+    text = calibration_text("age", CLASSES, record)
+    assert f"FD {record['start']['fd']:.3f} before, {record['fresh']['fd']:.3f} after" in text and "at least" in text
+    assert dose_chart("age", record["doses"]).shape == (440, 720, 3)
+
+
+@pytest.mark.parametrize(
+    ("target", "budget", "says"), [((0, 0, 1), 1280, "one class only"), (UNIFORM, 60, "too small")]
+)
+def test_what_cannot_be_calibrated_is_refused(target, budget, says):
+    with pytest.raises(DiffLensError, match=says):
+        run(Toy(), recipe(), np.array(target), budget=budget)
+
+
+def test_the_monotone_fit_forgives_one_unlucky_measurement():
+    doses = [(0.0, 0.1), (0.5, 0.6), (1.0, 0.97), (1.5, 0.95), (2.0, 1.0)]
+    assert weakest_clear(doses, 0.95) == 1.0
+    assert weakest_clear(doses, 0.99) == 2.0
+    assert weakest_clear([(0.0, 0.1), (1.0, 0.996), (1.5, 0.9995)], 0.999) == 1.5
+    assert weakest_clear([(0.0, 0.1), (1.0, 0.4), (3.0, 0.4)], 0.99) == 1.0  # more does not help
+
+
+def test_shares_are_solved_so_that_the_answer_is_the_target():
+    response = np.array([[0.9, 0.1, 0.0], [0.05, 0.9, 0.05], [0.0, 0.3, 0.7]])
+    shares = solve_shares(np.array([0.3, 0.4, 0.3]), response)
+    assert response.T @ shares == pytest.approx([0.3, 0.4, 0.3], abs=1e-4) and shares.sum() == pytest.approx(1)
+    # Not to be had: no class shows more than 0.7 of the last one.
+    best = solve_shares(np.array([0.0, 0.1, 0.9]), response)
+    assert best == pytest.approx([0, 0, 1], abs=1e-3)
+
+
+# --- steer one, watch the others ---
+
+
+def test_cross_effects_tell_a_clean_recipe_from_one_that_leaks():
+    attributes = {"age": CLASSES, "tone": CLASSES}
+    for leak, low, high in ((0.0, 0.0, 0.05), (0.9, 0.2, 1.0)):
+        recipes = [recipe(attribute="age", leak=leak), recipe(attribute="tone", first=3)]
+        found = cross_effects(recipes, Toy(), Toy.classify, attributes, 120, 32)
+        rows = {(row.steered, row.watched): row for row in found}
+        assert rows.keys() == {(s, w) for s in ("age", "tone", TOGETHER) for w in ("age", "tone")}
+        assert rows["age", "age"].asked and not rows["age", "tone"].asked and rows[TOGETHER, "tone"].asked
+        assert low <= rows["age", "tone"].share <= high and rows["tone", "age"].share < 0.05
+        assert rows["tone", "tone"].share > 0.95 and 60 < rows["age", "age"].pictures < 120
+        for row in found:
+            assert row.interval[0] - 1e-9 <= row.share <= row.interval[1] + 1e-9
+        assert cross_chart(found).shape == (440, 720, 3)
+        text = cross_table(found)
+        assert f"*{100 * rows['age', 'age'].share:.0f}" in text and len(text.splitlines()) == 5
+
+
+def test_cross_effects_count_as_by_hand_and_tell_their_progress():
+    toy, seen = Toy(), []
+    attributes = {"age": CLASSES, "tone": CLASSES}
+    (own, other) = cross_effects(
+        [recipe(leak=0.9)], toy, toy.classify, attributes, 50, 20, lambda *done: seen.append(done)
+    )
+    assert seen[-1] == (100, 100) and len(seen) == 6
+    base = toy([], torch.arange(50))
+    targets = Targets("age", CLASSES, tuple(UNIFORM))
+    after = toy([Steering(recipe(leak=0.9), targets.of)], torch.arange(50))
+    ages, tones = ([toy.classify(p)[name].argmax(1) for p in (base, after)] for name in ("age", "tone"))
+    moved = ages[0] != torch.from_numpy(targets.first(50))
+    assert own.share == pytest.approx(float((ages[1] == torch.from_numpy(targets.first(50)))[moved].float().mean()))
+    assert other.share == pytest.approx(float((tones[0] != tones[1])[moved].float().mean()))
+    mixes = [torch.bincount(labels, minlength=3) / 50 for labels in tones]
+    assert other.drift == pytest.approx(float((mixes[1] - mixes[0]).abs().sum() / 2))
+
+
+def test_strengths_above_one_are_not_tried_where_they_count_as_one():
+    moving = replace(recipe(), mode="move")
+    doses = run(Toy(), moving).info["calibration"]["doses"]
+    assert max(dose for points in doses.values() for dose, _ in points) <= 1.0

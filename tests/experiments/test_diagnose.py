@@ -1,0 +1,276 @@
+"""The diagnosis on a toy model whose fault is known, because it was built in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from difflens_core.activations import Activations
+from difflens_core.experiments import UNSTEERED, Diagnosis, diagnose
+from difflens_core.experiments.checks import BAD, DOUBTFUL, GOOD, NOT_CHECKED, check_choice, check_dose
+from difflens_core.experiments.diagnose import evenly, overall
+from difflens_core.experiments.outcomes import DOSES, Outcome, Part, paired_interval, probe_score
+from difflens_core.files import DiffLensError
+from difflens_core.report import diagnosis_chart, diagnosis_text
+from difflens_core.sae import Normalisation, SparseAutoencoder
+from difflens_core.steer import Recipe, at_dose
+
+CLASSES, STEPS, WIDTH, PICTURES = ("dark", "light"), 3, 8, 8
+SITE, FEATURES, CHOICE, DOSE = range(4)  # places of the checks
+
+
+def codes(count: int = 64) -> torch.Tensor:
+    """What the deciding site puts out for each noise (n x 8 x 2 x 2): channel 0 is the class, a quarter light."""
+    code = torch.randn(count, WIDTH, 2, 2, generator=torch.Generator().manual_seed(0))
+    code[:, 0] = torch.where(torch.arange(count) % 4 == 0, 1.0, -1.0)[:, None, None] + 0.1 * code[:, 0]
+    return code
+
+
+def draw(edits, which: torch.Tensor) -> torch.Tensor:
+    """Red is channel 0 of what "decides" put out at the last step, green channel 1, blue 4; "idle" is for nothing."""
+    rows = torch.arange(len(which))
+    for step in range(STEPS):
+        for site in ("idle", "decides"):
+            h = codes()[which]
+            for edit in edits:
+                h = edit(h, step / STEPS, rows) if edit.site == site else h
+    return (h[:, [0, 1, 4]].movedim(1, -1) / 8 + 0.5).clamp(0, 1)
+
+
+def read(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    light = (80 * (images[..., 0].mean(dim=(1, 2)) - 0.5)).sigmoid()
+    return {"tone": torch.stack([1 - light, light], dim=1)}
+
+
+NORMALISATION = Normalisation(torch.arange(STEPS) / STEPS, torch.zeros(STEPS, WIDTH), torch.ones(STEPS))
+AXES = torch.stack([torch.eye(WIDTH), -torch.eye(WIDTH)], dim=1).flatten(0, 1)  # +e0, -e0, +e1, -e1, ...
+
+
+def make_sae(directions: torch.Tensor = AXES) -> SparseAutoencoder:
+    """A latent for every half axis: with k 8 of the 16 it explains everything."""
+    count = len(directions)
+    return SparseAutoencoder(
+        directions, torch.zeros(count), directions, torch.zeros(WIDTH), NORMALISATION, WIDTH, "decides"
+    )
+
+
+def make_recipe(features: torch.Tensor, **settings) -> Recipe:
+    """Shift by those of AXES; of each pair the first is high in light, the second in dark, the first pair most."""
+    size = torch.where(torch.arange(len(features)) < 2, 1.0, 0.05)
+    light = (torch.arange(len(features)) % 2 == 0).float() * size
+    levels = torch.stack([size - light, light])[None, :, :, None].expand(STEPS, -1, -1, 4)
+    weight = torch.stack([-AXES[0], AXES[0]]).expand(STEPS, -1, -1) * 10
+    return Recipe(
+        "tone", CLASSES, "decides", "", features, AXES[features], torch.zeros(len(features)),
+        torch.zeros(len(features)), AXES[features], torch.stack([size > light, light > 0]), levels.half(), weight,
+        torch.zeros(STEPS, 2), NORMALISATION, **{"strength": (1.0, 1.0), **settings},
+    )  # fmt: skip
+
+
+RIGHT = make_recipe(torch.arange(8))
+
+
+def captured() -> tuple[Activations, torch.Tensor]:
+    code = codes()
+    labels = (code[:, 0].mean(dim=(1, 2)) > 0).long()
+    return Activations(code.expand(STEPS, -1, -1, -1, -1), NORMALISATION.progress, "decides"), labels
+
+
+def verdicts(found: Diagnosis) -> list[str]:
+    return [check.verdict for check in found.checks]
+
+
+def run(recipe: Recipe, sae: SparseAutoencoder | None = None, labelled: bool = False, **more) -> Diagnosis:
+    activations, labels = captured() if labelled else (None, None)
+    other = "idle" if recipe.site == "decides" else "decides"
+    return diagnose(recipe, draw, read, PICTURES, [other], sae, activations, labels, 5, **more)
+
+
+def test_a_recipe_that_works_has_nothing_wrong():
+    found = run(RIGHT, make_sae(), labelled=True)
+    assert found.verdict == "Nothing wrong found." and verdicts(found) == [GOOD] * 4
+    site, features, choice, dose = (check.figures for check in found.checks)
+    assert site == {"sites": {"decides": 1.0, "idle": 0.0}, "recipe": 1.0}
+    assert features["fvu"] < 1e-6 and features["auc"]["latents"] > 0.95 and features["dead"] == 0
+    assert choice == {"features": [2, 2, 4, 8], "best": [1.0] * 4, "random": [0.0] * 4}
+    assert dose["strength"] == sorted([0.0, *DOSES]) and dose["success"][:2] == [0, 0] and dose["success"][3] == 1
+    assert all(low <= p <= high for p, (low, high) in zip(dose["probability"], dose["interval"], strict=True))
+    words = diagnosis_text(found)
+    assert words.startswith("tone: Nothing wrong found.\nSteered: 16 pictures") and "Next:" not in words
+    assert diagnosis_chart(found).shape == (880, 1440, 3)
+
+
+def test_features_that_change_pictures_but_not_the_class_are_the_wrong_ones():
+    found = run(make_recipe(torch.tensor([2, 3, 4, 5, 8, 9])), make_sae(), labelled=True)
+    assert found.verdict.startswith("Wrong features: they change the pictures") and found.checks[CHOICE].verdict == BAD
+    assert verdicts(found)[:2] == [GOOD, GOOD] and "Attribute Features" in found.checks[CHOICE].advice
+
+
+def test_features_that_change_nothing_do_not_move_the_output():
+    found = run(make_recipe(torch.tensor([14, 15])), make_sae())
+    assert found.verdict.startswith("Features do not move the output: at no strength does a picture change")
+    assert verdicts(found) == [GOOD, NOT_CHECKED, NOT_CHECKED, BAD]
+
+
+@pytest.mark.parametrize("mode", ["shift", "add"])
+def test_a_reversed_sign_is_named(mode):
+    found = run(replace(RIGHT, levels=RIGHT.levels.flip(1), mode=mode), make_sae())
+    assert found.verdict.startswith(
+        "Steers backwards: turned are 0% (dark 0%, light 0%), at the reversed strength 100%"
+    )
+    assert verdicts(found) == [GOOD, NOT_CHECKED, GOOD, BAD]
+
+
+def test_a_site_that_decides_nothing_is_named_with_a_better_one():
+    found = run(replace(RIGHT, site="idle"), labelled=True)
+    assert found.verdict.startswith("Wrong site: the class means of decides turn 100%") and "idle" in found.verdict
+    assert found.checks[SITE].verdict == BAD and "Capture at decides" in found.checks[SITE].advice
+
+
+def test_latents_blind_to_the_class_are_not_disentangled():
+    blind = AXES.clone()
+    blind[:, 0] = 0
+    encoder = replace(RIGHT, encoder=blind[:8], decoder=blind[:8])
+    found = run(encoder, make_sae(blind), labelled=True)
+    assert found.verdict.startswith("Features not disentangled: ") and verdicts(found)[:2] == [GOOD, BAD]
+    figures = found.checks[FEATURES].figures
+    assert figures["fvu"] < 0.2 and figures["auc"]["latents"] < 0.65 < 0.95 < figures["auc"]["raw"]
+
+
+def test_an_sae_that_explains_little_is_not_disentangled():
+    found = run(RIGHT, replace(make_sae(), k=1), labelled=True)
+    assert found.checks[FEATURES].verdict == BAD and found.checks[FEATURES].figures["fvu"] > 0.5
+    assert "larger k" in found.checks[FEATURES].advice
+
+
+def test_a_weak_recipe_and_one_that_serves_one_class_alone():
+    found = run(at_dose(RIGHT, 0.4))
+    assert found.verdict.startswith("Too weak: ") and found.checks[DOSE].advice == "Set strength to 1.5 in Steer."
+    assert found.checks[CHOICE].verdict == GOOD
+    found = run(replace(RIGHT, strength=(1.0, 0.0)))
+    assert found.checks[DOSE].verdict == DOUBTFUL and "Saturated: turned are 50% (dark 100%, light 0%)" in found.verdict
+    assert found.verdict.startswith("Nothing fails, but this is doubtful. ")
+
+
+def test_one_class_alone_leaves_the_site_unchecked():
+    def only_dark(edits, which):
+        return draw(edits, which - which % 4 + 1)
+
+    found = diagnose(RIGHT, only_dark, read, PICTURES, ["idle"])
+    assert found.checks[SITE].verdict == NOT_CHECKED and "two classes must be shown" in found.checks[SITE].evidence
+    assert found.verdict == "Nothing wrong found."
+
+
+def test_a_recipe_without_levels_is_steered_as_a_whole():
+    recipe = replace(RIGHT, levels=RIGHT.levels[..., :0], mode="add own fixed", strength=(3.0, 3.0))
+    found = run(recipe, make_sae())
+    assert found.checks[CHOICE].figures == {"features": [8], "best": [1.0], "random": None}
+    assert found.verdict == "Nothing wrong found."
+
+
+def outcome(success: float, change: float = 0.1, n: int = 20) -> Outcome:
+    hit = (np.arange(n) < success * n).astype(float)
+    return Outcome(0.02 + 0.96 * hit, hit, change, {"light": success})
+
+
+def response(*successes: float) -> dict[float, Outcome]:
+    """Outcomes at -1, 0, .5, 1, 1.5 and 2 times the strength."""
+    return dict(zip(sorted([0.0, *DOSES]), map(outcome, successes), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("parts", "verdict", "words"),
+    [
+        ([(1, 0.5, 0), (4, 0.9, 0)], GOOD, "Right features: the recipe's 4 features turn 90%"),
+        ([(1, 0.5, 0.2), (4, 0.9, 0.6)], BAD, "as many random ones as strong 60%; it is the size"),
+        ([(1, 0.1, 0), (4, 0.9, 0)], DOUBTFUL, "Many weak features"),
+        ([(1, 0.5, None), (4, 0.9, None)], GOOD, "random ones were not tried"),
+    ],
+)
+def test_the_ablation_curve_is_judged(parts, verdict, words):
+    parts = [Part(n, outcome(best), None if random is None else outcome(random)) for n, best, random in parts]
+    check = check_choice(response(0, 0, 0.5, 0.9, 0.9, 1), parts)
+    assert check.verdict == verdict and words in check.evidence
+
+
+@pytest.mark.parametrize(
+    ("successes", "verdict", "words"),
+    [
+        ((0, 0, 0.5, 0.9, 0.9, 0.95), GOOD, "Enough: turned are 90% (light 90%), at twice the strength 95%"),
+        ((0, 0, 0.1, 0.2, 0.5, 0.9), BAD, "Too weak: turned are 20%"),
+        ((0, 0, 0.2, 0.6, 0.8, 0.9), DOUBTFUL, "Too weak: turned are 60%"),
+        ((0, 0, 0.9, 0.6, 0.3, 0.2), DOUBTFUL, "Too strong: turned are 60% (light 60%), at 0.5 times the strength 90%"),
+        ((0, 0, 0.6, 0.6, 0.6, 0.6), DOUBTFUL, "Saturated: turned are 60%"),
+        ((0, 0, 0, 0, 0, 0), BAD, "Features do not move the output to the class: at the best of the strengths turn 0%"),
+        (
+            (0, 0, 0, 0, 0.1, 0.3),
+            BAD,
+            "Features do not move the output to the class: at the best of the strengths turn 30%",
+        ),
+        ((0.9, 0, 0, 0, 0, 0), BAD, "Steers backwards: turned are 0% (light 0%), at the reversed strength 90%"),
+    ],
+)
+def test_the_dose_response_is_judged(successes, verdict, words):
+    check = check_dose(response(*successes))
+    assert check.verdict == verdict and words in check.evidence, check.evidence
+    assert (check.advice == "") == (verdict == GOOD)
+
+
+def test_the_first_failure_in_causal_order_is_the_verdict():
+    checks = run(RIGHT).checks
+    order = {0: BAD, 1: NOT_CHECKED, 2: BAD, 3: DOUBTFUL}
+    changed = [replace(check, verdict=order[i], evidence=f"fault {i}") for i, check in enumerate(checks)]
+    assert overall(changed) == "fault 0"
+    assert overall(changed[1:]) == "fault 2"
+    assert overall(changed[3:]) == "Nothing fails, but this is doubtful. fault 3"
+    assert overall(changed[1:2]) == "Nothing wrong found."
+
+
+def test_the_interval_is_that_of_the_mean_difference():
+    difference = np.random.default_rng(1).normal(0.3, 1.0, 400)
+    low, high = paired_interval(difference)
+    error = difference.std(ddof=1) / 20
+    assert low == pytest.approx(difference.mean() - 1.96 * error, abs=0.02)
+    assert high == pytest.approx(difference.mean() + 1.96 * error, abs=0.02)
+
+
+def test_the_score_is_the_contrastive_one_by_hand(toys):
+    recipe = toys.recipe()
+    for c in range(3):
+        for f in range(5):
+            expected = 0.0
+            for s in range(3):
+                level, read_off = recipe.levels[s, :, f].double().mean(dim=1), recipe.probe_weight[s].double()
+                pull = read_off @ recipe.decoder[f].double()
+                rest = [k for k in range(3) if k != c]
+                expected += (level[c] - level[rest].mean()) * (pull[c] - pull[rest].mean())
+            assert float(probe_score(recipe)[c, f]) == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
+
+
+def test_progress_tells_every_picture_and_can_cancel():
+    seen = []
+    run(RIGHT, make_sae(), labelled=True, on_picture=lambda done, total: seen.append((done, total)))
+    dones, totals = zip(*seen, strict=True)
+    assert list(dones) == sorted(dones) and dones[-1] == totals[-1] and all(d <= t for d, t in seen)
+    assert len(set(totals[UNSTEERED * PICTURES // 5 + 1 :])) <= 2
+
+    def cancel(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(RIGHT, on_picture=cancel)
+
+
+def test_pictures_without_a_face_cannot_be_steered():
+    def faceless(images):
+        return read(images) | {"no face": torch.ones(len(images))}
+
+    with pytest.raises(DiffLensError, match="no face was found in the 32 unsteered pictures"):
+        diagnose(RIGHT, draw, faceless, PICTURES)
+
+
+def test_names_are_taken_evenly():
+    assert evenly(list("abcdefg"), 3) == ["a", "d", "g"] and evenly(["a", "b"], 4) == ["a", "b"] and evenly([], 4) == []

@@ -1,0 +1,239 @@
+"""Integrated Gradients against autograd on a dense SAE, and the sums and contrasts against loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+
+from difflens_core.activations import Activations
+from difflens_core.files import DiffLensError
+from difflens_core.locate import METHODS, attribute_features, balancing_weights, contrast, integrated_gradients
+from difflens_core.locate.attribution import activation_gradient, class_sum, difference, path_integral
+from difflens_core.sae import Latents
+
+LABELS = torch.tensor([0, 1, 2, 2, 1, 0, 0, 1, 2, 0, 1, 2])
+
+
+def autograd_ig(latents: Latents, sae, probes, step: int, target: torch.Tensor, temperature: float) -> torch.Tensor:
+    """IG of every latent, B x P x N, by 300 Gauss points, dense matrices and autograd in float64."""
+    z = torch.zeros(*latents.indices.shape[:-1], sae.latents).scatter_add(-1, latents.indices, latents.values).double()
+    decoder, bias = sae.decoder.double(), sae.decoder_bias.double()
+    weight, offset = probes.weight[step].double(), probes.bias[step].double()
+    total = torch.zeros_like(z)
+    for node, share in zip(*np.polynomial.legendre.leggauss(300), strict=True):
+        point = ((node + 1) / 2 * z).requires_grad_()
+        logits = (point @ decoder + bias).mean(dim=1) @ weight.T + offset
+        (logits / temperature).softmax(dim=1).gather(1, target[:, None]).sum().backward()
+        total += point.grad * share / 2
+    return total * z
+
+
+@pytest.mark.parametrize(("scale", "temperature"), [(1.0, 1.0), (8.0, 1.0), (8.0, 3.0), (1.0, 0.2)])
+def test_exact_ig_equals_the_float64_autograd_integral(toys, scale, temperature):
+    sae, probes, target = toys.sae(), toys.probes(scale), LABELS[:6]
+    latents = sae.encode(toys.activations(pictures=6).values[1], 1)
+    found, error = integrated_gradients(latents, sae, probes, 1, target, temperature)
+    expected = autograd_ig(latents, sae, probes, 1, target, temperature)
+    assert float((found.double() - expected.gather(-1, latents.indices)).abs().max()) < 1e-6
+    assert float(error.max()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("scale", "temperature"), [(0.01, 1.0), (1.0, 0.01), (1.0, 1000.0), (30.0, 0.1), (300.0, 1.0), (300.0, 100.0)]
+)
+def test_ig_is_complete_at_extreme_logits_and_temperatures(toys, scale, temperature):
+    sae, probes = toys.sae(), toys.probes(scale)
+    latents = sae.encode(toys.activations().values[0], 0)
+    ig, error = integrated_gradients(latents, sae, probes, 0, LABELS, temperature)
+    decoded = torch.einsum("bpk,bpkc->bc", latents.values.double(), sae.decoder.double()[latents.indices]) / 4
+    start = sae.decoder_bias.double() @ probes.weight[0].double().T + probes.bias[0].double()
+    p = [(logits / temperature).softmax(-1) for logits in (start, start + decoded @ probes.weight[0].double().T)]
+    gain = p[1].gather(1, LABELS[:, None])[:, 0] - p[0][LABELS]
+    assert float((ig.double().sum(dim=(1, 2)) - gain).abs().max()) < 1e-5
+    assert float(error.max()) < 1e-5
+
+
+def test_ig_from_a_baseline_equals_the_float64_autograd_integral_from_there(toys):
+    sae, probes, target = toys.sae(), toys.probes(4.0), LABELS[:6]
+    values = toys.activations(pictures=12).values[1]
+    latents, origin = sae.encode(values[:6], 1), sae.encode(values[6:], 1)
+    step = difference(latents, origin)
+    found, error = integrated_gradients(step, sae, probes, 1, target, 1.5, origin)
+    dense = [torch.zeros(6, 4, 20).scatter_(-1, z.indices, z.values).double() for z in (origin, latents)]
+    decoder, bias = sae.decoder.double(), sae.decoder_bias.double()
+    weight, offset = probes.weight[1].double(), probes.bias[1].double()
+    total = torch.zeros(6, 4, 20, dtype=torch.float64)
+    for node, share in zip(*np.polynomial.legendre.leggauss(300), strict=True):
+        point = (dense[0] + (node + 1) / 2 * (dense[1] - dense[0])).requires_grad_()
+        logits = (point @ decoder + bias).mean(dim=1) @ weight.T + offset
+        (logits / 1.5).softmax(dim=1).gather(1, target[:, None]).sum().backward()
+        total += point.grad * share / 2
+    summed = torch.zeros(6, 4, 20).scatter_add_(-1, step.indices, found)
+    torch.testing.assert_close(summed.double(), total * (dense[1] - dense[0]), atol=1e-6, rtol=0)
+    assert float(error.max()) < 1e-6
+
+
+def test_a_baseline_is_read_picture_by_picture_and_must_fit(toys):
+    activations, sae, probes = toys.activations(), toys.sae(), toys.probes()
+    other = Activations(activations.values.flip(1), activations.progress, activations.site)
+    found = attribute_features(activations, sae, probes, LABELS, METHODS[1], baseline=other)
+    same = attribute_features(activations, sae, probes, LABELS, METHODS[1], baseline=activations)
+    assert found.completeness < 1e-6 and float(found.scores.abs().max()) > 1e-3
+    assert float(same.scores.abs().max()) < 1e-6, "a picture does not differ from itself"
+    steps = []
+    for s in range(3):
+        step = sae.encode(activations.values[s], s)
+        origin = sae.encode(other.values[s], s)
+        ig, _ = integrated_gradients(difference(step, origin), sae, probes, s, LABELS, 1.0, origin)
+        steps.append(class_sum(ig, difference(step, origin), LABELS, 3, 20).sum(dim=2) / 4)
+    torch.testing.assert_close(found.scores, torch.stack(steps).sum(dim=0), atol=1e-6, rtol=1e-5)
+    with pytest.raises(DiffLensError, match="serves integrated gradients, not contrastive"):
+        attribute_features(activations, sae, probes, LABELS, baseline=other)
+    with pytest.raises(DiffLensError, match="pictures 6 instead of 12"):
+        attribute_features(activations, sae, probes, LABELS, METHODS[1], baseline=other.part(0, 6))
+
+
+def test_ig_is_incomplete_if_a_latent_is_lost(toys):
+    sae, probes = toys.sae(), toys.probes()
+    latents = sae.encode(toys.activations().values[0], 0)
+    ig, error = integrated_gradients(latents, sae, probes, 0, LABELS)
+    assert float((ig[:, :, 1:].sum(dim=(1, 2)) - ig.sum(dim=(1, 2))).abs().max()) > 1e-3 > float(error.max())
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 400.0])
+def test_path_integral_equals_adaptive_quadrature(toys, size):
+    change = toys.random(0)(1, 3).double() * size
+    start, target = toys.random(1)(1, 3).double() - 0.4 * change, torch.tensor([1])
+
+    def integrand(a: float, k: int) -> float:
+        p = (start + a * change)[0].softmax(-1)
+        return float(p[1] * (float(k == 1) - p[k]))
+
+    expected = [quad(integrand, 0, 1, args=(k,), epsabs=1e-11, points=[0.4], limit=200)[0] for k in range(3)]
+    np.testing.assert_allclose(path_integral(start, change, target)[0].numpy(), expected, atol=1e-9)
+
+
+def test_class_sums_and_weighted_levels_equal_loops(toys):
+    activations, sae, weights = toys.activations(), toys.sae(), 1 + torch.arange(12) / 4
+    latents = sae.encode(activations.values[0], 0)
+    sums, levels = torch.zeros(3, 20, 4), torch.zeros(3, 20, 4)
+    for b, p, j in np.ndindex(12, 4, 4):
+        n, value = latents.indices[b, p, j], latents.values[b, p, j]
+        sums[LABELS[b], n, p] += value
+        levels[LABELS[b], n, p] += value * weights[b] / weights[LABELS[b] == LABELS].sum()
+    torch.testing.assert_close(class_sum(latents.values, latents, LABELS, 3, 20), sums)
+    whole = attribute_features(activations, sae, toys.probes(), LABELS, weights=weights)
+    cut = Activations(activations.values.split(5, dim=1), activations.progress, "middle")
+    for found in (whole, attribute_features(cut, sae, toys.probes(), LABELS, weights=weights)):
+        torch.testing.assert_close(found.levels[0].float(), levels, atol=1e-3, rtol=1e-3)
+
+
+def test_balancing_weights_give_every_class_the_same_mix_of_the_other_attributes():
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (600,), generator=draw)
+    others = [(labels + torch.randint(3, (600,), generator=draw)) % 4, torch.randint(2, (600,), generator=draw)]
+    weights = balancing_weights(labels, others)
+    for other in others:
+        overall = torch.bincount(other) / 600
+        for c in range(3):
+            mix = torch.bincount(other[labels == c], weights[labels == c], minlength=len(overall))
+            if (mix > 0).all():
+                torch.testing.assert_close(mix / mix.sum(), overall, atol=0.02, rtol=0)
+
+
+def test_contrast_is_each_class_minus_the_mean_of_the_others(toys):
+    rows = toys.random(0)(3, 5)
+    expected = [rows[i] - (rows[(i + 1) % 3] + rows[(i + 2) % 3]) / 2 for i in range(3)]
+    torch.testing.assert_close(contrast(rows), torch.stack(expected))
+
+
+def test_ig_scores_are_the_mean_over_the_pictures_of_the_class_summed_over_steps(toys):
+    activations, sae, probes = toys.activations(), toys.sae(), toys.probes()
+    expected = torch.zeros(3, 20, dtype=torch.float64)
+    for s in range(3):
+        latents = sae.encode(activations.values[s], s)
+        ig = autograd_ig(latents, sae, probes, s, LABELS, 2.0).sum(dim=1)
+        for c in range(3):
+            expected[c] += ig[c == LABELS].mean(dim=0)
+    steps = []
+    found = attribute_features(activations, sae, probes, LABELS, METHODS[1], temperature=2.0, on_step=steps.append)
+    torch.testing.assert_close(found.scores.double(), expected, atol=1e-6, rtol=0)
+    assert found.completeness < 1e-6 and steps == [1, 2, 3] and found.levels.shape == (3, 3, 20, 4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_activation_times_gradient_equals_autograd_on_the_dense_sae(toys, temperature):
+    sae, probes, target = toys.sae(), toys.probes(0.5), LABELS[:6]
+    latents = sae.encode(toys.activations(pictures=6).values[1], 1)
+    z = torch.zeros(6, 4, 20).scatter_(-1, latents.indices, latents.values).double().requires_grad_()
+    pooled = (z @ sae.decoder.double() + sae.decoder_bias.double()).mean(dim=1)
+    logits = pooled @ probes.weight[1].double().T + probes.bias[1].double()
+    p = (logits / temperature).softmax(dim=1).gather(1, target[:, None])[:, 0]
+    (p / (1 - p)).log().sum().backward()
+    found = activation_gradient(latents, sae, probes, 1, target, temperature)
+    torch.testing.assert_close(found.double(), (z * z.grad).gather(-1, latents.indices).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_activation_times_gradient_survives_a_probe_that_is_sure(toys):
+    latents = toys.sae().encode(toys.activations(pictures=6).values[1], 1)
+    sure = toys.probes(1000.0)
+    for target in range(3):
+        found = activation_gradient(latents, toys.sae(), sure, 1, torch.full((6,), target))
+        assert torch.isfinite(found).all() and float(found.abs().amax(dim=(1, 2)).min()) > 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_by_step_and_by_position_add_up_to_the_scores(toys, method):
+    activations, sae, probes = toys.activations(), toys.sae(), toys.probes()
+    found = attribute_features(activations, sae, probes, LABELS, method)
+    assert found.by_step.shape == (3, 3, 20) and found.by_position.shape == (3, 20, 4)
+    torch.testing.assert_close(found.by_step.sum(dim=0), found.scores)
+    torch.testing.assert_close(found.by_position.float().sum(dim=2), found.scores, atol=1e-2, rtol=1e-2)
+    alone = Activations(activations.values[1:2], activations.progress[1:2], activations.site)
+    torch.testing.assert_close(found.by_step[1], attribute_features(alone, sae, probes, LABELS, method).scores)
+    twice = activations.values.repeat_interleave(2, dim=4)  # each position
+    at = Activations(twice, activations.progress, activations.site)
+    doubled = attribute_features(at, sae, probes, LABELS, method)
+    torch.testing.assert_close(
+        doubled.by_position.view(3, 20, 4, 2).float().sum(dim=3), found.by_position.float(), atol=1e-2, rtol=1e-2
+    )
+    assert (found.completeness is None) == (method != "integrated gradients")
+
+
+def test_class_mean_difference_is_the_contrast_of_the_mean_activity(toys):
+    activations, sae = toys.activations(), toys.sae()
+    found = attribute_features(activations, sae, toys.probes(), LABELS, "class mean difference")
+    expected = torch.zeros(3, 20)
+    for s in range(3):
+        latents = sae.encode(activations.values[s], s)
+        dense = torch.zeros(12, 4, 20).scatter_(-1, latents.indices, latents.values).mean(dim=1)
+        for c in range(3):
+            others = [dense[i == LABELS].mean(dim=0) for i in range(3) if i != c]
+            expected[c] += dense[c == LABELS].mean(dim=0) - (others[0] + others[1]) / 2
+    torch.testing.assert_close(found.scores, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_contrastive_scores_multiply_probe_and_activity_contrasts(toys):
+    activations, sae, probes = toys.activations(), toys.sae(), toys.probes()
+    expected = torch.zeros(3, 20)
+    for s in range(3):
+        latents = sae.encode(activations.values[s], s)
+        level = class_sum(latents.values, latents, LABELS, 3, 20).mean(dim=2) / torch.bincount(LABELS)[:, None]
+        for c, n in np.ndindex(3, 20):
+            others = [i for i in range(3) if i != c]
+            read = [float(probes.weight[s, i] @ sae.decoder[n]) for i in range(3)]
+            weight = read[c] - sum(read[i] for i in others) / 2
+            expected[c, n] += weight * float(level[c, n] - level[others, n].mean())
+    found = attribute_features(activations, sae, probes, LABELS)
+    torch.testing.assert_close(found.scores, expected)
+    assert (found.top(5)[1] == expected[1].argsort(descending=True)[:5]).all()
+
+
+def test_what_cannot_be_attributed_is_refused(toys):
+    activations, sae, probes = toys.activations(), toys.sae(), toys.probes()
+    with pytest.raises(DiffLensError, match="'saliency' is unknown"):
+        attribute_features(activations, sae, probes, LABELS, "saliency")
+    with pytest.raises(DiffLensError, match="top 21 of 20"):
+        attribute_features(activations, sae, probes, LABELS).top(21)

@@ -1,0 +1,196 @@
+"""Training an SAE: deterministic, resumable, and good at data that are sparse by construction."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from difflens_core.activations import SAMPLES, Activations, Index, record
+from difflens_core.files import DiffLensError
+from difflens_core.sae import TrainingOptions, initial_sae, learning_rate_share, load_sae, measure_sae, train_sae
+from difflens_core.sae.autoencoder import TENSORS
+from difflens_core.sae.loss import BatchLoss, batch_top_k
+from difflens_core.sae.training import training_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = TrainingOptions(latents=48, k=3, steps=40, batch=128, dead_after=10, aux_k=8, seed=5)
+
+
+@pytest.fixture(scope="module")
+def sparse(toys) -> Activations:
+    """2 steps x 48 pictures x 16 channels x 4 x 4: sums of 3 out of 24 directions at every position."""
+    draw = toys.random(0)
+    directions = F.normalize(draw(24, 16), dim=1)
+    chosen = draw(2, 48, 16, 24).topk(3, dim=-1).indices
+    amounts = 1 + draw(2, 48, 16, 3).abs()
+    rows = torch.einsum("sbpk,sbpkc->sbcp", amounts, directions[chosen])
+    return Activations(rows.reshape(2, 48, 16, 4, 4), torch.tensor([0.0, 0.5]), "middle")
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in TENSORS)
+
+
+def test_the_seed_decides_the_weights_to_the_bit(sparse):
+    first = train_sae(sparse, OPTIONS)
+    assert same(first, train_sae(sparse, OPTIONS))
+    assert not same(first, train_sae(sparse, replace(OPTIONS, seed=6)))
+
+
+@pytest.mark.parametrize("stop", [1, 17, 40, 205])
+def test_a_cancelled_training_goes_on_to_the_same_weights(sparse, tmp_path, stop):
+    # So many latents that some die on the way.
+    options, checkpoint = replace(OPTIONS, latents=192, k=1, steps=max(40, stop + 5)), tmp_path / "sae.pt"
+
+    def cancel(step: int, *_: object) -> None:
+        if step == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(sparse, options, cancel, checkpoint)
+    assert [path.name for path in tmp_path.iterdir()] == ["sae.pt"]
+    steps = []
+    resumed = train_sae(sparse, options, lambda step, *_: steps.append(step), checkpoint)
+    assert steps == list(range(stop + 1, options.steps + 1)) and same(resumed, train_sae(sparse, options))
+    with pytest.raises(DiffLensError, match="begun with other options"):
+        train_sae(sparse, replace(options, lr=1.0), checkpoint=checkpoint)
+
+
+def test_training_explains_sparse_data_and_keeps_unit_decoder_rows(sparse):
+    options = replace(OPTIONS, steps=500, batch=256, lr=1e-2)
+    seen, held_out = (
+        Activations(sparse.values[:, part], sparse.progress, "middle") for part in (np.s_[:40], np.s_[40:])
+    )
+    losses = []
+    sae = train_sae(seen, options, lambda _, loss, __: losses.append(float(loss)))
+    quality = measure_sae(sae, held_out)
+    assert quality.fvu < 0.15 < 0.5 < measure_sae(initial_sae(seen, options), held_out).fvu
+    assert len(losses) == 500 and losses[-1] < losses[0] / 3
+    torch.testing.assert_close(sae.decoder.norm(dim=1), torch.ones(48))
+    assert quality.l0 <= 3 and not any(getattr(sae, name).requires_grad for name in TENSORS)
+
+
+def test_a_slice_of_the_pictures_trains_like_its_copy(sparse):
+    part = sparse.values[:, 3:20]
+    saes = [train_sae(Activations(v, sparse.progress, "middle"), OPTIONS) for v in (part, part.contiguous())]
+    for name in TENSORS:
+        torch.testing.assert_close(getattr(saes[0], name), getattr(saes[1], name), atol=1e-4, rtol=0)
+
+
+def test_aux_k_revives_dead_latents_that_are_needed(sparse, tmp_path):
+    def quality(aux_k: int):
+        """Quality after a training that begins with 12 latents for 24 directions and 36 too quiet to be chosen."""
+        options, path = replace(OPTIONS, steps=300, batch=256, lr=3e-3, aux_k=aux_k), tmp_path / f"{aux_k}.pt"
+        with pytest.raises(ZeroDivisionError):
+            train_sae(sparse, options, lambda *_: 1 / 0, path)
+        saved = torch.load(path)
+        saved["weights"]["encoder"][12:] *= 0.02
+        torch.save(saved, path)
+        return measure_sae(train_sae(sparse, options, checkpoint=path), sparse)
+
+    without, revived = quality(0), quality(8)
+    assert without.dead > 0.6 and revived.dead < without.dead - 0.2 and revived.fvu < without.fvu - 0.05
+
+
+def dense_loss(weights: dict, rows, dead, options: TrainingOptions):
+    """FVU + AuxK with dense latents and masks, differentiable."""
+    pre = rows @ weights["encoder"].T + weights["encoder_bias"]
+    if options.activation == "topk":
+        on = pre >= pre.topk(options.k, dim=1).values[:, -1:]
+    else:
+        on = pre >= pre.flatten().topk(options.k * len(rows)).values[-1]
+    residual = rows - (pre * on).relu() @ weights["decoder"] - weights["decoder_bias"]
+    variance = (rows - rows.mean(dim=0)).square().sum()
+    among = torch.where(dead, pre, -torch.inf)
+    chosen = (among >= among.topk(options.aux_k, dim=1).values[:, -1:]) & dead
+    aux = torch.where(chosen, pre, 0.0).relu() @ weights["decoder"]
+    return (residual.square().sum() + (aux - residual.detach()).square().sum() / 32) / variance, on & (pre > 0)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_loss_and_gradients_are_those_of_dense_float64_latents(sparse, activation, precision):
+    options = replace(OPTIONS, activation=activation, precision=precision)
+    sae, dead = initial_sae(sparse, options), torch.arange(48) % 2 == 0
+    rows = training_rows(sparse, sae, torch.arange(0, 1500, 31))
+    if precision == "bf16":  # a choice of latents that rounding cannot change
+        rows, sae = rows.bfloat16().float(), replace(sae, encoder=sae.encoder.bfloat16().float())
+        options = replace(options, k=48, aux_k=24)
+    module = BatchLoss(sae, options)
+    loss, fired, _ = module(rows, dead)
+    loss.backward()
+    weights = {name: getattr(sae, name).double().requires_grad_() for name in TENSORS}
+    expected, on = dense_loss(weights, rows.double(), dead, options)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.equal(fired, on.any(dim=0))
+    for name in TENSORS:
+        torch.testing.assert_close(getattr(module, name).grad.double(), weights[name].grad, atol=1e-5, rtol=1e-4)
+
+
+def test_batch_top_k_finds_the_largest_even_in_a_row_of_winners():
+    pre = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    pre[3] += 10
+    active = batch_top_k(pre, 7)
+    found = torch.zeros_like(pre).index_put_((active.rows(), active.indices), active.values)
+    assert torch.equal(found, torch.where(pre >= pre.flatten().sort().values[-42], pre, 0).relu())
+    assert len(active.values) == 42
+
+
+def test_training_rows_pick_step_picture_and_position(sparse):
+    sae = initial_sae(sparse, OPTIONS)
+    rows = training_rows(sparse, sae, torch.tensor([0, (1 * 48 + 7) * 16 + 9]))
+    expected = (sparse.values[1, 7, :, 2, 1] - sae.normalisation.mean[1]) / sae.normalisation.scale[1]
+    torch.testing.assert_close(rows[1], expected)
+
+
+def test_rate_warms_up_holds_and_falls():
+    share = [learning_rate_share(step, 200) for step in range(200)]
+    assert share[0] == pytest.approx(0.1) and max(share) == share[50] == 1 and 0 < share[-1] < 0.02
+    assert np.argmin(np.diff(share) >= 0) >= 99
+
+
+@pytest.mark.parametrize("k", [0, 49])
+def test_a_k_beyond_the_latents_is_refused(sparse, k):
+    with pytest.raises(DiffLensError, match=f"k is {k}, expected 1 to 48"):
+        train_sae(sparse, replace(OPTIONS, k=k))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_activations_with_nan_are_refused(sparse, value):
+    values = sparse.values.clone()
+    values[1, 2, 3, 0, 0] = value
+    with pytest.raises(DiffLensError, match="NaN or infinite"):
+        train_sae(Activations(values, sparse.progress, "middle"), OPTIONS)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_two_processes_train_the_same_sae_as_one(sparse, tmp_path, activation):
+    index = Index(("middle",), (0.0, 0.5), 48, 16, seed=0, model="")
+    shards = [
+        {"middle": part.movedim(2, -1).half(), SAMPLES: torch.zeros(16, 1)} for part in sparse.values.split(16, 1)
+    ]
+    record(index, shards, lambda _, shard: shard, tmp_path / "store")
+    given = {"latents": 48, "k": 3, "steps": 60, "batch": 128, "dead_after": 10, "aux_k": 8, "activation": activation}
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.safetensors"
+        launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        options = [f"--{name}={value}" for name, value in given.items()]
+        command = [sys.executable, *launch, str(ROOT / "scripts" / "train_sae.py"), str(tmp_path / "store"), str(out)]
+        run = subprocess.run(
+            [*command, *options], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert run.returncode == 0, run.stderr
+        assert not out.with_suffix(".checkpoint").exists() and "held out" in run.stdout
+        found.append(load_sae(out))
+    for name in TENSORS:
+        torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name), atol=1e-4, rtol=0)
