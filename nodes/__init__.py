@@ -1,18 +1,19 @@
-"""The nodes, a file per stage. host*.py alone touch ComfyUI's internals."""
+"""The nodes, a file per stage. The room host alone touches ComfyUI's internals."""
 
 from comfy_api.latest import ComfyExtension, io
 
 from .attribute import AttributeFeatures, TrainProbes
 from .calibrate import Calibrate, CrossEffects, PlanTargets
 from .capture import CaptureActivations, LoadActivations
+from .classify import ClassifyImages, ZeroShot
 from .diagnose import Diagnose
 from .explore import RankByEffect, SiteScan
-from .load import LoadClassifier, LoadFeatures, LoadModel, LoadPromptedModel, LoadRecipe, LoadSAE, SaveRecipe
-from .measure import ClassifyImages, CompareImages, FairnessReport
+from .load import LoadClassifier, LoadFeatures, LoadRecipe, LoadSAE, SaveRecipe
+from .models import LoadModel, LoadPromptedModel
+from .report import CompareImages, FairnessReport
 from .sampling import DDIMSigmas, ReferenceSampler
 from .steer import Steer
 from .train import TrainSAE
-from .zero_shot import ZeroShot
 
 NODES: list[type[io.ComfyNode]] = [
     LoadModel, LoadPromptedModel, LoadSAE, LoadFeatures, LoadClassifier, LoadRecipe, SaveRecipe,

@@ -17,9 +17,9 @@ from ..difflens_core.report import calibration_text, cross_chart, cross_table, d
 from ..difflens_core.steer import Recipe, plan_in_words, planned_targets
 from ..difflens_core.targets import parse_target
 from . import host
+from .classify import check_classes, classify
 from .explore import experiment_inputs
 from .inputs import guidance_inputs, schedule_inputs
-from .measure import check_classes, classify
 from .sockets import CATEGORY, Classifier, RecipeSocket, TargetsSocket
 from .steer import check_model
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..difflens_core.activations import open_store
+from ..difflens_core.activations import DTYPES, open_store
 from . import host
 from .inputs import guidance_inputs, sampling_inputs, schedule_inputs
 from .sockets import CATEGORY, Activations
@@ -54,7 +54,7 @@ class CaptureActivations(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=list(host.DTYPES),
+                    options=list(DTYPES),
                     default="float16",
                     advanced=True,
                     optional=True,

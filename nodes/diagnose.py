@@ -17,9 +17,9 @@ from ..difflens_core.sae import SparseAutoencoder
 from ..difflens_core.steer import Recipe
 from . import host
 from .attribute import check_model_of, check_sae
+from .classify import check_classes
 from .explore import experiment_inputs
 from .inputs import guidance_inputs, schedule_inputs
-from .measure import check_classes
 from .sockets import CATEGORY, SAE, Activations, Labels, LabelsSocket, RecipeSocket
 from .steer import check_model
 

@@ -13,8 +13,8 @@ from ..difflens_core.experiments import EFFECTS, Effects, causal_effect, keep_ef
 from ..difflens_core.report import bar_chart, scan_chart, scan_table
 from ..difflens_core.steer import Recipe
 from . import host
+from .classify import check_classes, classes_of
 from .inputs import guidance_inputs, sampling_inputs, schedule_inputs
-from .measure import check_classes, classes_of
 from .sockets import CATEGORY, Classifier, RecipeSocket
 
 CHARTED = 10  # features of every class in the bar chart

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..difflens_core.networks import SPACINGS
-from . import host, host_unconditional
+from . import host
 from .sockets import CATEGORY
 
 
@@ -38,7 +38,7 @@ class DDIMSigmas(io.ComfyNode):
     @classmethod
     @host.clear_errors
     def execute(cls, model: Any, steps: int, spacing: str) -> io.NodeOutput:
-        return io.NodeOutput(host_unconditional.ddim_sigmas(model, steps, spacing))
+        return io.NodeOutput(host.ddim_sigmas(model, steps, spacing))
 
 
 class ReferenceSampler(io.ComfyNode):
@@ -68,4 +68,4 @@ class ReferenceSampler(io.ComfyNode):
     @classmethod
     @host.clear_errors
     def execute(cls, eta: float) -> io.NodeOutput:
-        return io.NodeOutput(host_unconditional.reference_sampler(eta))
+        return io.NodeOutput(host.reference_sampler(eta))

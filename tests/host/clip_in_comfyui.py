@@ -43,7 +43,7 @@ spec = importlib.util.spec_from_file_location(
 pack = sys.modules["difflens_pack"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
 from difflens_pack.difflens_core.files import DiffLensError  # noqa: E402
-from difflens_pack.nodes.zero_shot import ZeroShot  # noqa: E402
+from difflens_pack.nodes.classify import ZeroShot  # noqa: E402
 
 CLASSES = "young: a small child | somebody young\nold: an (old) person"
 TINY = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}

@@ -33,18 +33,18 @@ spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", subm
 sys.modules["pack"] = pack = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
 
-from pack.nodes import host, host_unconditional  # noqa: E402
+from pack.nodes import host  # noqa: E402
 
 
 def draw(model) -> torch.Tensor:
     noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    cond, sigmas = host.unconditional_conditioning(), host_unconditional.ddim_sigmas(model, 3, "trailing")
+    cond, sigmas = host.unconditional_conditioning(), host.ddim_sigmas(model, 3, "trailing")
     euler = comfy.samplers.ksampler("euler")
     return comfy.sample.sample_custom(model, noise, 1.0, euler, sigmas, cond, cond, torch.zeros_like(noise))
 
 
 def look_at(path: str) -> dict:
-    model, _, _ = host_unconditional.load_model(path)
+    model, _, _ = host.load_model(path)
     network, plain = model.model.diffusion_model, draw(model)
     sites = host.some_sites(model)
     moved = {}

@@ -49,6 +49,7 @@ def pack_module(name: str) -> ModuleType:
 
 
 host = pack_module("nodes.host")
+DiffLensError = pack_module("difflens_core.files").DiffLensError
 
 
 UNET = {

@@ -56,9 +56,7 @@ def given(inside, request) -> Given:
     if kind == "avatars":
         nothing = inside.host.unconditional_conditioning()
         latent = {"samples": torch.zeros(2, 3, 64, 64)}
-        return Given(
-            inside.pack_module("nodes.host_avatars").load_unconditional(str(AVATARS)), nothing, nothing, latent
-        )
+        return Given(inside.host.load_unconditional(str(AVATARS)), nothing, nothing, latent)
     family = kind.partition(" ")[0]
     model = inside.model(family)
     if family != kind:
@@ -141,7 +139,7 @@ def test_every_proposed_site_is_edited_while_sampling_with_guidance(inside, give
         assert float((found - plain).abs().amax(dim=(1, 2, 3)).min()) > 0.01, site
     assert torch.equal(draw([], numbers), plain)
     assert not any(module._forward_hooks for module in given.model.model.diffusion_model.modules())
-    with pytest.raises(inside.host.DiffLensError, match="cfg is 3, .* none is connected"):
+    with pytest.raises(inside.DiffLensError, match="cfg is 3, .* none is connected"):
         given.drawer(inside, None, CFG)
 
 
@@ -203,5 +201,5 @@ def test_a_capture_is_only_gone_on_with_by_a_model_with_the_same_patches(inside,
     first = capture(patched(model, 0.5))
     assert torch.equal(capture(patched(model, 0.5)), first)
     for other in (model, patched(model, 0.6)):
-        with pytest.raises(host.DiffLensError, match=f"begun with other settings: patches {mark}, now"):
+        with pytest.raises(inside.DiffLensError, match=f"begun with other settings: patches {mark}, now"):
             capture(other)

@@ -142,14 +142,14 @@ def test_clip_vision_adds_clip_i_and_says_what_needs_more_pictures(inside):
     vision = tiny_clip_vision(8)
     before, noise = (torch.rand(5, 40, 32, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     after = before.lerp(noise, 0.3)
-    embed = inside.pack_module("nodes.host_classifiers").image_embedder(vision)
+    embed = inside.host.image_embedder(vision)
     told = []
-    found, reasons = inside.pack_module("nodes.measure").what_changed(before, after, "none", embed, told.append)
+    found, reasons = inside.pack_module("nodes.report").what_changed(before, after, "none", embed, told.append)
     expected = [vision.encode_image(images)["image_embeds"].float() for images in (before, after)]
     assert found["clip_i"] == pytest.approx(clip_similarity(*expected), abs=1e-4) and 0.5 < found["clip_i"] < 1
     assert [reason[:4] for reason in reasons] == ["FID ", "KID "] and told[-1] == 15
     with pytest.raises(ValueError, match="shares no space with CLIP's texts"):
-        inside.pack_module("nodes.host_classifiers").image_embedder(tiny_clip_vision(None))
+        inside.host.image_embedder(tiny_clip_vision(None))
 
 
 @torch.inference_mode()
@@ -158,7 +158,7 @@ def test_a_missing_package_does_not_stop_a_report(inside, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("torchmetrics.")]:
         monkeypatch.delitem(sys.modules, name)
     before = torch.rand(2, 64, 64, 3)
-    found, reasons = inside.pack_module("nodes.measure").what_changed(before, before, "DISTS", None, lambda done: None)
+    found, reasons = inside.pack_module("nodes.report").what_changed(before, before, "DISTS", None, lambda done: None)
     assert found["ssim"] == pytest.approx(1) and "DISTS" not in found
     assert len(reasons) == 1 and "DISTS is computed by torchmetrics" in reasons[0] and "pip install" in reasons[0]
 

@@ -171,7 +171,7 @@ def test_captured_pictures_are_those_of_a_ksampler_at_that_guidance(inside, cfg)
     model, positive, negative, latent = graph(inside, "SD1.5", "guidance")
     _, samples = captured(inside, model, positive, latent, ["middle_block"], 3, negative=negative, cfg=cfg)
     assert torch.equal(samples, inside.sample(model, positive, negative, cfg, latent, 3, seed=5))
-    with pytest.raises(inside.host.DiffLensError, match="cfg is 4, .* none is connected"):
+    with pytest.raises(inside.DiffLensError, match="cfg is 4, .* none is connected"):
         captured(inside, model, positive, latent, ["middle_block"], cfg=4.0)
 
 
@@ -227,7 +227,7 @@ def test_sites_go_by_the_hosts_and_by_diffusers_names(inside, family):
     ("output_blocks.3", "Use the last module in it: output_blocks.3.1"),
 ])  # fmt: skip
 def test_a_site_that_is_not_there_or_never_run_is_refused(inside, site, message):
-    with pytest.raises(inside.host.DiffLensError, match=message):
+    with pytest.raises(inside.DiffLensError, match=message):
         inside.host.site_width(inside.model("SD1.5"), site)
 
 
@@ -308,7 +308,7 @@ def test_tokens_inside_a_u_net_lie_as_its_map_does(inside):
     """The last thing that a transformer does is to lay its tokens out and add them to its input."""
     model, latent = inside.model("SD1.5"), inside.latent("SD1.5", PICTURES, 24, 8)
     sites = ("output_blocks.9.1.proj_out update", "output_blocks.9.1 update", "output_blocks.9.1.transformer_blocks.0")
-    with pytest.raises(inside.host.DiffLensError, match="no module"):
+    with pytest.raises(inside.DiffLensError, match="no module"):
         captured(inside, model, inside.prompt("SD1.5", 1), latent, ["output_blocks.9.1.transformer_blocks.7"])
     (_, update, tokens), _ = captured(inside, model, inside.prompt("SD1.5", 1), latent, sites)
     project = model.model.diffusion_model.output_blocks[9][1].proj_out
@@ -327,7 +327,7 @@ def test_tokens_of_reference_pictures_stay_out_of_it(inside):
 
 
 def test_tokens_of_which_nobody_knows_the_pictures_are_refused(inside):
-    with pytest.raises(inside.host.DiffLensError, match="8 tokens, the picture has 64, .* not known"):
+    with pytest.raises(inside.DiffLensError, match="8 tokens, the picture has 64, .* not known"):
         captured(
             inside, inside.model("Flux"), inside.prompt("Flux", 1), inside.latent("Flux"), ["double_blocks.0.txt_mlp"]
         )
@@ -360,7 +360,7 @@ CHAINS = [
 
 def random_sae(inside, activations, kernel):
     """An SAE with random directions and the capture's own means."""
-    module = inside.pack_module("difflens_core.sae")
+    module = inside.pack_module("difflens_core.sae.autoencoder")
     normalisation = module.fit_normalisation(activations)
     decoder = torch.nn.functional.normalize(torch.randn(96, activations.width * kernel**2), dim=1)
     zeros = torch.zeros(96), torch.zeros(decoder.shape[1])

@@ -9,16 +9,79 @@ from typing import Any
 import comfy.utils
 from comfy.ldm.flux.layers import DoubleStreamBlock
 from comfy.ldm.modules.diffusionmodules.mmdit import JointBlock
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential, UNetModel
 from comfy.ldm.qwen_image.model import QwenImageTransformerBlock
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ..difflens_core.activations import UPDATE, Whole, find_site, from_map, reads_update, to_map
-from ..difflens_core.files import DiffLensError
+from ...difflens_core.activations import UPDATE, Whole, find_site, from_map, reads_update, to_map
+from ...difflens_core.files import DiffLensError
+from ...difflens_core.networks import Denoiser, ResBlock, Stack
+
+MIDDLE_BLOCK = "middle_block"
+
+
+def site_width(model: ModelPatcher, site: str) -> int | None:
+    """Channels that `site` puts out, None if only running the model can tell.
+
+    Raises `DiffLensError` if the model has no such module, or one whose output cannot be reached.
+    """
+    network, site = model.model.diffusion_model, own_name(model, site)
+    module = find_site(network, site)
+    if site == MIDDLE_BLOCK:
+        if isinstance(network, Denoiser):
+            return network.config.width
+        if isinstance(module, nn.Sequential):
+            module = module[-1]
+    elif isinstance(module, TimestepEmbedSequential) or type(module) is nn.ModuleList:
+        name = site.removesuffix(UPDATE)
+        raise DiffLensError(
+            f"{name} only groups modules and is never run itself. Use the last module in it: "
+            f"{site.replace(name, f'{name}.{len(module) - 1}')}."
+        )
+    return getattr(module, "out_channels", None)
+
+
+def some_sites(model: ModelPatcher) -> list[str]:
+    """Sites of a network worth a scan, from its input to its output.
+
+    Of a U-Net as ComfyUI builds it the last module of three blocks before and after the middle (some distilled ones
+    have nothing there); of diffusers' the last residual block of every level; of other networks the modules right below
+    it that put out a map, as far as their type tells, with the first of each stack (the first and the last convolution
+    only touch pixels), and three of each list of blocks.
+    """
+    network = model.model.diffusion_model
+
+    def three(name: str) -> list[str]:
+        blocks = getattr(network, name)
+        chosen = sorted({len(blocks) // 4, len(blocks) // 2, len(blocks) - 1})
+        last = [f".{len(block) - 1}" if isinstance(block, TimestepEmbedSequential) else "" for block in blocks]
+        return [f"{name}.{i}{last[i]}" for i in chosen]
+
+    if hasattr(network, "input_blocks") and hasattr(network, "output_blocks"):
+        middle = [] if network.middle_block is None else [MIDDLE_BLOCK]
+        return [*three("input_blocks"), *middle, *three("output_blocks")]
+    if hasattr(network, "down_blocks"):  # diffusers
+        down, up = (
+            [f"{name}.{i}.resnets.{len(block.resnets) - 1}" for i, block in enumerate(getattr(network, name))]
+            for name in ("down_blocks", "up_blocks")
+        )
+        return [*down, MIDDLE_BLOCK, *up]
+    found = []
+    for name, module in network.named_children():
+        if type(module) is nn.ModuleList:
+            found += three(name)
+        if isinstance(module, Stack):
+            found.append(f"{name}.0")
+        if isinstance(module, (Stack, ResBlock, nn.Conv2d)) and name not in ("conv_in", "conv_out"):
+            found.append(name)
+    return found
+
 
 # Blocks that hand two streams on: the picture's place in the output, and among the arguments or their names.
 TWO_STREAMS = {DoubleStreamBlock: (0, "img"), JointBlock: (1, 1), QwenImageTransformerBlock: (1, "hidden_states")}
+
+
 # Stacks of blocks by diffusers' names, and what ComfyUI's networks call them.
 STACKS = {
     "transformer_blocks": ("double_blocks", "joint_blocks"),

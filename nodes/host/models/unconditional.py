@@ -1,4 +1,4 @@
-"""Unconditional models of other programs as MODEL, DDIM's noise levels, and the reference's way to sample."""
+"""Unconditional models of other programs as MODEL."""
 
 from __future__ import annotations
 
@@ -12,68 +12,18 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
-import comfy.samplers
 import comfy.supported_models_base
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
-from ..difflens_core.files import DiffLensError, difflens_kind, fingerprint
-from ..difflens_core.networks import (
-    CONFIG,
-    WEIGHTS,
-    Adm,
-    AdmConfig,
-    Checkpoint,
-    Schedule,
-    ddim_step,
-    ddim_timesteps,
-    load_checkpoint,
-    unet2d_class,
-)
-from . import host, host_avatars
+from ....difflens_core.files import DiffLensError, difflens_kind, fingerprint
+from ....difflens_core.networks import Adm, AdmConfig, Checkpoint, Schedule, load_checkpoint, unet2d_class
+from ..marks import FINGERPRINT
+from .avatars import load_unconditional
+from .pixels import Hosted, after_middle, unconditional_conditioning
 
 LOADED_BY = {"sae": "Load SAE", "recipe": "Load Recipe", "classifier": "Load Attribute Classifier"}
-
-# --- files ---
-
-
-def list_models() -> list[str]:
-    """Names that `find_model` takes: folders with a configuration, and the files that lie in none of those."""
-    folders, files = host.folders_and_files(host.MODELS, (CONFIG,), WEIGHTS)
-    return sorted(map(str, folders | files))
-
-
-def find_model(name: str) -> str:
-    """Path of a listed model, a file or a folder. Raises `DiffLensError` if it is gone."""
-    if Path(name).suffix in WEIGHTS:
-        return host.find_file(host.MODELS, name)
-    return str(Path(host.find_file(host.MODELS, str(Path(name) / CONFIG))).parent)
-
-
-# --- networks ---
-
-
-class Hosted:
-    """The outer side of a ComfyUI diffusion model: checks the input, runs DIFFUSION_MODEL wrappers around `_forward`.
-
-    `levels` is the number of sizes that the network works in. A learned variance is cut off.
-    """
-
-    levels: int
-
-    def forward(self, x, timesteps, context=None, control=None, transformer_options={}, y=None, **kwargs):  # noqa: B006
-        multiple = 2 ** (self.levels - 1)
-        if x.shape[1] != 3 or x.shape[2] % multiple or x.shape[3] % multiple:
-            found = " x ".join(map(str, x.shape[1:]))
-            raise DiffLensError(
-                f"Load Unconditional Model: this model draws pictures whose sides are multiples of {multiple} pixels "
-                f"(latents of 3 channels), got a latent of {found}. Set Empty Latent Image to such a size."
-            )
-        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
-        executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
-        return executor.execute(x, timesteps, context, control, transformer_options, y=y)[:, :3]
 
 
 class HostedAdm(Hosted, Adm):
@@ -83,7 +33,7 @@ class HostedAdm(Hosted, Adm):
 
     def _forward(self, x, timesteps, context, control, transformer_options, y=None):
         h, emb, skips = self.encode(x, timesteps, y)
-        h = host.after_middle(self.middle_block(h, emb), x, emb, context, y, timesteps, transformer_options)
+        h = after_middle(self.middle_block(h, emb), x, emb, context, y, timesteps, transformer_options)
         return self.decode(h, emb, skips)
 
 
@@ -109,7 +59,7 @@ def hosted_unet2d() -> type:
 
         def _forward(self, x, timesteps, context, control, transformer_options, y=None):
             def patch(_module: nn.Module, inputs: tuple, h: Tensor) -> Tensor:
-                return host.after_middle(h, x, inputs[1], context, y, timesteps, transformer_options)
+                return after_middle(h, x, inputs[1], context, y, timesteps, transformer_options)
 
             handle = self.mid_block.register_forward_hook(patch)
             try:
@@ -118,9 +68,6 @@ def hosted_unet2d() -> type:
                 handle.remove()
 
     return HostedUNet2D
-
-
-# --- the MODEL ---
 
 
 class DiscreteSampling(comfy.model_sampling.ModelSamplingDiscrete):
@@ -202,7 +149,7 @@ def load_model(path: str, *choices: Any) -> tuple[ModelPatcher, str, int]:
     """
     kind = difflens_kind(path)
     if kind == "denoiser":
-        return host_avatars.load_unconditional(path), "architecture: DiffLens denoiser", 0
+        return load_unconditional(path), "architecture: DiffLens denoiser", 0
     if kind is not None:
         use = f"Use {LOADED_BY[kind]}." if kind in LOADED_BY else "Expected a model."
         raise DiffLensError(f"{Path(path).name}: this is a DiffLens {kind} file. {use}")
@@ -223,7 +170,7 @@ def as_model(checkpoint: Checkpoint, source: tuple, disable_dynamic: bool = Fals
     patcher = kind(model, load_device=load_device, offload_device=offload_device)
     weights = {name: tensor.to(dtype) for name, tensor in checkpoint.weights.items()}
     model.load_model_weights(weights, assign=patcher.is_dynamic())
-    patcher.set_attachments(host.FINGERPRINT, fingerprint(checkpoint.weights))
+    patcher.set_attachments(FINGERPRINT, fingerprint(checkpoint.weights))
     patcher.cached_patcher_init = (load_again, source)
     return patcher
 
@@ -236,49 +183,7 @@ def load_again(path: str, *choices: Any, disable_dynamic: bool = False) -> Model
 def class_conditioning(class_label: int, classes: int) -> list:
     """A CONDITIONING that says nothing, or only the class to a model that has some."""
     if not classes:
-        return host.unconditional_conditioning()
+        return unconditional_conditioning()
     if class_label >= classes:
         raise DiffLensError(f"class_label is {class_label}, the model has classes 0 to {classes - 1}.")
-    return [[tensor, {"class_label": class_label}] for tensor, _ in host.unconditional_conditioning()]
-
-
-# --- sampling ---
-
-
-def ddim_sigmas(model: ModelPatcher, steps: int, spacing: str) -> Tensor:
-    """SIGMAS (steps + 1, the last 0) of the timesteps that DDIM takes."""
-    sigmas = model.get_model_object("model_sampling").sigmas.cpu()
-    return torch.cat([sigmas[ddim_timesteps(len(sigmas), steps, spacing)], torch.zeros(1)])
-
-
-def reference_sampler(eta: float) -> comfy.samplers.Sampler:
-    """A SAMPLER as the reference DiffLens samples: DDIM with noise, two evaluations of the model a step.
-
-    The picture to move to comes from the edited model, the direction back to the noise from the unedited one. The first
-    and the last step are left unedited. Noise is drawn for each picture by the seed plus its place in the batch.
-    """
-    return comfy.samplers.KSAMPLER(functools.partial(sample_two_passes, eta=eta))
-
-
-PICTURE_SEEDS = 2**62  # far from the seeds that users choose, which draw the starting noise
-
-
-@torch.no_grad()
-def sample_two_passes(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0):
-    sampling = model.inner_model.inner_model.model_sampling
-    flow = isinstance(sampling, comfy.model_sampling.CONST)
-    levels = [(1 - sigma if flow else 1.0, sigma) for sigma in sigmas.tolist()]
-    options = extra_args["model_options"]
-    unedited = options | {"transformer_options": options.get("transformer_options", {}) | {host.UNEDITED: True}}
-    seed = (extra_args.get("seed") or 0) + PICTURE_SEEDS
-    generators = [torch.Generator().manual_seed((seed + i) % 2**64) for i in range(len(x))]
-    last = len(levels) - 2
-    for step, (now, then) in enumerate(zip(levels, levels[1:], strict=False)):
-        sigma = sigmas[step] * x.new_ones(len(x))
-        plain = model(x, sigma, **(extra_args | {"model_options": unedited}))
-        clean = model(x, sigma, **extra_args) if 0 < step < last else plain
-        if callback is not None:
-            callback({"x": x, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": clean})
-        noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in generators])
-        x = ddim_step(x, clean, plain, now, then, eta, noise.to(x))
-    return x
+    return [[tensor, {"class_label": class_label}] for tensor, _ in unconditional_conditioning()]

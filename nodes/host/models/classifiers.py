@@ -13,8 +13,8 @@ from comfy.sd import CLIP
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..difflens_core.classifiers import join_readings
-from ..difflens_core.files import DiffLensError
+from ....difflens_core.classifiers import join_readings
+from ....difflens_core.files import DiffLensError
 
 BATCH = 16
 

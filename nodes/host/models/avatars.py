@@ -20,9 +20,9 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
-from ..difflens_core.files import DiffLensError
-from ..difflens_core.networks import END, Denoiser, DenoiserConfig, TextEncoder, load_denoiser_weights, tokenize
-from . import host
+from ....difflens_core.files import DiffLensError
+from ....difflens_core.networks import END, Denoiser, DenoiserConfig, TextEncoder, load_denoiser_weights, tokenize
+from .pixels import after_middle
 
 TIMESTEPS = 1000  # what ComfyUI's flow models multiply sigma by
 
@@ -60,7 +60,7 @@ class HostedDenoiser(Denoiser):
         sigma = timesteps / TIMESTEPS
         h, emb = self.encode(x, sigma)
         middle = self.middle_block(h, emb, context if self.config.context_width else None)
-        h = host.after_middle(middle, x, emb, context, None, timesteps, transformer_options)
+        h = after_middle(middle, x, emb, context, None, timesteps, transformer_options)
         return (x - self.decode(h, emb)) / sigma[:, None, None, None]
 
 

@@ -12,50 +12,16 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..difflens_core.classifiers import ImageClassifier, join_readings, label_table, other_attributes
+from ..difflens_core.classifiers import ImageClassifier
 from ..difflens_core.files import DiffLensError, write_whole
 from ..difflens_core.measure import PERCEPTUAL, feature_changes, measure_changes, parse_confusion, perceptual_network
 from ..difflens_core.report import SHOWN, Question, image_grid, report_page, report_text, share_chart, summary
-from ..difflens_core.steer import Recipe
 from ..difflens_core.targets import Targets, parse_target, targets_of
-from . import host, host_classifiers
-from .sockets import CATEGORY, Classifier, Labels, LabelsSocket, TargetsSocket
+from . import host
+from .classify import BATCH, classes_of, classify
+from .sockets import CATEGORY, Classifier, TargetsSocket
 
-BATCH = 16
 NETWORK_MEMORY = 4 * 2**30  # bytes that LPIPS or DISTS may take for large pictures
-
-
-class ClassifyImages(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="DiffLensClassify",
-            display_name="Classify Images",
-            category=CATEGORY,
-            description="Tells for every picture which class of an attribute it shows.",
-            inputs=[
-                io.Image.Input("images", tooltip="The pictures, such as Capture Activations puts out."),
-                Classifier.Input("classifier", tooltip="From Load Attribute Classifier or Zero-shot Classifier."),
-                io.String.Input("attribute", default="presentation", tooltip="One of the classifier's attributes."),
-            ],
-            outputs=[
-                LabelsSocket.Output(display_name="labels", tooltip="The class of every picture."),
-                io.String.Output(
-                    display_name="csv",
-                    tooltip="A line a picture: its class, the probability of each class, its other attributes.",
-                ),
-            ],
-        )
-
-    @classmethod
-    @host.clear_errors
-    def execute(cls, images: Tensor, classifier: ImageClassifier, attribute: str) -> io.NodeOutput:
-        classes = classes_of(classifier, attribute)
-        report = host.progress_bar(len(images))
-        read = classify(classifier, images, report)
-        others = tuple(read[name].argmax(dim=1) for name in other_attributes(classifier.attributes, attribute))
-        labels = Labels(attribute, classes, read[attribute].argmax(dim=1), others)
-        return io.NodeOutput(labels, label_table(read, classifier.attributes, attribute))
 
 
 class FairnessReport(io.ComfyNode):
@@ -117,7 +83,7 @@ class FairnessReport(io.ComfyNode):
         if after is not None and targets is not None:
             assigned = targets_of(targets, attribute, classes).first(len(after))
         path = host.new_output(save_as, ".html") if save_as.strip() else None
-        embed = None if clip_vision is None else host_classifiers.image_embedder(clip_vision)
+        embed = None if clip_vision is None else host.image_embedder(clip_vision)
 
         count = len(before)
         report = host.progress_bar(count if after is None else count * (3 if embed is None else 5))
@@ -233,33 +199,6 @@ class CompareImages(io.ComfyNode):
         pictures = [to_bytes(images) for images in rows.values() if images is not None]
         image = host.to_image(image_grid(pictures, titles.splitlines(), columns))
         return host.drawn(cls, image, image)
-
-
-def classes_of(classifier: ImageClassifier, attribute: str) -> tuple[str, ...]:
-    """Classes of an attribute. Raises `DiffLensError` with those there are."""
-    if attribute not in classifier.attributes:
-        known = ", ".join(classifier.attributes)
-        raise DiffLensError(f"the classifier knows no attribute {attribute!r}. It knows: {known}.")
-    return classifier.attributes[attribute]
-
-
-def check_classes(classifier: ImageClassifier, recipe: Recipe) -> None:
-    """Raise `DiffLensError` unless the classifier knows the recipe's classes."""
-    if classes_of(classifier, recipe.attribute) != recipe.classes:
-        raise DiffLensError(
-            f"the classifier's classes of {recipe.attribute} are not those of the recipe "
-            f"({', '.join(recipe.classes)}). Use the classifier that the recipe's labels came from."
-        )
-
-
-def classify(classifier: ImageClassifier, images: Tensor, report: Any, done: int = 0) -> dict[str, Tensor]:
-    """What the classifier reads off the pictures (n of everything), telling `report` of the pictures done."""
-    parts = []
-    for chunk in images.split(BATCH):
-        parts.append(classifier.classify(chunk))
-        done += len(chunk)
-        report(done)
-    return join_readings(parts)
 
 
 def size_of(images: Tensor) -> str:

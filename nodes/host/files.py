@@ -1,0 +1,153 @@
+"""The folders in which ComfyUI finds the pack's files, and the names that lists show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import folder_paths
+
+from ...difflens_core import networks, sae
+from ...difflens_core.activations import INDEX
+from ...difflens_core.files import DiffLensError
+
+MODELS, SAES, CLASSIFIERS, RECIPES = "difflens_models", "difflens_saes", "difflens_classifiers", "difflens_recipes"
+
+
+STORES = "difflens_activations"
+SHIPPED = [Path(__file__).resolve().parents[2] / "models" / name for name in ("avatars", "prompted_avatars")]
+
+
+def register_folders() -> None:
+    """Make the pack's kinds of file known: the user's folder, then extra_model_paths.yaml's, then the shipped ones."""
+    endings = {kind: {".safetensors"} for kind in (MODELS, RECIPES)} | {CLASSIFIERS: {*sae.WEIGHTS}}
+    # A folder of activations is known by its index, one of another program's SAE by its configuration.
+    # Models of other programs come as files, or as folders that are known by their configuration.
+    endings[MODELS] |= {*networks.WEIGHTS, Path(networks.CONFIG).suffix}
+    endings |= {STORES: {Path(INDEX).suffix}, SAES: {*sae.WEIGHTS, Path(sae.CONFIGS[0]).suffix}}
+    for kind, ending in endings.items():
+        extra, _ = folder_paths.folder_names_and_paths.get(kind, ([], set()))
+        user = str(Path(folder_paths.models_dir) / kind)
+        folder_paths.folder_names_and_paths[kind] = (
+            [user, *extra, *(str(shipped / kind) for shipped in SHIPPED)],
+            ending,
+        )
+
+
+def list_files(kind: str) -> list[str]:
+    return folder_paths.get_filename_list(kind)
+
+
+def find_file(kind: str, name: str) -> str:
+    """Path of a listed file. Raises `DiffLensError` if it is gone."""
+    try:
+        return folder_paths.get_full_path_or_raise(kind, name)
+    except FileNotFoundError:
+        folder = folder_paths.get_folder_paths(kind)[0]
+        raise DiffLensError(f"{name} was not found. Put it into {folder} or choose another file.") from None
+
+
+def folders_and_files(kind: str, configs: Sequence[str], endings: Sequence[str]) -> tuple[set[Path], set[Path]]:
+    """Listed folders that hold one of `configs`, and the files of those endings that lie in none of them."""
+    paths = [Path(name) for name in list_files(kind)]
+    folders = {path.parent for path in paths if path.name in configs and path.parent.name}
+    return folders, {path for path in paths if path.suffix in endings and not folders & set(path.parents)}
+
+
+def list_saes() -> list[str]:
+    """Names that `find_sae` takes: folders with a configuration, and the files that lie in none of those.
+
+    A .pt file in a folder without a configuration is no SAE; it may name features (`list_feature_folders`).
+    """
+    folders, files = folders_and_files(SAES, sae.CONFIGS, sae.WEIGHTS)
+    features = {path for path in files if path.suffix == ".pt" and path.parent.name}
+    return sorted(map(str, folders | files - features))
+
+
+def list_feature_folders() -> list[str]:
+    """Names that `find_features` takes: folders with .pt files that no configuration makes an SAE."""
+    paths = [Path(name) for name in list_files(SAES)]
+    configured = {path.parent for path in paths if path.name in sae.CONFIGS}
+    found = {path.parent for path in paths if path.suffix == ".pt" and path.parent.name}
+    return sorted(map(str, found - configured))
+
+
+def find_features(name: str) -> Path:
+    """A listed folder with feature files. Raises `DiffLensError` if it is gone."""
+    files = [path for path in list_files(SAES) if Path(path).parent == Path(name) and Path(path).suffix == ".pt"]
+    return Path(find_file(SAES, files[0] if files else name)).parent
+
+
+def find_sae(name: str) -> str:
+    """Path of a listed SAE, a file or a folder. Raises `DiffLensError` if it is gone."""
+    for config in sae.CONFIGS:
+        if path := folder_paths.get_full_path(SAES, str(Path(name) / config)):
+            return str(Path(path).parent)
+    return find_file(SAES, name)
+
+
+def new_file(kind: str, name: str) -> tuple[Path, str]:
+    """Path in the user's folder for a file to be saved as `name`, and the name under which lists will show it.
+
+    `name` may lead into sub-folders, never out of the folder. A file of that name is replaced.
+    """
+    parts = name_parts(name.strip().removesuffix(".safetensors"))
+    listed = Path(*parts[:-1], f"{parts[-1]}.safetensors")
+    return Path(folder_paths.get_folder_paths(kind)[0]) / listed, str(listed)
+
+
+def new_output(prefix: str, ending: str) -> Path:
+    """Path in ComfyUI's output folder for a new file, numbered as Save Image numbers its own."""
+    where = "/".join(name_parts(prefix.strip()))
+    folder, name, number, _, _ = folder_paths.get_save_image_path(where, folder_paths.get_output_directory())
+    return Path(folder) / f"{name}_{number:05}_{ending}"
+
+
+def name_parts(name: str) -> list[str]:
+    """The folders and the file that a user's name asks for. Raises `DiffLensError` if it could lead elsewhere."""
+    parts = re.split(r"[\\/]", name)
+    if not all(re.fullmatch(r"\w[\w .()+-]{0,99}(?<![ .])", part) for part in parts):
+        raise DiffLensError(
+            f"{name!r} cannot be a file name. Use letters, digits, spaces and _ - + . ( ), beginning with a letter "
+            "or digit; / puts the file into a sub-folder."
+        )
+    return parts
+
+
+def list_stores() -> list[str]:
+    """Folders with activations, by the name that `find_store` takes."""
+    return [str(path.parent) for path in map(Path, list_files(STORES)) if path.name == INDEX]
+
+
+def find_store(name: str) -> Path:
+    """Folder of a listed store. Raises `DiffLensError` if it is gone."""
+    return Path(find_file(STORES, str(Path(name) / INDEX))).parent
+
+
+def new_store(name: str) -> Path:
+    """Folder in the user's folder for activations to be saved as `name`; it may be there already."""
+    return new_file(STORES, name)[0].with_suffix("")
+
+
+def temporary_file(name: str) -> Path:
+    """Path in ComfyUI's temp folder, which it empties when it starts."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+register_folders()
+
+
+def list_models() -> list[str]:
+    """Names that `find_model` takes: folders with a configuration, and the files that lie in none of those."""
+    folders, files = folders_and_files(MODELS, (networks.CONFIG,), networks.WEIGHTS)
+    return sorted(map(str, folders | files))
+
+
+def find_model(name: str) -> str:
+    """Path of a listed model, a file or a folder. Raises `DiffLensError` if it is gone."""
+    if Path(name).suffix in networks.WEIGHTS:
+        return find_file(MODELS, name)
+    return str(Path(find_file(MODELS, str(Path(name) / networks.CONFIG))).parent)

@@ -1,0 +1,68 @@
+"""Marks that tell the weights and patches of a MODEL, and inputs, from others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter import WeightAdapterBase
+from torch import Tensor
+
+from ...difflens_core.files import digest, fingerprint
+from ...difflens_core.networks import Denoiser
+
+FINGERPRINT = "difflens_fingerprint"  # attachment of a MODEL
+
+
+def model_fingerprint(model: ModelPatcher) -> str:
+    """Tells the weights of a MODEL from others': all of a denoiser's, the first eight by name of larger models.
+
+    Those of its file, without LoRAs: they are in the network only while it is loaded, and would change the mark. Our
+    loader leaves the mark of models that it may load in fp16, taken before they were rounded.
+    """
+    if mark := model.get_attachment(FINGERPRINT):
+        return mark
+    module = model.model.diffusion_model
+    prefix, weights = "diffusion_model.", module.state_dict()
+    weights |= {key[len(prefix) :]: kept.weight for key, kept in model.backup.items() if key.startswith(prefix)}
+    chosen = sorted(weights) if isinstance(module, Denoiser) else sorted(weights)[:8]
+    return fingerprint({name: weights[name] for name in chosen})
+
+
+def patches_mark(model: ModelPatcher) -> str:
+    """Tells the patches on a MODEL from others', "" if it has none. Stable from one start of the server to the next.
+
+    ComfyUI's own mark, patches_uuid, is drawn anew for every patch. Patches of weights, such as LoRAs, count with
+    their strengths and tensors. What acts while sampling counts by its place and kind: its settings cannot be read.
+    """
+    found = described((model.patches, model.object_patches, model.wrappers, model.model_options))
+    return "" if found == described(({}, {}, {}, {})) else digest(found)
+
+
+def described(value: Any) -> str:
+    """Text that is the same for equal patches, whichever objects hold them."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {float(value.double().sum()):.6e}"
+    if isinstance(value, WeightAdapterBase):
+        return f"{value.name} {described(value.weights)}"
+    if isinstance(value, dict):
+        parts = [f"{key}: {text}" for key, inner in value.items() if (text := described(inner)) != "{}"]
+        return "{" + ", ".join(sorted(parts)) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(described, value))})"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def content(tensors: Sequence[Tensor]) -> Iterator[bytes | str]:
+    """What tells one set of tensors from another, for `digest`."""
+    for tensor in tensors:
+        yield f"{tuple(tensor.shape)}"
+        yield tensor.cpu().float().numpy().tobytes()
+
+
+def conditioning_tensors(conditioning: list) -> list[Tensor]:
+    """The tensors of a CONDITIONING, in order."""
+    return [t for main, more in conditioning for t in (main, *more.values()) if isinstance(t, Tensor)]

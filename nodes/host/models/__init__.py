@@ -1,0 +1,1 @@
+"""Models that ComfyUI does not load by itself, as its own kinds: networks on pixels, and classifiers."""

@@ -1,0 +1,56 @@
+"""What all networks on pixels share that ComfyUI does not know by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.sd
+import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from torch import Tensor
+
+from ....difflens_core.files import DiffLensError
+
+
+def after_middle(
+    h: Tensor, x: Tensor, emb: Tensor, context: Any, y: Tensor | None, timesteps: Tensor, transformer_options: dict
+) -> Tensor:
+    """h, the middle block's output, after the `middle_block_after_patch`es, called as ComfyUI's own UNet calls them."""
+    transformer_options["block"] = ("middle", 0)
+    for patch in transformer_options.get("patches", {}).get("middle_block_after_patch", ()):
+        h = patch({
+            "h": h, "x": x, "emb": emb, "context": context, "y": y, "timesteps": timesteps,
+            "transformer_options": transformer_options,
+        })["h"]  # fmt: skip
+    return h
+
+
+def unconditional_conditioning() -> list:
+    """A CONDITIONING that says nothing. A tensor, because nodes that zero or join conditionings want one."""
+    return [[torch.zeros(1, 1, 1), {}]]
+
+
+def pixel_space_vae() -> comfy.sd.VAE:
+    """The VAE that only maps [-1, 1] to [0, 1] and back."""
+    return comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+
+
+class Hosted:
+    """The outer side of a ComfyUI diffusion model: checks the input, runs DIFFUSION_MODEL wrappers around `_forward`.
+
+    `levels` is the number of sizes that the network works in. A learned variance is cut off.
+    """
+
+    levels: int
+
+    def forward(self, x, timesteps, context=None, control=None, transformer_options={}, y=None, **kwargs):  # noqa: B006
+        multiple = 2 ** (self.levels - 1)
+        if x.shape[1] != 3 or x.shape[2] % multiple or x.shape[3] % multiple:
+            found = " x ".join(map(str, x.shape[1:]))
+            raise DiffLensError(
+                f"Load Unconditional Model: this model draws pictures whose sides are multiples of {multiple} pixels "
+                f"(latents of 3 channels), got a latent of {found}. Set Empty Latent Image to such a size."
+            )
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
+        executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timesteps, context, control, transformer_options, y=y)[:, :3]

@@ -1,0 +1,93 @@
+"""What a running node shows: errors by its name, progress with Cancel, and pictures."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image
+from torch import Tensor
+
+from ...difflens_core.files import DiffLensError
+
+log = logging.getLogger("difflens")
+
+
+@contextmanager
+def named(node: str) -> Iterator[None]:
+    """Let the `DiffLensError`s raised inside begin with the node's name."""
+    try:
+        yield
+    except DiffLensError as error:
+        text = str(error).removeprefix(f"{node}: ")
+        raise DiffLensError(f"{node}: {text}") from error
+
+
+def clear_errors(execute: Callable) -> Callable:
+    """Decorator of a node's `execute`: errors begin with the node's display name."""
+
+    @functools.wraps(execute)
+    def wrapper(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
+        with named(cls.define_schema().display_name):
+            return execute(cls, *args, **kwargs)
+
+    return wrapper
+
+
+Preview = tuple[str, Image.Image, int]
+
+
+def progress_bar(total: int) -> Callable[[int, Preview | None], None]:
+    """A function to call with the work done so far and maybe a preview; it raises when the user has pressed Cancel."""
+    bar = comfy.utils.ProgressBar(total)
+
+    def report(done: int, preview: Preview | None = None) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total, preview)
+
+    return report
+
+
+def progress_of_total() -> Callable[[int, int], None]:
+    """Like `progress_bar` for work whose size is only known on the way: call it with the work done and the total."""
+    return lambda done, total: progress_bar(total)(done)
+
+
+def preview(picture: np.ndarray) -> Preview:
+    """A picture (H x W x 3, uint8) for `progress_bar`."""
+    return "JPEG", Image.fromarray(picture), max(picture.shape[:2])
+
+
+def to_image(picture: np.ndarray) -> Tensor:
+    """A picture (H x W x 3, uint8) as an IMAGE (1 x H x W x 3 in [0, 1])."""
+    return torch.from_numpy(picture).float().div(255)[None]
+
+
+def drawn(cls: type[io.ComfyNode], image: Tensor, *outputs: Any, text: str | None = None) -> io.NodeOutput:
+    """Outputs of a node that also draws `image` on itself; `text` joins it in the prompt's history."""
+    shown = ui.PreviewImage(image, cls=cls).as_dict()
+    if text is not None:
+        shown["text"] = (text,)
+    return io.NodeOutput(*outputs, ui=shown)
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """Lift ComfyUI's inference mode. Tensors that the autograd graph keeps must be cloned inside."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def training_device(needed: int) -> torch.device:
+    """The device that ComfyUI computes on, with `needed` bytes freed of models that can be loaded again."""
+    device = comfy.model_management.get_torch_device()
+    comfy.model_management.free_memory(needed, device)
+    return device
