@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 # Only for this process: the host tests drive a server in another one, which finds the pack by itself.
-sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT), str(ROOT / "models" / "making"), str(ROOT / "scripts")]
 
 from launch_comfyui import install_mends  # noqa: E402
 

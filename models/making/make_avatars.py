@@ -1,7 +1,7 @@
 """Rebuild every file under models/avatars/ from seeds.
 
-    python models/make_avatars.py            all stages, in order; finished stages are skipped
-    python models/make_avatars.py denoiser   one stage again
+    python models/making/make_avatars.py            all stages, in order; finished stages are skipped
+    python models/making/make_avatars.py denoiser   one stage again
 
 A stage that is cut off goes on from its last checkpoint in models/avatars/.work/.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "benchmarks")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "models" / "making"), str(ROOT / "benchmarks")]
 
 import debias as bench  # noqa: E402
 import portraits  # noqa: E402
@@ -169,7 +169,7 @@ its classes are what a classifier sees in a drawing.
 ![sampled and drawn portraits](contact_sheet.png)
 
 ## Data
-{d[images]} portraits from `models/portraits.py`, seed {d[seed]}. Presentation, age and skin tone are drawn
+{d[images]} portraits from `models/making/portraits.py`, seed {d[seed]}. Presentation, age and skin tone are drawn
 independently of one another with the shares below. Background, clothes, hair colour, glasses, expression and beard
 are free (beards only on masculine adults and seniors).
 
@@ -210,7 +210,7 @@ and the mean difference of the raw activations.
 - Portraits are aligned and centred. Levels per position, which the recipes use, need that.
 - The attributes are independent in the data, so nothing here shows how the method copes with entangled ones.
 - Sampling at another size than 64 x 64 is not supported.
-- Rebuild everything with `python models/make_avatars.py`. Another processor gives slightly other weights.
+- Rebuild everything with `python models/making/make_avatars.py`. Another processor gives slightly other weights.
 """
 
 

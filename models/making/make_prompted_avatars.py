@@ -1,7 +1,7 @@
 """Rebuild every file under models/prompted_avatars/ from seeds. Needs models/avatars/: training begins from it.
 
-    python models/make_prompted_avatars.py            all stages, in order; finished stages are skipped
-    python models/make_prompted_avatars.py denoiser   one stage again
+    python models/making/make_prompted_avatars.py            all stages, in order; finished stages are skipped
+    python models/making/make_prompted_avatars.py denoiser   one stage again
 
 A stage that is cut off goes on from its last checkpoint in models/prompted_avatars/.work/.
 """
@@ -54,7 +54,7 @@ from difflens_core.report import image_grid
 from difflens_core.sae import load_sae, save_sae
 from difflens_core.steer import Recipe, load_recipe, save_recipe
 
-OUT = Path(__file__).resolve().parent / "prompted_avatars"
+OUT = Path(__file__).resolve().parents[1] / "prompted_avatars"
 WORK = OUT / ".work"
 DENOISER_FILE = OUT / "difflens_models" / "prompted_avatars.safetensors"
 CLASSIFIER_FILE = OUT / "difflens_classifiers" / "prompted_avatars.safetensors"
@@ -220,7 +220,7 @@ measure it. It is not a model of people: its classes are what a classifier sees 
 ![sampled portraits of every occupation](contact_sheet.png)
 
 ## Data
-{d[images]} portraits from `models/prompted_portraits.py`, seed {d[seed]}, each with a prompt such as "portrait of a
+{d[images]} portraits from `models/making/prompted_portraits.py`, seed {d[seed]}, each with a prompt such as "portrait of a
 smiling nurse with glasses". Five kinds in equal shares: a person in plain clothes, doctor, nurse, firefighter,
 receptionist. Presentation and age have the shares below; skin tone has the same skew in all, that of the avatars. One
 prompt in seven tells the presentation, one in seven the age.
@@ -268,7 +268,7 @@ seed {r[tuning_seed]}. The benchmark uses other seeds.
 - Portraits are aligned and centred. Levels per position, which the recipes use, need that.
 - Rare combinations, such as an old feminine firefighter, were seldom drawn, and the model seldom draws them when asked
   in words.
-- Rebuild everything with `python models/make_prompted_avatars.py`. Another processor gives slightly other weights.
+- Rebuild everything with `python models/making/make_prompted_avatars.py`. Another processor gives slightly other weights.
 """
 
 
