@@ -220,8 +220,8 @@ measure it. It is not a model of people: its classes are what a classifier sees 
 ![sampled portraits of every occupation](contact_sheet.png)
 
 ## Data
-{d[images]} portraits from `models/making/prompted_portraits.py`, seed {d[seed]}, each with a prompt such as "portrait of a
-smiling nurse with glasses". Five kinds in equal shares: a person in plain clothes, doctor, nurse, firefighter,
+{d[images]} portraits from `models/making/prompted_portraits.py`, seed {d[seed]}, each with a prompt such as "portrait
+of a smiling nurse with glasses". Five kinds in equal shares: a person in plain clothes, doctor, nurse, firefighter,
 receptionist. Presentation and age have the shares below; skin tone has the same skew in all, that of the avatars. One
 prompt in seven tells the presentation, one in seven the age.
 
@@ -268,7 +268,8 @@ seed {r[tuning_seed]}. The benchmark uses other seeds.
 - Portraits are aligned and centred. Levels per position, which the recipes use, need that.
 - Rare combinations, such as an old feminine firefighter, were seldom drawn, and the model seldom draws them when asked
   in words.
-- Rebuild everything with `python models/making/make_prompted_avatars.py`. Another processor gives slightly other weights.
+- Rebuild everything with `python models/making/make_prompted_avatars.py`. Another processor gives slightly other
+  weights.
 """
 
 
