@@ -18,9 +18,9 @@ from make_workflows import FOLDER, GRAPHS, Graph, Node, sampler, steer, to_api, 
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from difflens_core.activations import open_store
+from difflens_core.activations import capture, open_store
 from difflens_core.files import fingerprint
-from difflens_core.networks import capture_pictures, load_denoiser, sample, save_denoiser, start_noise
+from difflens_core.networks import DenoiserSampler, load_denoiser, sample, save_denoiser, start_noise
 from difflens_core.sae import SparseAutoencoder, load_sae
 from difflens_core.steer import Steering, load_recipe, recipe_from_features, save_recipe
 from difflens_core.targets import Targets
@@ -880,7 +880,7 @@ def test_a_store_holds_the_pictures_of_a_ksampler_and_is_loaded_again(server):
     assert store.index.progress == (0.5, 0.75)
     model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
     assert store.index.model == fingerprint(model.state_dict())
-    expected = capture_pictures(model, 3, 3, 4, 3).activations().values[2:]
+    expected = capture(DenoiserSampler(model, 4), 3, 3).activations().values[2:]
     torch.testing.assert_close(store.activations().values, expected, atol=2e-2, rtol=1e-2)
 
     options = server.object_info()["DiffLensLoadActivations"]["input"]["required"]["store_name"][1]["options"]
