@@ -3,7 +3,7 @@
 from .capture import Draw, Edit, Kept, Sampler, at_step, capture, drawer, noise_batches
 from .captured import Activations
 from .sites import UPDATE, Whole, edit_site, find_site, from_map, reads_update, to_map
-from .store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, open_store, record, save_labels
+from .store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, load_labels, open_store, record, save_labels
 
 __all__ = [
     "Activations",
@@ -25,6 +25,7 @@ __all__ = [
     "edit_site",
     "find_site",
     "from_map",
+    "load_labels",
     "noise_batches",
     "open_store",
     "reads_update",

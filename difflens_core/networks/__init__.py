@@ -14,7 +14,7 @@ from .denoiser import (
 )
 from .diffusers import DiffusersSampler
 from .sampling import DenoiserSampler, Guidance, sample, start_noise
-from .schedules import BETAS, PREDICTIONS, SPACINGS, Schedule, ddim_step, ddim_timesteps
+from .schedules import BETAS, PREDICTIONS, SPACINGS, Schedule, ddim_step, ddim_timesteps, read_scheduler
 from .text import END, UNKNOWN, TextEncoder, tokenize
 from .unet2d import unet2d_class
 
@@ -45,6 +45,7 @@ __all__ = [
     "load_denoiser",
     "load_denoiser_weights",
     "load_prompted",
+    "read_scheduler",
     "sample",
     "save_denoiser",
     "start_noise",
