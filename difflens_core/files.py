@@ -27,7 +27,7 @@ from torch import Tensor
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
     """Twelve hex digits that tell one set of weights from another (names, shapes and rounded sums)."""
-    return digest(*(f"{name}{tuple(w.shape)}{float(w.double().sum()):.3e}" for name, w in sorted(weights.items())))
+    return digest(*(f"{name}{tuple(w.shape)}{float(w.detach().double().sum()):.3e}" for name, w in sorted(weights.items())))
 
 
 METADATA_KEY = "difflens"

@@ -8,14 +8,12 @@ from comfy_api.latest import io
 
 from ..difflens_core.activations import Activations as CapturedActivations
 from ..difflens_core.files import DiffLensError
-from ..difflens_core.locate import METHODS, Attribution, Probes, attribute_features, balancing_weights, train_probes
-from ..difflens_core.report import bar_chart, line_chart
+from ..difflens_core.locate import METHODS, Probes, attribute_features, balancing_weights, train_probes
+from ..difflens_core.report import CHARTED, line_chart, ranking_chart, ranking_table
 from ..difflens_core.sae import SparseAutoencoder
 from ..difflens_core.steer import build_recipe
 from . import host
 from .sockets import CATEGORY, SAE, Activations, Labels, LabelsSocket, ProbesSocket, RecipeSocket
-
-CHARTED = 10  # features of every class in the bar chart
 
 
 class TrainProbes(io.ComfyNode):
@@ -151,23 +149,3 @@ def check_model_of(activations: CapturedActivations, model: Any) -> None:
             f"the activations were captured on another model (mark {activations.model}, this one has "
             f"{fingerprint}). Connect the model that Capture Activations got."
         )
-
-
-def ranking_chart(found: Attribution):
-    """Bar chart of the best latents of every class (H x W x 3, uint8)."""
-    top = found.top(min(CHARTED, found.scores.shape[1]))
-    groups = {
-        name: {f"#{latent}": float(found.scores[c, latent]) for latent in top[c].tolist()}
-        for c, name in enumerate(found.classes)
-    }
-    return bar_chart(f"{found.attribute}: features of each class ({found.method})", groups, None, None)
-
-
-def ranking_table(found: Attribution, count: int) -> str:
-    """The `count` best latents of every class, a rank a line."""
-    columns = [f"{name:>20}" for name in found.classes]
-    lines = [f"{found.attribute}, by {found.method}", "rank" + "".join(columns)]
-    for rank, latents in enumerate(found.top(count).T.tolist()):
-        cells = [f"#{latent} {float(found.scores[c, latent]):.4g}" for c, latent in enumerate(latents)]
-        lines.append(f"{rank + 1:4}" + "".join(f"{cell:>20}" for cell in cells))
-    return "\n".join(lines)

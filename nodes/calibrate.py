@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from typing import Any
 
@@ -102,8 +103,8 @@ class Calibrate(io.ComfyNode):
         )  # fmt: skip
         run = host.run_mark(model, positive, latent_image, negative, cfg, steps, sampler_name, scheduler, seed)
         grey = classifier.classify(torch.full((1, 64, 64, 3), 0.5))[recipe.attribute]
-        mark = digest(run, recipe_mark(recipe), f"{target}{options}", grey.numpy().tobytes())
-        file = host.temporary_file(f"difflens_calibration_{mark}.safetensors")
+        mark = digest(run, host.recipe_mark(recipe), f"{target}{options}", grey.numpy().tobytes())
+        folder = host.temporary_file(f"difflens_calibration_{mark}")
         report = host.progress_bar(budget)
 
         def on_batch(done: int, doses: Doses) -> None:
@@ -115,8 +116,8 @@ class Calibrate(io.ComfyNode):
         def read(images: Tensor) -> Tensor:
             return classifier.classify(images)[recipe.attribute]
 
-        found = calibrate(recipe, draw, read, shares, options, batch, file, on_batch)
-        file.unlink(missing_ok=True)
+        found = calibrate(recipe, draw, read, shares, options, batch, folder, on_batch)
+        shutil.rmtree(folder, ignore_errors=True)
         record = found.info["calibration"]
         image = host.to_image(dose_chart(recipe.attribute, record["doses"]))
         text = calibration_text(recipe.attribute, recipe.classes, record)
@@ -255,9 +256,3 @@ def different_attributes(recipes: dict[str, Recipe]) -> list[Recipe]:
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise DiffLensError(f"two recipes are about {twice[0]}. Connect one recipe for each attribute.")
     return chosen
-
-
-def recipe_mark(recipe: Recipe) -> str:
-    """Tells one recipe from another."""
-    settings = f"{recipe.attribute}{recipe.site}{recipe.mode}{recipe.strength}{recipe.start}{recipe.end}"
-    return digest(settings, recipe.decoder.numpy().tobytes(), recipe.levels.numpy().tobytes())

@@ -9,15 +9,13 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..difflens_core.classifiers import ImageClassifier
-from ..difflens_core.experiments import EFFECTS, Effects, causal_effect, keep_effective, scan_sites
-from ..difflens_core.report import bar_chart, scan_chart, scan_table
+from ..difflens_core.experiments import EFFECTS, causal_effect, keep_effective, scan_sites
+from ..difflens_core.report import CHARTED, effect_chart, effect_table, scan_chart, scan_table
 from ..difflens_core.steer import Recipe
 from . import host
 from .classify import check_classes, classes_of
 from .inputs import guidance_inputs, sampling_inputs, schedule_inputs
 from .sockets import CATEGORY, Classifier, RecipeSocket
-
-CHARTED = 10  # features of every class in the bar chart
 
 
 def experiment_inputs() -> list[io.Input]:
@@ -166,30 +164,3 @@ class RankByEffect(io.ComfyNode):
         image = host.to_image(effect_chart(effects, recipe))
         text = effect_table(effects, recipe)
         return host.drawn(cls, image, keep_effective(recipe, effects, features_per_class), image, text, text=text)
-
-
-def effect_chart(effects: Effects, recipe: Recipe):
-    """Bar chart of the features that change each class most (H x W x 3, uint8), with their standard error."""
-    groups, errors = {}, {}
-    for c, name in enumerate(recipe.classes):
-        best = effects.carried[:, c].topk(min(CHARTED, len(effects.features))).indices.tolist()
-        rows = {f"#{int(effects.features[f])}": (float(effects.effect[f, c]), float(effects.error[f, c])) for f in best}
-        groups[name] = {label: effect for label, (effect, _) in rows.items()}
-        errors[name] = {label: (effect - error, effect + error) for label, (effect, error) in rows.items()}
-    title = f"{recipe.attribute}: change of each class's probability ({effects.mode})"
-    return bar_chart(title, groups, None, errors)
-
-
-def effect_table(effects: Effects, recipe: Recipe) -> str:
-    """A line a feature: change of each class's probability and its standard error, in percent."""
-    lines = [
-        f"{recipe.attribute}, {effects.mode}, {effects.pictures} pictures a feature: change of probability in % "
-        "(standard error)",
-        "feature " + "".join(f"{name:>18.17}" for name in recipe.classes),
-    ]
-    order = effects.carried.amax(dim=1).argsort(descending=True).tolist()
-    for f in order:
-        pairs = zip((100 * effects.effect[f]).tolist(), (100 * effects.error[f]).tolist(), strict=True)
-        cells = [f"{effect:+.2f} ({error:.2f})" for effect, error in pairs]
-        lines.append(f"#{int(effects.features[f]):<7}" + "".join(f"{cell:>18}" for cell in cells))
-    return "\n".join(lines)

@@ -91,7 +91,6 @@ class FairnessReport(io.ComfyNode):
         steered = None if after is None else classify(classifier, after, report, count)
         numbers = summary(question, seen, steered, assigned)
         numbers |= {"size": (before.shape[2], before.shape[1]), "notes": notes.strip()}
-        numbers |= {"changes": None, "pixel_change": None, "not_measured": []}
         if after is not None:
             found, reasons = what_changed(before, after, perceptual, embed, lambda done: report(2 * count + done))
             numbers |= {"changes": found, "pixel_change": found["rmse"], "not_measured": reasons}

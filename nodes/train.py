@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
-import numpy as np
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..difflens_core.activations import Activations as CapturedActivations
-from ..difflens_core.files import digest
-from ..difflens_core.report import line_chart
+from ..difflens_core.report import loss_chart
 from ..difflens_core.sae import (
     ACTIVATIONS,
     PRECISIONS,
@@ -103,7 +100,7 @@ class TrainSAE(io.ComfyNode):
         train, held_out = hold_out(activations)
         path = host.new_file(host.SAES, save_as)[0] if save_as.strip() else None
         options = TrainingOptions(latents, k, steps, batch_size, learning_rate, activation, precision, seed=seed)
-        checkpoint = host.temporary_file(f"difflens_sae_{mark_of(options, activations)}.pt")
+        checkpoint = host.temporary_file(f"difflens_sae_{host.training_mark(options, activations)}.pt")
         report = host.progress_bar(steps)
         curves: dict[str, list[tuple[float, float]]] = {"training": [], "held out": [], "dead latents": []}
 
@@ -131,16 +128,3 @@ class TrainSAE(io.ComfyNode):
         )
         image = host.to_image(loss_chart(curves))
         return host.drawn(cls, image, sae, image, text, text=text)
-
-
-def loss_chart(curves: dict[str, list[tuple[float, float]]]) -> np.ndarray:
-    shown = {name: curve for name, curve in curves.items() if curve}
-    return line_chart("Training the SAE", shown, "step", "share of variance not explained, of latents dead")
-
-
-def mark_of(options: TrainingOptions, activations: CapturedActivations) -> str:
-    """Tells one training run from another."""
-    shape = (len(activations.progress), activations.pictures, activations.width, activations.positions)
-    # Some rows tell captures apart; all of them may be more than one wants to read from the disk.
-    some = activations.rows(activations.draw(2**14, options.seed, step=0))
-    return digest(f"{options}{activations.site}{activations.model}{shape}", some.view(torch.uint8).numpy().tobytes())

@@ -1,9 +1,9 @@
 """What the denoiser computes inside: the sites where it is read and changed, and the activations captured there."""
 
-from .capture import Draw, Edit, Kept, noise_batches
+from .capture import Draw, Edit, Kept, Sampler, at_step, capture, drawer, noise_batches
 from .captured import Activations
 from .sites import UPDATE, Whole, edit_site, find_site, from_map, reads_update, to_map
-from .store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, open_store, record, save_labels
+from .store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, load_labels, open_store, record, save_labels
 
 __all__ = [
     "Activations",
@@ -14,13 +14,18 @@ __all__ = [
     "Index",
     "Kept",
     "SAMPLES",
+    "Sampler",
     "Shard",
     "Store",
     "UPDATE",
     "Whole",
+    "at_step",
+    "capture",
+    "drawer",
     "edit_site",
     "find_site",
     "from_map",
+    "load_labels",
     "noise_batches",
     "open_store",
     "reads_update",

@@ -1,14 +1,20 @@
-"""What edits and keeps activations while pictures are sampled, and the noises that pictures start from."""
+"""Sampling seen from inside: edits of what sites put out, what is kept of it, and any sampler that runs both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..files import DiffLensError
+from .sites import edit_site
+from .store import DTYPES, SAMPLES, Index, Shard, Store, record
 
 
 class Edit(Protocol):
@@ -19,11 +25,85 @@ class Edit(Protocol):
 
     def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
         """h' for h (B x C x H x W); progress: 0 to 1; images: B, numbers of the pictures, on the CPU."""
+        ...
 
 
-# Pictures (B x H x W x 3 in [0, 1], on the CPU), each from the noise of that number (B, int64) in a fixed set, under
-# edits that number the pictures of the batch from 0. How experiments sample, whatever the host.
-Draw = Callable[[Sequence[Edit], Tensor], Tensor]
+@dataclass
+class Kept:
+    """What `site` puts out at some `steps` of the sampling of one batch, on the CPU."""
+
+    site: str
+    steps: Sequence[int]
+    dtype: torch.dtype = torch.float16
+    values: Tensor | None = None
+    seen: set[int] = field(default_factory=set)
+
+    def keep(self, step: int, h: Tensor) -> None:
+        """Keep h (B x C x H x W) if the step is one of those wanted."""
+        if step not in self.steps:
+            return
+        by_position = h.detach().movedim(1, -1)
+        if self.values is None:
+            self.values = torch.empty(len(self.steps), *by_position.shape, dtype=self.dtype)
+        self.values[self.steps.index(step)] = by_position
+        self.seen.add(step)
+
+    def taken(self) -> Tensor:
+        """S x B x H x W x C. Raises `DiffLensError` if a step was not seen."""
+        if self.values is None or len(self.seen) < len(self.steps):
+            raise DiffLensError(
+                f"{self.site} was read at {len(self.seen)} of {len(self.steps)} steps: either the sampler leaves the "
+                "schedule or the model does not run this module at all of them. Use sampler euler and a site that it "
+                "runs."
+            )
+        return self.values
+
+
+class Sampler(Protocol):
+    """Draws pictures from noise with some network, wherever that runs.
+
+    `networks.DenoiserSampler` is one for the avatars, `networks.DiffusersSampler` for diffusers, and ComfyUI's models
+    have theirs in `nodes/host`. fingerprint: of the weights; progress: share of the sampling that lies behind each
+    step; shape: of one picture's noise; info: what else decides the pictures, JSON-able.
+    """
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def progress(self) -> tuple[float, ...]: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def info(self) -> Mapping[str, Any]: ...
+
+    def sample(self, noise: Tensor, images: Tensor, edits: Sequence[Edit] = (), kept: Sequence[Kept] = ()) -> Tensor:
+        """The finished latents of pictures `images` (B, their numbers in the run) from `noise` (B x shape).
+
+        edits change and `kept` keep what the positive conditioning draws; `kept` see it as it is before the edits.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B x H x W x 3 in [0, 1], on the CPU) of finished latents."""
+        ...
+
+
+@contextmanager
+def at_step(
+    model: nn.Module, step: int, progress: float, images: Tensor, edits: Sequence[Edit], kept: Sequence[Kept]
+) -> Iterator[None]:
+    """While open, `kept` keep what their sites put out, and then the edits change what theirs do."""
+    with ExitStack() as stack:
+        for one in kept:
+
+            def keep(h: Tensor, one: Kept = one) -> Tensor:
+                one.keep(step, h)
+                return h
+
+            stack.enter_context(edit_site(model, one.site, keep))
+        for edit in edits:
+            stack.enter_context(edit_site(model, edit.site, lambda h, edit=edit: edit(h, progress, images)))
+        yield
 
 
 def noise_batches(shape: Sequence[int], count: int, seed: int, batch: int) -> Iterator[Tensor]:
@@ -35,15 +115,65 @@ def noise_batches(shape: Sequence[int], count: int, seed: int, batch: int) -> It
         yield from torch.randn(min(piece, count - first), *shape, generator=generator).split(batch)
 
 
-@dataclass(frozen=True)
-class Kept:
-    """An edit that changes nothing and keeps what `site` puts out at every step (B x C x H x W), on the CPU."""
+def capture(
+    sampler: Sampler,
+    count: int,
+    seed: int,
+    batch: int = 64,
+    sites: Sequence[str] = ("middle_block",),
+    span: tuple[float, float] = (0.0, 1.0),
+    dtype: str = "float16",
+    folder: str | Path | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> Store:
+    """Sample `count` pictures, `batch` at once, keeping what `sites` put out at the steps whose progress is in `span`.
 
-    site: str
-    dtype: torch.dtype = torch.float16
-    outputs: list[Tensor] = field(default_factory=list)
+    Kept in memory or in `folder`, where a capture that was cut off is gone on with: see `record`. The store's samples
+    are the finished latents.
+    """
+    steps = [step for step, progress in enumerate(sampler.progress) if span[0] <= progress <= span[1]]
+    if not steps:
+        raise DiffLensError(f"no step lies between {span[0]} and {span[1]} of the sampling. Widen the span.")
+    progress = tuple(sampler.progress[step] for step in steps)
+    index = Index(
+        tuple(sites), progress, count, min(batch, count), seed, sampler.fingerprint, dtype, dict(sampler.info)
+    )
+
+    def draw(first: int, noise: Tensor) -> Shard:
+        kept = [Kept(site, steps, DTYPES[dtype]) for site in sites]
+        latents = sampler.sample(noise, torch.arange(first, first + len(noise)), kept=kept)
+        on_batch(first + len(noise))
+        return {one.site: one.taken() for one in kept} | {SAMPLES: latents.cpu()}
+
+    return record(index, noise_batches(sampler.shape, count, seed, batch), draw, folder)
+
+
+# Pictures (B x H x W x 3 in [0, 1], on the CPU), each from the noise of that number (B, int64) in a fixed set, under
+# edits that number the pictures of the batch from 0. How experiments sample, whatever the host.
+Draw = Callable[[Sequence[Edit], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ByPlace:
+    """An edit that is told the places of the pictures in the batch instead of their numbers in the run.
+
+    Experiments draw one noise several times in a batch, each time with another edit.
+    """
+
+    edit: Edit
+
+    @property
+    def site(self) -> str:
+        return self.edit.site
 
     def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
-        # A copy, because later layers of some models write into this tensor.
-        self.outputs.append(h.detach().to("cpu", self.dtype, copy=True))
-        return h
+        return self.edit(h, progress, torch.arange(len(images)))
+
+
+def drawer(sampler: Sampler, noise: Tensor) -> Draw:
+    """`Draw` for a sampler and a fixed set of noises (n x shape)."""
+
+    def draw(edits: Sequence[Edit], which: Tensor) -> Tensor:
+        return sampler.decode(sampler.sample(noise[which], which, [ByPlace(edit) for edit in edits]))
+
+    return draw

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..files import DiffLensError
@@ -109,17 +108,3 @@ def edit_site(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def capture_site(model: nn.Module, site: str, dtype: torch.dtype = torch.float16) -> Iterator[list[Tensor]]:
-    """While open, what is read at `site` (see `edit_site`) is copied to the CPU and appended to the list yielded."""
-    outputs: list[Tensor] = []
-
-    def keep(h: Tensor) -> Tensor:
-        # A copy, because later layers of some models write into this tensor.
-        outputs.append(h.detach().to("cpu", dtype, copy=True))
-        return h
-
-    with edit_site(model, site, keep):
-        yield outputs

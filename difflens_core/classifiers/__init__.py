@@ -4,11 +4,13 @@ from .convolutional import AttributeClassifier, load_classifier, save_classifier
 from .faces import load_face_finder
 from .loading import load_any_classifier
 from .readings import ImageClassifier, decided, join_readings, label_table, labels_of, other_attributes, shares_left_out
+from .resnets import ResNetClassifier
 from .zero_shot import ZeroShotClassifier, class_directions, parse_prompts
 
 __all__ = [
     "AttributeClassifier",
     "ImageClassifier",
+    "ResNetClassifier",
     "ZeroShotClassifier",
     "class_directions",
     "decided",

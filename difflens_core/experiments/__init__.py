@@ -1,6 +1,7 @@
 """What is found out by sampling pictures: where an attribute is decided, by which features, and at what dose."""
 
-from .calibration import CalibrationOptions, Doses, asked_shares, calibrate, check
+from .calibration import CalibrationOptions, Doses, asked_shares, calibrate
+from .checks import Check
 from .cross_effects import CrossEffect, cross_effects
 from .diagnose import Diagnosis, diagnose
 from .effects import EFFECTS, Effects, causal_effect, keep_effective
@@ -9,6 +10,7 @@ from .scan import SiteEffect, scan_sites
 
 __all__ = [
     "CalibrationOptions",
+    "Check",
     "CrossEffect",
     "Diagnosis",
     "Doses",
@@ -19,7 +21,6 @@ __all__ = [
     "asked_shares",
     "calibrate",
     "causal_effect",
-    "check",
     "cross_effects",
     "diagnose",
     "keep_effective",

@@ -57,7 +57,7 @@ def calibrate(
     target: np.ndarray,
     options: CalibrationOptions | None = None,
     batch: int = 32,
-    file: Path | None = None,
+    folder: Path | None = None,
     on_batch: Callable[[int, Doses], None] = lambda done, doses: None,
 ) -> Recipe:
     """The recipe with strengths, and shares to ask for, under which the pictures' mix meets `target` (K, sum 1).
@@ -77,7 +77,7 @@ def calibrate(
     options = options or CalibrationOptions()
     check(recipe, target, options)
     doses: Doses = {name: [] for name in recipe.classes}
-    trials = Trials(recipe, draw, classify, batch, lambda done: on_batch(done, doses), file)
+    trials = Trials(recipe, draw, classify, batch, lambda done: on_batch(done, doses), folder)
     tuning = np.arange(options.pictures)
     unsteered = trials.read(tuning, np.full_like(tuning, LEFT_ALONE), np.zeros(len(target)))
     enough = clear_enough(unsteered, options.clear)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ class Trials:
     """Draws pictures under a recipe and keeps what the classifier read, so that none is ever drawn twice.
 
     classify(images) gives the class probabilities (B x K). known: by picture, class asked for and its strength.
-    With `file` they are kept there too, batch by batch: a calibration that was cut off goes on where it stopped.
+    With `folder` they are kept there too, a file a batch: a calibration that was cut off goes on where it stopped.
     """
 
     recipe: Recipe
@@ -29,12 +29,12 @@ class Trials:
     classify: Callable[[Tensor], Tensor]
     batch: int
     on_batch: Callable[[int], None]
-    file: Path | None = None
+    folder: Path | None = None
     known: dict[tuple[int, int, float], np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.file and self.file.exists():
-            kept, _ = load_tensors(self.file, "calibration", ("keys", "read"))
+        for file in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
+            kept, _ = load_tensors(file, "calibration", ("keys", "read"))
             for (picture, asked, strength), read in zip(kept["keys"].tolist(), kept["read"].numpy(), strict=True):
                 self.known[int(picture), int(asked), strength] = read
 
@@ -49,17 +49,16 @@ class Trials:
             which, classes = (torch.tensor([key[i] for key in part]) for i in (0, 1))
             edit = Steering(recipe, lambda images, classes=classes: classes[images])
             drawn = self.classify(self.draw([edit], which)).double().cpu().numpy()
+            self.save(part, drawn)
             self.known |= dict(zip(part, drawn, strict=True))
-            self.save()
             self.on_batch(len(self.known))
         return np.stack([self.known[key] for key in keys])
 
-    def save(self) -> None:
-        if self.file:
-            keys = torch.tensor([*self.known], dtype=torch.float64)
-            save_tensors(
-                self.file, "calibration", {"keys": keys, "read": torch.from_numpy(np.stack([*self.known.values()]))}, {}
-            )
+    def save(self, keys: Sequence[tuple[int, int, float]], read: np.ndarray) -> None:
+        """Write one batch, under the number of its first reading."""
+        if self.folder:
+            tensors = {"keys": torch.tensor(keys, dtype=torch.float64), "read": torch.from_numpy(read)}
+            save_tensors(self.folder / f"{len(self.known):08}.safetensors", "calibration", tensors, {})
 
 
 @dataclass

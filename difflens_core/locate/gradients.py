@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
-from ..classifiers import AttributeClassifier
-from ..networks import Denoiser
 from ..sae import Latents, SparseAutoencoder, sparse_decode
 
 # Hidden states (M x C x H x W) and which picture each belongs to (M, int64) to one number each (M).
@@ -57,16 +55,19 @@ def integrated_gradients_of(
 
 
 def picture_objective(
-    model: Denoiser, emb: Tensor, classifier: AttributeClassifier, attribute: str, target: Tensor
+    rest: Callable[[Tensor, Tensor], Tensor],
+    logits_of: Callable[[Tensor], Mapping[str, Tensor]],
+    attribute: str,
+    target: Tensor,
 ) -> Objective:
-    """Probability of class `target` (B) in the clean picture that the denoiser predicts from `middle_block`'s output.
+    """Probability of class `target` (B) in the clean picture that a network predicts from the output of a site.
 
-    emb: B x width, the noise embedding that `Denoiser.encode` gives. It leads through the rest of the network and the
-    classifier; both must stand still (`requires_grad_(False)`).
+    rest(h, pictures): what comes of hidden states (M x C x H x W) of pictures (M) in the rest of the network;
+    logits_of: a classifier's logits (M x K) of that, by attribute. Both must stand still (`requires_grad_(False)`).
     """
 
     def objective(h: Tensor, pictures: Tensor) -> Tensor:
-        logits = classifier(model.decode(h, emb[pictures]))[attribute]
+        logits = logits_of(rest(h, pictures))[attribute]
         return logits.softmax(dim=1).gather(1, target[pictures, None])[:, 0]
 
     return objective

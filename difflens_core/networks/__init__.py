@@ -12,8 +12,9 @@ from .denoiser import (
     load_prompted,
     save_denoiser,
 )
-from .sampling import Guidance, capture_pictures, drawer, sample, start_noise
-from .schedules import BETAS, PREDICTIONS, SPACINGS, Schedule, ddim_step, ddim_timesteps
+from .diffusers import DiffusersSampler
+from .sampling import DenoiserSampler, Guidance, sample, start_noise
+from .schedules import BETAS, PREDICTIONS, SPACINGS, Schedule, ddim_step, ddim_timesteps, read_scheduler
 from .text import END, UNKNOWN, TextEncoder, tokenize
 from .unet2d import unet2d_class
 
@@ -26,6 +27,8 @@ __all__ = [
     "Checkpoint",
     "Denoiser",
     "DenoiserConfig",
+    "DenoiserSampler",
+    "DiffusersSampler",
     "END",
     "Guidance",
     "PREDICTIONS",
@@ -36,14 +39,13 @@ __all__ = [
     "TextEncoder",
     "UNKNOWN",
     "WEIGHTS",
-    "capture_pictures",
     "ddim_step",
     "ddim_timesteps",
-    "drawer",
     "load_checkpoint",
     "load_denoiser",
     "load_denoiser_weights",
     "load_prompted",
+    "read_scheduler",
     "sample",
     "save_denoiser",
     "start_noise",

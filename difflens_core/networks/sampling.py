@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..activations import DTYPES, SAMPLES, Draw, Edit, Index, Kept, Shard, Store, edit_site, noise_batches, record
+from ..activations import Edit, Kept, at_step
 from ..files import fingerprint
 from .denoiser import Denoiser
 
@@ -42,26 +42,25 @@ def sample(
     noise: Tensor,
     steps: int = 20,
     edits: Sequence[Edit] = (),
-    first_image: int = 0,
+    images: Tensor | None = None,
     guidance: Guidance | None = None,
+    kept: Sequence[Kept] = (),
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
     """Euler sampling of the rectified-flow ODE from sigma 1 to 0 in equal steps.
 
-    noise: B x 3 x H x W; pictures are numbered from `first_image`. Under guidance the edits see and change what the
-    prompt draws, never the unconditional half. Returns pictures (B x 3 x H x W, in [-1, 1]).
+    noise: B x 3 x H x W; images: B, the pictures' numbers, from 0 if not given. Under guidance edits and `kept` see
+    what the prompt draws, never the unconditional half. Returns pictures (B x 3 x H x W, in [-1, 1]).
     """
-    x, images = noise, torch.arange(first_image, first_image + len(noise))
+    x, images = noise, torch.arange(len(noise)) if images is None else images
     sigmas = torch.linspace(1, 0, steps + 1)
 
     def context(of: Tensor | None) -> Tensor | None:
         return None if of is None else of.expand(len(noise), -1, -1)
 
     for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-        progress, level = 1 - float(sigma), sigma.expand(len(x))
-        with ExitStack() as stack:
-            for edit in edits:
-                stack.enter_context(edit_site(model, edit.site, lambda h, e=edit, p=progress: e(h, p, images)))
+        level = sigma.expand(len(x))
+        with at_step(model, i, 1 - float(sigma), images, edits, kept):
             x0 = model(x, level, context(guidance and guidance.context))
         if guidance and guidance.cfg != 1:
             x0 = torch.lerp(model(x, level, context(guidance.empty)), x0, guidance.cfg)
@@ -70,44 +69,38 @@ def sample(
     return x.clamp(-1, 1)
 
 
-def capture_pictures(
-    model: Denoiser,
-    count: int,
-    seed: int,
-    steps: int = 20,
-    batch: int = 64,
-    sites: Sequence[str] = ("middle_block",),
-    dtype: str = "float16",
-    folder: str | Path | None = None,
-    guidance: Guidance | None = None,
-    on_batch: Callable[[int], None] = lambda done: None,
-) -> Store:
-    """Sample `count` pictures, `batch` at once, keeping what `sites` put out at every step: see `record`.
+@dataclass(frozen=True)
+class DenoiserSampler:
+    """The avatars' denoiser as a `Sampler`; under guidance picture i has row i of the context."""
 
-    The store's samples are the pictures, count x 3 x H x W in [-1, 1]. Under guidance the prompts' half is kept.
-    """
-    progress = tuple((torch.arange(steps) / steps).tolist())
-    info = {}
-    if guidance:
-        info = {"prompts": fingerprint({"context": guidance.context, "empty": guidance.empty}), "cfg": guidance.cfg}
-    index = Index(tuple(sites), progress, count, batch, seed, fingerprint(model.state_dict()), dtype, info)
+    model: Denoiser
+    steps: int = 20
+    guidance: Guidance | None = None
 
-    def draw(first: int, noise: Tensor) -> Shard:
-        kept = [Kept(site, DTYPES[dtype]) for site in sites]
-        own = guidance and guidance.of(slice(first, first + len(noise)))
-        pictures = sample(model, noise, steps, kept, first, own)
-        on_batch(first + len(noise))
-        return {k.site: torch.stack([h.movedim(1, -1) for h in k.outputs]) for k in kept} | {SAMPLES: pictures}
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.model.state_dict())
 
-    size = model.config.size
-    return record(index, noise_batches((3, size, size), count, seed, batch), draw, folder)
+    @property
+    def progress(self) -> tuple[float, ...]:
+        return tuple((torch.arange(self.steps) / self.steps).tolist())
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (3, self.model.config.size, self.model.config.size)
 
-def drawer(model: Denoiser, noise: Tensor, steps: int = 20, guidance: Guidance | None = None) -> Draw:
-    """`Draw` for the avatars' denoiser and a fixed set of noises (n x 3 x H x W)."""
+    @property
+    def info(self) -> dict[str, Any]:
+        if not self.guidance:
+            return {}
+        prompts = {"context": self.guidance.context, "empty": self.guidance.empty}
+        return {"prompts": fingerprint(prompts), "cfg": self.guidance.cfg}
 
-    def draw(edits: Sequence[Edit], which: Tensor) -> Tensor:
-        own = guidance and guidance.of(which)
-        return sample(model, noise[which], steps, edits, guidance=own).movedim(1, -1) / 2 + 0.5
+    def sample(self, noise: Tensor, images: Tensor, edits: Sequence[Edit] = (), kept: Sequence[Kept] = ()) -> Tensor:
+        """See `Sampler.sample`; the latents are pictures in [-1, 1]."""
+        guidance = self.guidance and self.guidance.of(images)
+        return sample(self.model, noise, self.steps, edits, guidance=guidance, kept=kept, images=images)
 
-    return draw
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Sampler.decode`."""
+        return latents.movedim(1, -1) / 2 + 0.5

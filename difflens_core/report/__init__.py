@@ -1,21 +1,28 @@
 """What a person reads: the figures, text, page and charts of a report or an experiment."""
 
 from .charts import bar_chart, image_grid, line_chart
-from .experiments import (
+from .figures import Question, share_chart, summary
+from .findings import (
+    CHARTED,
     calibration_text,
     cross_chart,
     cross_table,
     diagnosis_chart,
     diagnosis_text,
     dose_chart,
+    effect_chart,
+    effect_table,
+    loss_chart,
+    ranking_chart,
+    ranking_table,
     scan_chart,
     scan_table,
 )
-from .figures import Question, share_chart, summary
 from .page import SHOWN, report_page
 from .text import report_text
 
 __all__ = [
+    "CHARTED",
     "Question",
     "SHOWN",
     "bar_chart",
@@ -25,8 +32,13 @@ __all__ = [
     "diagnosis_chart",
     "diagnosis_text",
     "dose_chart",
+    "effect_chart",
+    "effect_table",
     "image_grid",
     "line_chart",
+    "loss_chart",
+    "ranking_chart",
+    "ranking_table",
     "report_page",
     "report_text",
     "scan_chart",

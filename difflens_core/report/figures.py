@@ -124,7 +124,8 @@ def summary(
 ) -> dict[str, Any]:
     """The figures of a report as plain values, ready for JSON; what only a comparison tells is None without `after`.
 
-    resolution: how many pictures it takes to tell a small discrepancy (fd) from chance.
+    resolution: how many pictures it takes to tell a small discrepancy (fd) from chance. notes, changes (what else
+    changed, of `measure_changes`), pixel_change and not_measured (sentences) are for the caller to fill.
     """
     pair = {"paired": None, "kept": None, "kept_ci": None} if after is None else pair_figures(question, before, after)
     first = side_figures(question, before)
@@ -133,6 +134,7 @@ def summary(
         "n": first["n"], "undecided_below": question.undecided_below,
         "resolution": {"fd": SMALL_FD, "pictures": pictures_for_fd(SMALL_FD, question.target)},
         "before": first, "after": after and side_figures(question, after, assigned), **pair,
+        "notes": "", "changes": None, "pixel_change": None, "not_measured": [],
     }  # fmt: skip
 
 

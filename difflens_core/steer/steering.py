@@ -125,7 +125,7 @@ class Steering:
 
     def way(self, rows: Tensor, own: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
         """How far the latents of rows (B x width x P) have come from `own`'s levels to `target`'s: B, at most 1."""
-        z = self.active((rows.float() - t["mean"][step][:, None]) / t["scale"][step], t)
+        z = self.read(rows, step, t)
         start, end = (t["levels"][step][classes].float() for classes in (own, target))
         gap = end - start
         come = ((z - start) * gap).flatten(1).sum(dim=1) / gap.square().flatten(1).sum(dim=1).clamp(min=1e-12)
@@ -153,7 +153,7 @@ class Steering:
     def read_change(self, rows: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
         """Change of rows, both B x width x P, in a mode outside MAPPED."""
         mode, strength = self.recipe.mode, t["strength"][target][:, None, None]
-        z = self.active((rows.float() - t["mean"][step][:, None]) / t["scale"][step], t)
+        z = self.read(rows, step, t)
         if mode == "scale":
             change = strength * t["member"][target][:, :, None] * z
         elif mode == "ablate":
@@ -163,8 +163,9 @@ class Steering:
             change = strength.clamp(max=1) * (gap if mode == "move" else gap.clamp(max=0))
         return torch.matmul(t["decoder"].T, t["scale"][step] * change)
 
-    def active(self, x: Tensor, t: dict[str, Tensor]) -> Tensor:
-        """Activity of the recipe's latents (B x F x P) in normalised x (B x width x P)."""
+    def read(self, rows: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
+        """Activity of the recipe's latents (B x F x P) in such rows (B x width x P)."""
+        x = (rows.float() - t["mean"][step][:, None]) / t["scale"][step]
         if not self.rivals:
             pre = torch.matmul(t["encoder"], x) + t["bias"][:, None]
             return torch.where(pre > t["threshold"][:, None], pre, 0.0)

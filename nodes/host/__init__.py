@@ -22,7 +22,7 @@ from .files import (
     new_store,
     temporary_file,
 )
-from .marks import model_fingerprint, patches_mark
+from .marks import model_fingerprint, patches_mark, recipe_mark, training_mark
 from .models.avatars import load_prompted, load_unconditional
 from .models.classifiers import HostedClassifier, image_embedder, text_embeddings
 from .models.pixels import pixel_space_vae, unconditional_conditioning
@@ -78,6 +78,7 @@ __all__ = [
     "new_store",
     "own_name",
     "patches_mark",
+    "recipe_mark",
     "pixel_space_vae",
     "preview",
     "progress_bar",
@@ -92,5 +93,6 @@ __all__ = [
     "to_image",
     "training",
     "training_device",
+    "training_mark",
     "unconditional_conditioning",
 ]

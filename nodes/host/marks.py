@@ -1,16 +1,20 @@
-"""Marks that tell the weights and patches of a MODEL, and inputs, from others."""
+"""Marks that tell a model's weights and patches, a recipe or an input from others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
+from ...difflens_core.activations import Activations
 from ...difflens_core.files import digest, fingerprint
 from ...difflens_core.networks import Denoiser
+from ...difflens_core.sae import TrainingOptions
+from ...difflens_core.steer import Recipe
 
 FINGERPRINT = "difflens_fingerprint"  # attachment of a MODEL
 
@@ -66,3 +70,17 @@ def content(tensors: Sequence[Tensor]) -> Iterator[bytes | str]:
 def conditioning_tensors(conditioning: list) -> list[Tensor]:
     """The tensors of a CONDITIONING, in order."""
     return [t for main, more in conditioning for t in (main, *more.values()) if isinstance(t, Tensor)]
+
+
+def recipe_mark(recipe: Recipe) -> str:
+    """Tells one recipe from another."""
+    settings = f"{recipe.attribute}{recipe.site}{recipe.mode}{recipe.strength}{recipe.start}{recipe.end}"
+    return digest(settings, recipe.decoder.numpy().tobytes(), recipe.levels.numpy().tobytes())
+
+
+def training_mark(options: TrainingOptions, activations: Activations) -> str:
+    """Tells one training run from another."""
+    shape = (len(activations.progress), activations.pictures, activations.width, activations.positions)
+    # Some rows tell captures apart; all of them may be more than one wants to read from the disk.
+    some = activations.rows(activations.draw(2**14, options.seed, step=0))
+    return digest(f"{options}{activations.site}{activations.model}{shape}", some.view(torch.uint8).numpy().tobytes())

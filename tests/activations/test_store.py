@@ -14,11 +14,21 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from difflens_core.activations import SAMPLES, Activations, Index, Kept, noise_batches, open_store, record, save_labels
+from difflens_core.activations import (
+    SAMPLES,
+    Activations,
+    Index,
+    Kept,
+    capture,
+    noise_batches,
+    open_store,
+    record,
+    save_labels,
+)
 from difflens_core.activations.store import load_labels
 from difflens_core.files import DiffLensError, load_tensors, save_tensors
 from difflens_core.locate import METHODS, attribute_features, train_probes
-from difflens_core.networks import capture_pictures, sample, start_noise
+from difflens_core.networks import DenoiserSampler, sample, start_noise
 from difflens_core.sae import TrainingOptions, hold_out, measure_sae, train_sae
 from difflens_core.sae.autoencoder import fit_normalisation
 from difflens_core.steer import mean_difference
@@ -295,20 +305,20 @@ def test_noise_in_batches_is_the_noise_drawn_at_once(shape, batch):
 def test_capture_in_pieces_equals_one_sampling(toys, tmp_path):
     model, sites = toys.denoiser(), ("middle_block", "after_middle")
     done = []
-    store = capture_pictures(model, 5, 0, 4, 2, sites, folder=tmp_path / "s", on_batch=done.append)
+    store = capture(DenoiserSampler(model, 4), 5, 0, 2, sites, folder=tmp_path / "s", on_batch=done.append)
     assert done == [2, 4, 5]
     noise = start_noise(5, 0, 16)
     for site in sites:
-        keep = [Kept(site) for _ in range(3)]
-        parts = [sample(model, part, 4, [k]) for part, k in zip(noise.split(2), keep, strict=True)]
-        expected = torch.cat([torch.stack(k.outputs) for k in keep], dim=1)
+        kept = [Kept(site, range(4)) for _ in range(3)]
+        parts = [sample(model, part, 4, kept=[one]) for part, one in zip(noise.split(2), kept, strict=True)]
+        expected = torch.cat([one.taken().movedim(-1, 2) for one in kept], dim=1)
         assert torch.equal(store.activations(site).values, expected)
     assert torch.equal(store.samples(), torch.cat(parts))
-    again = capture_pictures(model, 5, 0, 4, 2, sites, folder=tmp_path / "s", on_batch=done.append)
+    again = capture(DenoiserSampler(model, 4), 5, 0, 2, sites, folder=tmp_path / "s", on_batch=done.append)
     assert done == [2, 4, 5], "a finished store is not drawn again"
     assert torch.equal(again.samples(), store.samples())
     with pytest.raises(DiffLensError, match="other settings: model"):
-        capture_pictures(toys.denoiser(8), 5, 0, 4, 2, sites, folder=tmp_path / "s")
+        capture(DenoiserSampler(toys.denoiser(8), 4), 5, 0, 2, sites, folder=tmp_path / "s")
 
 
 def test_a_cancelled_capture_gives_the_pictures_of_an_uninterrupted_one(toys, tmp_path):
@@ -318,9 +328,9 @@ def test_a_cancelled_capture_gives_the_pictures_of_an_uninterrupted_one(toys, tm
 
     model = toys.denoiser()
     with pytest.raises(KeyboardInterrupt):
-        capture_pictures(model, 6, 1, 3, 2, folder=tmp_path / "s", on_batch=cancel)
-    resumed = capture_pictures(model, 6, 1, 3, 2, folder=tmp_path / "s")
-    whole = capture_pictures(model, 6, 1, 3, 2)
+        capture(DenoiserSampler(model, 3), 6, 1, 2, folder=tmp_path / "s", on_batch=cancel)
+    resumed = capture(DenoiserSampler(model, 3), 6, 1, 2, folder=tmp_path / "s")
+    whole = capture(DenoiserSampler(model, 3), 6, 1, 2)
     assert torch.equal(resumed.samples(), whole.samples())
     assert torch.equal(resumed.activations().values, whole.activations().values)
 

@@ -33,9 +33,9 @@ def classifier():
 @pytest.fixture(scope="module")
 def captured(model):
     """96 pictures and what the site put out while they were sampled."""
-    keep = Kept("middle_block")
-    pictures = sample(model, start_noise(96, seed=21), STEPS, [keep])
-    return pictures, Activations(torch.stack(keep.outputs), torch.arange(STEPS) / STEPS, "middle_block")
+    keep = Kept("middle_block", range(STEPS))
+    pictures = sample(model, start_noise(96, seed=21), STEPS, kept=[keep])
+    return pictures, Activations(keep.taken().movedim(-1, 2), torch.arange(STEPS) / STEPS, "middle_block")
 
 
 def read(classifier, pictures):

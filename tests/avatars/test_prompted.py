@@ -88,7 +88,9 @@ def test_one_recipe_serves_every_prompt(prompted, classifier, drawn, attribute):
     for number in (1, 3):
         prompt = [f"portrait of a {OCCUPATIONS[number]}"]
         edits = [Steering(recipe, targets.of)]
-        after = read(classifier, sample(prompted[0], start_noise(16, 31), STEPS, edits, 0, guidance(prompted, prompt)))
+        after = read(
+            classifier, sample(prompted[0], start_noise(16, 31), STEPS, edits, guidance=guidance(prompted, prompt))
+        )
         before = read(classifier, drawn[number])
         asked = torch.from_numpy(targets.first(16))
         assert (after[attribute] == asked).float().mean() >= 0.85 > (before[attribute] == asked).float().mean()

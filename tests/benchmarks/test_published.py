@@ -127,7 +127,7 @@ def test_learned_directions_lower_the_loss_and_train_nothing_else(model, toys):
     draw, classes = toys.random(23), torch.arange(24) // 12
     context = draw(24, 4, WIDTH)
     made_by = LatentDirection(10 * draw(2, 32, 2, 2), lambda images: classes[images])
-    pictures = sample(model, start_noise(24, 9, 16), 5, [made_by], 0, Guidance(context, context[:1]))
+    pictures = sample(model, start_noise(24, 9, 16), 5, [made_by], guidance=Guidance(context, context[:1]))
     weights = fingerprint(model.state_dict())
     state = torch.get_rng_state()
     directions = learn_directions(model, pictures, context, classes, steps=80, batch=4, lr=0.2)

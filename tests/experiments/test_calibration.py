@@ -83,16 +83,16 @@ def test_shares_make_up_for_a_class_that_partly_fails():
 def test_a_calibration_that_was_cut_off_goes_on_without_drawing_anything_twice(tmp_path):
     whole, cut = Toy(), Toy()
     expected = run(whole, recipe())
-    file, options = tmp_path / "trials.safetensors", CalibrationOptions()
+    folder, options = tmp_path / "trials", CalibrationOptions()
 
     def cancel(done, doses):
         if done >= 500:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        calibrate(recipe(), cut, cut.ages, UNIFORM, options, 50, file, cancel)
-    assert file.exists() and 500 <= len(cut.drawn) < 550
-    found = calibrate(recipe(), cut, cut.ages, UNIFORM, options, 50, file)
+        calibrate(recipe(), cut, cut.ages, UNIFORM, options, 50, folder, cancel)
+    assert len([*folder.iterdir()]) > 9 and 500 <= len(cut.drawn) < 550
+    found = calibrate(recipe(), cut, cut.ages, UNIFORM, options, 50, folder)
     assert found.strength == expected.strength and found.info == expected.info
     assert len(cut.drawn) == len(whole.drawn)
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from difflens_core.activations import drawer
 from difflens_core.experiments import EFFECTS, Effects, causal_effect, keep_effective
 from difflens_core.experiments.effects import OneLatent
 from difflens_core.files import DiffLensError
-from difflens_core.networks import drawer, start_noise
+from difflens_core.networks import DenoiserSampler, start_noise
 from difflens_core.steer import Steering
 
 PICTURES = 5
@@ -26,7 +27,7 @@ def classify(images: torch.Tensor) -> torch.Tensor:
 def setup(toys):
     """A recipe for the middle block of a small denoiser, and how to draw with it."""
     recipe = replace(toys.recipe(width=32, steps=4, strength=(1.0,) * 3), site="middle_block")
-    return recipe, drawer(toys.denoiser(), start_noise(PICTURES, 1, 16), 4)
+    return recipe, drawer(DenoiserSampler(toys.denoiser(), 4), start_noise(PICTURES, 1, 16))
 
 
 def test_ablation_equals_steering_that_ablates_one_latent(setup):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from difflens_core.activations import drawer
 from difflens_core.classifiers.readings import NO_FACE, left_out
 from difflens_core.experiments import SiteEffect, scan_sites
 from difflens_core.experiments.scan import PARTS, ClassMeans, Collector, MeanShift
 from difflens_core.files import DiffLensError
-from difflens_core.networks import drawer, start_noise
+from difflens_core.networks import DenoiserSampler, start_noise
 from difflens_core.report import scan_chart, scan_table
 
 CLASSES = ("dark", "light", "never")
@@ -116,7 +117,7 @@ def test_the_pictures_done_are_told_up_to_the_total():
 
 
 def test_sites_of_a_real_network_are_scanned(toys):
-    sample = drawer(toys.denoiser(), start_noise(24, 4, 16), 3)
+    sample = drawer(DenoiserSampler(toys.denoiser(), 3), start_noise(24, 4, 16))
     middle = sample([], torch.arange(24))[..., 0].mean(dim=(1, 2)).median()
 
     def classify_red(images):

@@ -11,9 +11,10 @@ from expected import shipped
 from make_workflows import Link, Node, to_api
 from small_graphs import AVATARS, Avatars, cancel_in, latents, refusal, text_of
 
+from difflens_core.activations import drawer
 from difflens_core.classifiers import load_classifier as read_classifier
 from difflens_core.experiments import CalibrationOptions, calibrate
-from difflens_core.networks import drawer, load_denoiser, start_noise
+from difflens_core.networks import DenoiserSampler, load_denoiser, start_noise
 from difflens_core.steer import load_recipe, plan_moves
 
 STEPS, SEED, BUDGET = 4, 5, 100
@@ -54,7 +55,7 @@ def test_calibrate_finds_what_the_core_finds_and_goes_on_after_cancel(server):
     model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
     classifier = read_classifier(AVATARS / "difflens_classifiers" / "avatars.safetensors")
     expected = calibrate(
-        recipe, drawer(model, start_noise(2 * (BUDGET // 5), SEED), STEPS),
+        recipe, drawer(DenoiserSampler(model, STEPS), start_noise(2 * (BUDGET // 5), SEED)),
         lambda pictures: classifier.classify(pictures)["presentation"], np.full(2, 0.5),
         CalibrationOptions(BUDGET, clear=0.9, only_where_needed=True, seed=SEED), 8,
     )  # fmt: skip

@@ -10,9 +10,9 @@ from host import HostError, Server
 from make_workflows import Graph, Node, to_api
 from small_graphs import AVATARS, Avatars, cancel_in, latents, text_of
 
-from difflens_core.activations import open_store
+from difflens_core.activations import capture, open_store
 from difflens_core.files import fingerprint
-from difflens_core.networks import capture_pictures, load_denoiser
+from difflens_core.networks import DenoiserSampler, load_denoiser
 
 
 def stored(server: Server, name: str) -> dict[str, bytes]:
@@ -52,7 +52,7 @@ def test_a_store_holds_the_pictures_of_a_ksampler_and_is_loaded_again(server):
     assert store.index.progress == (0.5, 0.75)
     model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
     assert store.index.model == fingerprint(model.state_dict())
-    expected = capture_pictures(model, 3, 3, 4, 3).activations().values[2:]
+    expected = capture(DenoiserSampler(model, 4), 3, 3).activations().values[2:]
     torch.testing.assert_close(store.activations().values, expected, atol=2e-2, rtol=1e-2)
 
     options = server.object_info()["DiffLensLoadActivations"]["input"]["required"]["store_name"][1]["options"]

@@ -137,8 +137,11 @@ def test_from_a_prompt_to_a_recipe_with_another_prompt_as_baseline(server):
     plain, based = (entry["outputs"][str(node.id)]["text"][0] for node in shown)
     assert "presentation, by integrated gradients" in plain and len(based.splitlines()) == 7 and plain != based
     model, text = load_prompted(FILES / "difflens_models" / "prompted_avatars.safetensors")
-    keep, guidance = Kept("middle_block"), Guidance(text.encode(["portrait of a person"]), text.encode([""]), CFG)
-    sample(model, start_noise(count, SEED)[:4], STEPS, [keep], guidance=guidance)
+    keep, guidance = (
+        Kept("middle_block", range(STEPS)),
+        Guidance(text.encode(["portrait of a person"]), text.encode([""]), CFG),
+    )
+    sample(model, start_noise(count, SEED)[:4], STEPS, guidance=guidance, kept=[keep])
     store = open_store(server.base / "models" / "difflens_activations" / "by prompt")
     found = store.activations().part(0, 4).values.float()
-    torch.testing.assert_close(found, torch.stack(keep.outputs).float(), atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(found, keep.taken().movedim(-1, 2).float(), atol=2e-2, rtol=2e-2)

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from difflens_core.classifiers import load_classifier
-from difflens_core.locate import integrated_gradients
-from difflens_core.locate.gradients import integrated_gradients_of, picture_objective
+from difflens_core.locate import integrated_gradients, integrated_gradients_of, picture_objective
 from difflens_core.networks import load_denoiser, start_noise
 from difflens_core.sae import load_sae
 
@@ -87,7 +86,7 @@ def test_completeness_through_the_rest_of_the_avatars_network_and_the_classifier
             step
         ]
         explained = (explained - sae.decoder_bias[:, None, None]) * sae.normalisation.scale[step]
-    objective = picture_objective(model, emb, classifier, "age", shown)
+    objective = picture_objective(lambda h, pictures: model.decode(h, emb[pictures]), classifier, "age", shown)
     _, ig, error = integrated_gradients_of(objective, h, sae, step, points=64, batch=16)
     with torch.no_grad():
         gain = float(objective(h, torch.tensor([0])) - objective(h - explained, torch.tensor([0])))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from difflens_core.activations import Kept, edit_site
+from difflens_core.activations import Kept, capture, edit_site
 from difflens_core.files import DiffLensError, fingerprint, load_tensors, save_tensors
 from difflens_core.networks import (
     Denoiser,
     DenoiserConfig,
+    DenoiserSampler,
     Guidance,
     TextEncoder,
-    capture_pictures,
     load_denoiser,
     load_denoiser_weights,
     load_prompted,
@@ -33,9 +33,14 @@ def model(toys) -> Denoiser:
 
 def kept(model, noise, steps, edits=()):
     """What the site puts out at every step, before `edits` change it."""
-    keep = Kept(SITE)
-    sample(model, noise, steps, [keep, *edits])
-    return keep.outputs
+    keep = Kept(SITE, range(steps))
+    sample(model, noise, steps, edits, kept=[keep])
+    return by_step(keep)
+
+
+def by_step(keep):
+    """B x C x H x W of every step."""
+    return [*keep.taken().movedim(-1, 2)]
 
 
 def steering(toys, **settings) -> Steering:
@@ -66,14 +71,17 @@ def test_capture_returns_every_step_of_every_picture(model):
 
 def test_pictures_do_not_depend_on_how_the_run_is_cut_into_batches(model, toys):
     noise, edits = start_noise(6, 1, 16), [steering(toys)]
-    keep, keep_part = Kept(SITE), Kept(SITE)
-    whole = sample(model, noise, 4, [keep, *edits])
-    parts = [sample(model, noise[i : i + n], 4, [keep_part, *edits], i) for i, n in ((0, 1), (1, 3), (4, 2))]
+    keep, keep_parts = Kept(SITE, range(4)), [Kept(SITE, range(4)) for _ in range(3)]
+    whole = sample(model, noise, 4, edits, kept=[keep])
+    cuts = ((0, 1), (1, 3), (4, 2))
+    parts = [
+        sample(model, noise[i : i + n], 4, edits, torch.arange(i, i + n), kept=[part])
+        for (i, n), part in zip(cuts, keep_parts, strict=True)
+    ]
     torch.testing.assert_close(whole, torch.cat(parts), atol=1e-5, rtol=0)
     assert not torch.allclose(whole, sample(model, noise, 4), atol=1e-2)
-    captured, pieces = keep.outputs, keep_part.outputs
-    cut = [torch.cat([pieces[step], pieces[4 + step], pieces[8 + step]]) for step in range(4)]
-    torch.testing.assert_close(torch.stack(captured), torch.stack(cut), atol=2e-3, rtol=2e-3)
+    cut = torch.cat([part.taken() for part in keep_parts], dim=1)
+    torch.testing.assert_close(keep.taken(), cut, atol=2e-3, rtol=2e-3)
 
 
 def test_noise_of_a_picture_does_not_depend_on_the_run_length_being_sampled_twice():
@@ -89,7 +97,7 @@ def test_strength_zero_gives_bit_identical_pictures(model, toys):
 def test_steering_is_called_with_the_progress_and_the_numbers_of_the_pictures(model, toys):
     edit, seen = steering(toys), []
     spy = Steering(edit.recipe, lambda images: seen.append(images.tolist()) or images % 3)
-    sample(model, start_noise(2, 0, 16), 4, [spy], first_image=10)
+    sample(model, start_noise(2, 0, 16), 4, [spy], torch.tensor([10, 11]))
     assert seen == [[10, 11]] * 4
     late = steering(toys, start=0.75)
     unsteered, steered = (kept(model, start_noise(2, 0, 16), 4, s) for s in ([], [late]))
@@ -101,9 +109,11 @@ def test_no_hook_is_left_when_a_run_is_cancelled(model, toys):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample(model, start_noise(1, 0, 16), 3, [Kept(SITE), steering(toys)], on_step=cancel)
+        sample(model, start_noise(1, 0, 16), 3, [steering(toys)], kept=[Kept(SITE, range(3))], on_step=cancel)
     with pytest.raises(DiffLensError):
-        sample(model, start_noise(1, 0, 16), 3, [Kept(SITE), Steering(toys.recipe(width=31), lambda i: i)])
+        sample(
+            model, start_noise(1, 0, 16), 3, [Steering(toys.recipe(width=31), lambda i: i)], kept=[Kept(SITE, range(3))]
+        )
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -179,7 +189,7 @@ def test_guidance_leads_from_the_empty_prompt_through_the_prompt_and_beyond(prom
 def test_edits_and_capture_see_the_prompts_half_alone(prompted, tmp_path):
     model, text = prompted
     guidance = Guidance(text.encode(["a doctor"]), text.encode([""]), 3.0)
-    noise, keep, calls = start_noise(2, 0, 16), Kept(SITE), []
+    noise, keep, calls = start_noise(2, 0, 16), Kept(SITE, range(2)), []
 
     class Spy:
         site = SITE
@@ -188,16 +198,16 @@ def test_edits_and_capture_see_the_prompts_half_alone(prompted, tmp_path):
             calls.append((progress, images.tolist()))
             return h
 
-    sample(model, noise, 2, [Spy(), keep], 4, guidance)
-    assert calls == [(0.0, [4, 5]), (0.5, [4, 5])] and len(keep.outputs) == 2
+    sample(model, noise, 2, [Spy()], torch.tensor([4, 5]), guidance, [keep])
+    assert calls == [(0.0, [4, 5]), (0.5, [4, 5])] and len(keep.seen) == 2
     h, emb = model.encode(noise, torch.ones(2))
     expected = model.middle_block(h, emb, guidance.context.expand(2, -1, -1))
-    torch.testing.assert_close(keep.outputs[0], expected.half(), atol=2e-3, rtol=2e-3)
-    store = capture_pictures(model, 2, 0, 2, 2, folder=tmp_path / "s", guidance=guidance)
-    assert torch.equal(store.activations().values[0], keep.outputs[0])
+    torch.testing.assert_close(by_step(keep)[0], expected.half(), atol=2e-3, rtol=2e-3)
+    store = capture(DenoiserSampler(model, 2, guidance), 2, 0, folder=tmp_path / "s")
+    assert torch.equal(store.activations().values[0], by_step(keep)[0])
     other = Guidance(text.encode(["a nurse"]), text.encode([""]), 3.0)
     with pytest.raises(DiffLensError, match="other settings"):
-        capture_pictures(model, 2, 0, 2, 2, folder=tmp_path / "s", guidance=other)
+        capture(DenoiserSampler(model, 2, other), 2, 0, folder=tmp_path / "s")
 
 
 def test_a_prompt_enters_at_the_site_alone(prompted):

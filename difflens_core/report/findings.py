@@ -1,14 +1,18 @@
-"""Tables, sentences and charts of the experiments: scan, calibration, cross effects, diagnosis."""
+"""Tables, sentences and charts of what was found: training, ranking, and every experiment."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..experiments import CrossEffect, Diagnosis, Doses, SiteEffect
+from ..experiments import CrossEffect, Diagnosis, Doses, Effects, SiteEffect
+from ..locate import Attribution
+from ..steer import Recipe
 from .charts import bar_chart, line_chart
+
+CHARTED = 10  # features of every class in a bar chart
 
 
 def cross_table(found: Sequence[CrossEffect]) -> str:
@@ -124,3 +128,56 @@ def scan_chart(found: Sequence[SiteEffect], attribute: str) -> np.ndarray:
         short = row.site if len(row.site) <= 12 else f"..{row.site[-10:]}"  # names differ most at their end
         groups.setdefault(short, {})[row.part] = row.success
     return bar_chart(f"{attribute}: share that shows the class asked for", groups)
+
+
+def loss_chart(curves: Mapping[str, Sequence[tuple[float, float]]]) -> np.ndarray:
+    """What training minimises, by step, a line a curve that has points (440 x 720 x 3, uint8)."""
+    shown = {name: curve for name, curve in curves.items() if curve}
+    return line_chart("Training the SAE", shown, "step", "share of variance not explained, of latents dead")
+
+
+def ranking_chart(found: Attribution) -> np.ndarray:
+    """Bar chart of the best latents of every class (H x W x 3, uint8)."""
+    top = found.top(min(CHARTED, found.scores.shape[1]))
+    groups = {
+        name: {f"#{latent}": float(found.scores[c, latent]) for latent in top[c].tolist()}
+        for c, name in enumerate(found.classes)
+    }
+    return bar_chart(f"{found.attribute}: features of each class ({found.method})", groups, None, None)
+
+
+def ranking_table(found: Attribution, count: int) -> str:
+    """The `count` best latents of every class, a rank a line."""
+    columns = [f"{name:>20}" for name in found.classes]
+    lines = [f"{found.attribute}, by {found.method}", "rank" + "".join(columns)]
+    for rank, latents in enumerate(found.top(count).T.tolist()):
+        cells = [f"#{latent} {float(found.scores[c, latent]):.4g}" for c, latent in enumerate(latents)]
+        lines.append(f"{rank + 1:4}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)
+
+
+def effect_chart(effects: Effects, recipe: Recipe) -> np.ndarray:
+    """Bar chart of the features that change each class most (H x W x 3, uint8), with their standard error."""
+    groups, errors = {}, {}
+    for c, name in enumerate(recipe.classes):
+        best = effects.carried[:, c].topk(min(CHARTED, len(effects.features))).indices.tolist()
+        rows = {f"#{int(effects.features[f])}": (float(effects.effect[f, c]), float(effects.error[f, c])) for f in best}
+        groups[name] = {label: effect for label, (effect, _) in rows.items()}
+        errors[name] = {label: (effect - error, effect + error) for label, (effect, error) in rows.items()}
+    title = f"{recipe.attribute}: change of each class's probability ({effects.mode})"
+    return bar_chart(title, groups, None, errors)
+
+
+def effect_table(effects: Effects, recipe: Recipe) -> str:
+    """A line a feature: change of each class's probability and its standard error, in percent."""
+    lines = [
+        f"{recipe.attribute}, {effects.mode}, {effects.pictures} pictures a feature: change of probability in % "
+        "(standard error)",
+        "feature " + "".join(f"{name:>18.17}" for name in recipe.classes),
+    ]
+    order = effects.carried.amax(dim=1).argsort(descending=True).tolist()
+    for f in order:
+        pairs = zip((100 * effects.effect[f]).tolist(), (100 * effects.error[f]).tolist(), strict=True)
+        cells = [f"{effect:+.2f} ({error:.2f})" for effect, error in pairs]
+        lines.append(f"#{int(effects.features[f]):<7}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines)

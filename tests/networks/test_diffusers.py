@@ -1,0 +1,204 @@
+"""Networks of diffusers sample as diffusers' own pipelines do, and the page on them runs as it stands."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+
+from difflens_core.activations import Kept, Sampler, capture, noise_batches
+from difflens_core.networks import DiffusersSampler
+from difflens_core.sae import TrainingOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 4
+
+
+def conditional() -> UNet2DConditionModel:
+    torch.manual_seed(1)
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=16, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ).eval().requires_grad_(False)  # fmt: skip
+
+
+def autoencoder() -> AutoencoderKL:
+    torch.manual_seed(2)
+    return AutoencoderKL(block_out_channels=(32,), norm_num_groups=8).eval().requires_grad_(False)
+
+
+def prompts(seed: int, rows: int = 1) -> dict[str, torch.Tensor]:
+    return {"encoder_hidden_states": torch.randn(rows, 5, 16, generator=torch.Generator().manual_seed(seed))}
+
+
+@pytest.fixture(scope="module")
+def sampler() -> DiffusersSampler:
+    return DiffusersSampler(conditional(), DDIMScheduler(), STEPS, prompts(3), prompts(4), 3.0, autoencoder())
+
+
+def noise_of(sampler: Sampler, count: int) -> torch.Tensor:
+    (noise,) = noise_batches(sampler.shape, count, 5, count)
+    return noise
+
+
+class Double:
+    """An edit that notes how it was called."""
+
+    site = "mid_block"
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, h, progress, images):
+        self.calls.append((round(progress, 3), images.tolist()))
+        return 2 * h
+
+
+def test_guided_sampling_and_decoding_are_those_of_the_stable_diffusion_pipeline(sampler):
+    pipe = StableDiffusionPipeline(
+        sampler.vae, None, None, sampler.network, sampler.scheduler, None, None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    noise, (positive,), (negative,) = noise_of(sampler, 2), sampler.positive.values(), sampler.negative.values()
+    settings = {"latents": noise, "num_inference_steps": STEPS, "guidance_scale": sampler.cfg, "eta": 0.0}
+    embeds = {"prompt_embeds": positive.expand(2, -1, -1), "negative_prompt_embeds": negative.expand(2, -1, -1)}
+    latents = sampler.sample(noise, torch.arange(2))
+    torch.testing.assert_close(pipe(**settings, **embeds, output_type="latent").images, latents, atol=1e-4, rtol=1e-4)
+    pictures = torch.from_numpy(pipe(**settings, **embeds, output_type="np").images)
+    torch.testing.assert_close(pictures, sampler.decode(latents), atol=1e-4, rtol=1e-4)
+
+
+def test_unconditional_sampling_is_that_of_the_ddim_pipeline(toys):
+    network, scheduler = toys.unet2d(), DDIMScheduler()
+    sampler = DiffusersSampler(network, scheduler, STEPS)
+    pipe = DDIMPipeline(network, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    expected = pipe(2, generator, num_inference_steps=STEPS, output_type="np").images
+    found = sampler.decode(sampler.sample(noise_of(sampler, 2), torch.arange(2)))
+    torch.testing.assert_close(found, torch.from_numpy(expected), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler])
+def test_pictures_do_not_depend_on_the_batch_and_follow_their_own_rows(scheduler):
+    sampler = DiffusersSampler(conditional(), scheduler(), STEPS, prompts(6, rows=5), seed=9)
+    noise = noise_of(sampler, 5)
+    whole = sampler.sample(noise, torch.arange(5))
+    order = torch.tensor([4, 1, 3])
+    torch.testing.assert_close(sampler.sample(noise[order], order), whole[order], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(sampler.sample(noise[order], torch.tensor([0, 1, 2])), whole[order], atol=1e-2)
+
+
+def test_edits_and_capture_see_what_the_prompt_draws_alone(sampler):
+    noise, images, edit = noise_of(sampler, 2), torch.tensor([3, 4]), Double()
+    plain, kept = sampler.sample(noise, images), Kept("mid_block", [0, 2], torch.float32)
+    assert not torch.allclose(sampler.sample(noise, images, [edit], [kept]), plain, atol=1e-3)
+    assert edit.calls == [(round(progress, 3), [3, 4]) for progress in sampler.progress]
+    assert (
+        list(sampler.progress) == sorted(set(sampler.progress)) and 0 <= sampler.progress[0] < sampler.progress[-1] < 1
+    )
+    seen = []
+    handle = sampler.network.mid_block.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        first = sampler.started().timesteps[0]
+        with torch.inference_mode():
+            sampler.network(noise, first, prompts(3)["encoder_hidden_states"].expand(2, -1, -1))
+    finally:
+        handle.remove()
+    torch.testing.assert_close(kept.taken()[0].movedim(-1, 1), seen[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(sampler.sample(noise, images), plain) and not sampler.network.mid_block._forward_hooks
+
+
+def test_a_store_is_gone_on_with_by_the_same_sampler_alone(sampler, tmp_path):
+    first = capture(sampler, 3, 1, 2, ["mid_block"], folder=tmp_path / "store")
+    again = capture(sampler, 3, 1, 2, ["mid_block"], folder=tmp_path / "store", on_batch=pytest.fail)
+    assert torch.equal(first.samples(), again.samples()) and first.activations().values.shape[:2] == (STEPS, 3)
+    other = DiffusersSampler(sampler.network, sampler.scheduler, STEPS, prompts(7), sampler.negative, 3.0)
+    with pytest.raises(ValueError, match="other settings"):
+        capture(other, 3, 1, 2, ["mid_block"], folder=tmp_path / "store")
+
+
+# --- the page ---
+
+
+class Sides:
+    """A classifier: which half of a picture is lighter?"""
+
+    attributes = {"lighter": ("left", "right")}
+
+    def classify(self, images):
+        left, right = (half.mean(dim=(1, 2, 3)) for half in images.chunk(2, dim=2))
+        return {"lighter": torch.stack([left - right, right - left], dim=1).mul(100).softmax(dim=1)}
+
+
+def blocks() -> list[str]:
+    """The two pieces of code in the page: what is set up for Stable Diffusion, and the way from there."""
+    page = (ROOT / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    found = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(found) == 2
+    return found
+
+
+def pipeline_folder(folder: Path) -> Path:
+    """A whole Stable Diffusion pipeline as diffusers stores it, tiny and random, with a vocabulary of letters."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder.mkdir()
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{letter}</w>" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=24)
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=24, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        autoencoder(), CLIPTextModel(config), tokenizer, conditional(), DDPMScheduler(), None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+def follow(names: dict, out: Path) -> dict:
+    """Run the second piece of code, with small sizes."""
+    names |= {"pictures": 24, "out": out, "options": TrainingOptions(latents=64, k=8, steps=40, batch=256)}
+    exec(compile(blocks()[1], "docs/diffusers.md", "exec"), names)
+    return names
+
+
+def check(names: dict, printed: str, out: Path) -> None:
+    assert printed.startswith("Quality(fvu=") and "lighter, 16 pictures" in printed
+    assert names["recipe"].classes == ("left", "right") and (out / "recipe.safetensors").is_file()
+    assert not torch.equal(names["before"], names["after"]) and names["before"].shape == names["after"].shape
+    assert names["numbers"]["after"]["success"] is not None
+    assert len(blocks()[1].splitlines()) <= 48
+
+
+def test_the_page_runs_on_stable_diffusion(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    weights = ROOT / "models" / "avatars" / "difflens_classifiers" / "avatars.safetensors"
+    names = {"folder": pipeline_folder(tmp_path / "made"), "weights": weights}
+    exec(compile(blocks()[0], "docs/diffusers.md", "exec"), names)
+    assert names["sampler"].cfg == 7.5 and "age" in names["classifier"].attributes
+    names["classifier"] = Sides()
+    capsys.readouterr()
+    check(follow(names, tmp_path), capsys.readouterr().out, tmp_path)
+
+
+def test_the_page_runs_on_an_unconditional_network(toys, tmp_path, capsys):
+    names = {"sampler": DiffusersSampler(toys.unet2d(), DDIMScheduler(), STEPS), "classifier": Sides()}
+    check(follow(names, tmp_path), capsys.readouterr().out, tmp_path)
