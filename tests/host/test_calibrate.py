@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from graphs import FOLDER, Graph, Link, Node, load_classifier, load_model, sampler, steer, to_api
 from host import HostError, Server
-from make_workflows import FOLDER, Graph, Link, Node, load_classifier, load_model, sampler, steer, to_api
 from safetensors.torch import load_file
 
 from difflens_core.classifiers import load_classifier as read_classifier

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from environment import ensure_comfyui, ensure_environment
+from graphs import Graph, sampler, to_api
 from host import HostError, Server
-from make_workflows import Graph, sampler, to_api
 from safetensors.torch import load_file
 from torchvision.models import resnet
 

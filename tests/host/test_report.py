@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from graphs import Graph, Link, load_classifier, load_model, sampler, steer, to_api
 from host import HostError, Server
-from make_workflows import Graph, Link, load_classifier, load_model, sampler, steer, to_api
 from safetensors.torch import load_file
 
 from difflens_core.classifiers import load_classifier as read_classifier

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from graphs import FOLDER, GRAPHS, Graph, Node, sampler, steer, to_api, to_ui
 from host import PACK_NAME, HostError, Server
-from make_workflows import FOLDER, GRAPHS, Graph, Node, sampler, steer, to_api, to_ui
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
