@@ -9,8 +9,8 @@ import threading
 import numpy as np
 import pytest
 import torch
+from graphs import FOLDER, Graph, Link, Node, load_classifier, load_model, sampler, steer, to_api
 from host import HostError, Server
-from make_workflows import FOLDER, Graph, Link, Node, load_classifier, load_model, sampler, steer, to_api
 from PIL import Image
 from safetensors.torch import load_file, save_file
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from expected import shipped
-from make_workflows import Link, Node, to_api
+from graphs import Link, Node, to_api
 from small_graphs import AVATARS, Avatars, cancel_in, latents, refusal, text_of
 
 from difflens_core.activations import drawer

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from graphs import Graph, Node, to_api
 from host import HostError, Server
-from make_workflows import Graph, Node, to_api
 from small_graphs import AVATARS, Avatars, cancel_in, latents, text_of
 
 from difflens_core.activations import capture, open_store

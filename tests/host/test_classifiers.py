@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from graphs import Graph, sampler, to_api
 from host import HostError, Server
-from make_workflows import Graph, sampler, to_api
 from safetensors.torch import save_file
 from small_graphs import latents, text_of
 from torch.nn import functional as F

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from make_workflows import to_api
+from graphs import to_api
 from small_graphs import Avatars, cancel_in, diagnose, image_of, text_of
 
 

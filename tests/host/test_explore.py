@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from expected import shipped
-from make_workflows import to_api
+from graphs import to_api
 from small_graphs import AVATARS, Avatars, cancel_in, image_of, text_of
 
 from difflens_core.steer import load_recipe

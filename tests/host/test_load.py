@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from expected import sampled, shipped
+from graphs import Graph, Node, to_api
 from host import HostError, Server
-from make_workflows import Graph, Node, to_api
 from safetensors.torch import save_file
 from small_graphs import AVATARS, Avatars, foreign_sae, latents, text_of
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from graphs import to_api
 from host import Server
-from make_workflows import to_api
 from small_graphs import AVATARS, Avatars, latents, refusal, text_of
 
 from difflens_core.classifiers import load_classifier as read_classifier

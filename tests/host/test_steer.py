@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from expected import sampled, shipped
-from make_workflows import to_api
+from graphs import to_api
 from small_graphs import AVATARS, Avatars, latents, text_of
 
 from difflens_core.sae import load_sae

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
+from graphs import Graph, Node, steer, to_api
 from host import HostError, Server
-from make_workflows import Graph, Node, steer, to_api
 from safetensors.torch import load_file, save_file
 
 from difflens_core.activations import edit_site

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from make_workflows import FOLDER, GRAPHS, to_api, to_ui
+from graphs import FOLDER, GRAPHS, to_api, to_ui
 from small_graphs import NAMES, api_file
 
 # What 05 and 06 ask the user to bring, by the input that names it.

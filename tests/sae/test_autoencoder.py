@@ -10,7 +10,7 @@ import torch
 from difflens_core.activations import Activations
 from difflens_core.files import DiffLensError, load_tensors, save_tensors
 from difflens_core.locate import attribute_features, integrated_gradients_of, train_probes
-from difflens_core.sae import Latents, load_sae, save_sae
+from difflens_core.sae import Latents, load_sae, measure_sae, save_sae
 from difflens_core.sae.autoencoder import fit_normalisation, top_k
 from difflens_core.steer import Steering, build_recipe, recipe_from_features
 
