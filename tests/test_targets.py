@@ -9,13 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from difflens_core.files import DiffLensError
-from difflens_core.targets import (
-    Targets,
-    assign_targets,
-    parse_numbers,
-    parse_target,
-    targets_of,
-)
+from difflens_core.targets import Targets, assign_targets, parse_numbers, parse_target, targets_of
 
 CLASSES = ("Young", "adult", "senior")
 MIXES = st.lists(st.integers(0, 60), min_size=2, max_size=8).filter(any).map(lambda w: np.array(w) / sum(w))

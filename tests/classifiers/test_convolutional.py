@@ -6,11 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from difflens_core.classifiers import (
-    AttributeClassifier,
-    load_classifier,
-    save_classifier,
-)
+from difflens_core.classifiers import AttributeClassifier, load_classifier, save_classifier
 from difflens_core.files import DiffLensError, load_tensors, save_tensors
 
 ATTRIBUTES = {"presentation": ("masculine", "feminine"), "age": ("young", "adult", "senior")}

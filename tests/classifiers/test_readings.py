@@ -7,12 +7,7 @@ import io
 
 import torch
 
-from difflens_core.classifiers import (
-    decided,
-    label_table,
-    other_attributes,
-    shares_left_out,
-)
+from difflens_core.classifiers import decided, label_table, other_attributes, shares_left_out
 from difflens_core.classifiers.readings import MISTAKE, NO_FACE, left_out
 
 READ = {

@@ -13,11 +13,7 @@ from hypothesis import strategies as st
 
 from difflens_core.files import DiffLensError
 from difflens_core.steer import plan_in_words, plan_moves, planned_targets
-from difflens_core.targets import (
-    LEFT_ALONE,
-    assign_targets,
-    joint_shares,
-)
+from difflens_core.targets import LEFT_ALONE, assign_targets, joint_shares
 
 CLASSES = ("Young", "adult", "senior")
 MIXES = st.lists(st.integers(0, 60), min_size=2, max_size=8).filter(any).map(lambda w: np.array(w) / sum(w))
