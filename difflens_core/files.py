@@ -1,12 +1,4 @@
-"""The small unconditional denoiser of the avatars: a network whose every path runs through one site.
-
-A U-Net's long skips let the picture by-pass the mid block, and then steering the mid block cannot change what
-the skips carry. This network has none: encoder, 8x8 `middle_block`, decoder. Whatever the picture shows has
-passed through `middle_block`, so a full swap of its output swaps the picture.
-
-It predicts the clean picture x0 under the rectified-flow schedule x_t = (1 - sigma) x0 + sigma noise. At sigma 1
-nothing of the picture is left, so overall colour is the model's own choice and not the noise's.
-"""
+"""Reading and writing the pack's files: safetensors with JSON metadata, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,13 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-
-def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Twelve hex digits that tell one set of weights from another (names, shapes and rounded sums)."""
-    return digest(*(f"{name}{tuple(w.shape)}{float(w.detach().double().sum()):.3e}" for name, w in sorted(weights.items())))
-
-
 METADATA_KEY = "difflens"
+
+
+class DiffLensError(ValueError):
+    """Something the user gave does not fit. The message says what was found, what was expected and what to do."""
 
 
 def digest(*parts: bytes | str) -> str:
@@ -41,8 +31,11 @@ def digest(*parts: bytes | str) -> str:
     return found.hexdigest()[:12]
 
 
-class DiffLensError(ValueError):
-    """Something the user gave does not fit. The message says what was found, what was expected and what to do."""
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Twelve hex digits that tell one set of weights from another (names, shapes and rounded sums)."""
+    return digest(
+        *(f"{name}{tuple(w.shape)}{float(w.detach().double().sum()):.3e}" for name, w in sorted(weights.items()))
+    )
 
 
 def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:

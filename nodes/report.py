@@ -1,4 +1,4 @@
-"""Nodes that look at pictures: classify, report, compare."""
+"""Nodes for people to look at: the fairness report, and pictures side by side."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.sd
-import comfy.utils
 import latent_preview
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP

@@ -19,6 +19,30 @@ from ...difflens_core.files import DiffLensError
 from ...difflens_core.networks import Denoiser, ResBlock, Stack
 
 MIDDLE_BLOCK = "middle_block"
+# Blocks that hand two streams on: the picture's place in the output, and among the arguments or their names.
+TWO_STREAMS = {DoubleStreamBlock: (0, "img"), JointBlock: (1, 1), QwenImageTransformerBlock: (1, "hidden_states")}
+# Stacks of blocks by diffusers' names, and what ComfyUI's networks call them.
+STACKS = {
+    "transformer_blocks": ("double_blocks", "joint_blocks"),
+    "single_transformer_blocks": ("single_blocks",),
+    "mid_block": ("middle_block",),
+}
+
+
+def own_name(model: ModelPatcher, site: str) -> str:
+    """The site by the name that the model's network has for it, if `site` is diffusers' name; else as it is."""
+    network, module = model.model.diffusion_model, site.removesuffix(UPDATE)
+    head, dot, rest = module.partition(".")
+    if hasattr(network, head):
+        return site
+    own = ""
+    if isinstance(network, UNetModel):
+        weights = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+        inside = [own for theirs, own in weights.items() if theirs.startswith(f"{module}.")]
+        own = commonprefix(inside).rpartition(".")[0]  # what the names of all weights in the module begin with
+    if own in ("", "input_blocks", "output_blocks"):
+        own = next((stack + dot + rest for stack in STACKS.get(head, ()) if hasattr(network, stack)), module)
+    return own + UPDATE if reads_update(site) else own
 
 
 def site_width(model: ModelPatcher, site: str) -> int | None:
@@ -76,34 +100,6 @@ def some_sites(model: ModelPatcher) -> list[str]:
         if isinstance(module, (Stack, ResBlock, nn.Conv2d)) and name not in ("conv_in", "conv_out"):
             found.append(name)
     return found
-
-
-# Blocks that hand two streams on: the picture's place in the output, and among the arguments or their names.
-TWO_STREAMS = {DoubleStreamBlock: (0, "img"), JointBlock: (1, 1), QwenImageTransformerBlock: (1, "hidden_states")}
-
-
-# Stacks of blocks by diffusers' names, and what ComfyUI's networks call them.
-STACKS = {
-    "transformer_blocks": ("double_blocks", "joint_blocks"),
-    "single_transformer_blocks": ("single_blocks",),
-    "mid_block": ("middle_block",),
-}
-
-
-def own_name(model: ModelPatcher, site: str) -> str:
-    """The site by the name that the model's network has for it, if `site` is diffusers' name; else as it is."""
-    network, module = model.model.diffusion_model, site.removesuffix(UPDATE)
-    head, dot, rest = module.partition(".")
-    if hasattr(network, head):
-        return site
-    own = ""
-    if isinstance(network, UNetModel):
-        weights = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-        inside = [own for theirs, own in weights.items() if theirs.startswith(f"{module}.")]
-        own = commonprefix(inside).rpartition(".")[0]  # what the names of all weights in the module begin with
-    if own in ("", "input_blocks", "output_blocks"):
-        own = next((stack + dot + rest for stack in STACKS.get(head, ()) if hasattr(network, stack)), module)
-    return own + UPDATE if reads_update(site) else own
 
 
 def picture_grid(network: nn.Module, x: Tensor) -> tuple[int, int] | None:

@@ -11,52 +11,44 @@ from typing import Any, ClassVar
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
-import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models_base
 import torch
 from comfy import sd1_clip
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
 from ....difflens_core.files import DiffLensError
 from ....difflens_core.networks import END, Denoiser, DenoiserConfig, TextEncoder, load_denoiser_weights, tokenize
-from .pixels import after_middle
+from .pixels import Hosted, after_middle, as_patcher
 
 TIMESTEPS = 1000  # what ComfyUI's flow models multiply sigma by
 
 
-class HostedDenoiser(Denoiser):
-    """The denoiser as a ComfyUI diffusion model: it tells the velocity (x - x0) / sigma, as flow models do.
-
-    Runs DIFFUSION_MODEL wrappers and `middle_block_after_patch` patches as ComfyUI's own UNet does.
-    """
+class HostedDenoiser(Hosted, Denoiser):
+    """The denoiser as a ComfyUI diffusion model: it tells the velocity (x - x0) / sigma, as flow models do."""
 
     def __init__(self, device: Any = None, dtype: Any = None, operations: Any = nn, **sizes: int):
         super().__init__(DenoiserConfig(**sizes), operations, device=device, dtype=dtype)
 
-    def forward(self, x, timesteps, context=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
-        """Velocity (like x) for x (B x 3 x size x size) at `timesteps` (B, 1000 sigma)."""
-        size = self.config.size
+    def check_input(self, x: Tensor, context: Tensor | None) -> None:
+        """See `Hosted.check_input`; x must be B x 3 x size x size."""
+        size, width = self.config.size, self.config.context_width
         if x.shape[1:] != (3, size, size):
             found = " x ".join(map(str, x.shape[1:]))
             raise DiffLensError(
                 f"Load Unconditional Model: this model draws {size} x {size} pictures (latents 3 x {size} x {size}), "
                 f"got a latent of {found}. Set Empty Latent Image to {size} x {size}."
             )
-        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
-        width = self.config.context_width
         if width and (context is None or context.shape[-1] != width):
             found = "none" if context is None else f"one of width {context.shape[-1]}"
             raise DiffLensError(
                 f"Load Prompted Model: this model reads a text of width {width}, got {found}. Connect CLIP Text Encode "
                 "with the CLIP of the same Load Prompted Model."
             )
-        executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
-        return executor.execute(x, timesteps, context, control, transformer_options, **kwargs)
 
-    def _forward(self, x, timesteps, context, control, transformer_options, **kwargs):
+    def _forward(self, x, timesteps, context, control, transformer_options, y=None):
+        """Velocity (like x) at `timesteps` (B, 1000 sigma)."""
         sigma = timesteps / TIMESTEPS
         h, emb = self.encode(x, sigma)
         middle = self.middle_block(h, emb, context if self.config.context_width else None)
@@ -94,15 +86,9 @@ def as_model(
     """The denoiser of the file `path` as a MODEL that stock samplers take."""
     config = UnconditionalConfig(asdict(sizes))
     config.set_inference_dtype(torch.float32, None)
-    load_device = comfy.model_management.get_torch_device()
-    offload_device = comfy.model_management.unet_offload_device()
-    flow = comfy.model_base.ModelType.FLOW
-    model = comfy.model_base.BaseModel(config, flow, device=offload_device, unet_model=HostedDenoiser)
-    kind = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = kind(model, load_device=load_device, offload_device=offload_device)
-    model.load_model_weights(weights, assign=patcher.is_dynamic())
-    patcher.cached_patcher_init = (load_again, (path,))
-    return patcher
+    flow, device = comfy.model_base.ModelType.FLOW, comfy.model_management.unet_offload_device()
+    model = comfy.model_base.BaseModel(config, flow, device=device, unet_model=HostedDenoiser)
+    return as_patcher(model, weights, (load_again, (path,)), disable_dynamic)
 
 
 class PromptTokenizer:

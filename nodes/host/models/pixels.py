@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
@@ -44,6 +48,13 @@ class Hosted:
     levels: int
 
     def forward(self, x, timesteps, context=None, control=None, transformer_options={}, y=None, **kwargs):  # noqa: B006
+        self.check_input(x, context)
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
+        executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timesteps, context, control, transformer_options, y=y)[:, :3]
+
+    def check_input(self, x: Tensor, context: Tensor | None) -> None:
+        """Raise `DiffLensError` if the network cannot run on such a latent or text."""
         multiple = 2 ** (self.levels - 1)
         if x.shape[1] != 3 or x.shape[2] % multiple or x.shape[3] % multiple:
             found = " x ".join(map(str, x.shape[1:]))
@@ -51,6 +62,14 @@ class Hosted:
                 f"Load Unconditional Model: this model draws pictures whose sides are multiples of {multiple} pixels "
                 f"(latents of 3 channels), got a latent of {found}. Set Empty Latent Image to such a size."
             )
-        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
-        executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
-        return executor.execute(x, timesteps, context, control, transformer_options, y=y)[:, :3]
+
+
+def as_patcher(
+    model: comfy.model_base.BaseModel, weights: dict[str, Tensor], again: tuple, disable_dynamic: bool
+) -> ModelPatcher:
+    """A MODEL with these weights; again: function and arguments by which ComfyUI loads a second copy of it."""
+    kind = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
+    model.load_model_weights(weights, assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = again
+    return patcher

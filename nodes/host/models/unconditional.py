@@ -10,7 +10,6 @@ from typing import Any
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
-import comfy.model_patcher
 import comfy.model_sampling
 import comfy.supported_models_base
 import torch
@@ -21,7 +20,7 @@ from ....difflens_core.files import DiffLensError, difflens_kind, fingerprint
 from ....difflens_core.networks import Adm, AdmConfig, Checkpoint, Schedule, load_checkpoint, unet2d_class
 from ..marks import FINGERPRINT
 from .avatars import load_unconditional
-from .pixels import Hosted, after_middle, unconditional_conditioning
+from .pixels import Hosted, after_middle, as_patcher, unconditional_conditioning
 
 LOADED_BY = {"sae": "Load SAE", "recipe": "Load Recipe", "classifier": "Load Attribute Classifier"}
 
@@ -160,18 +159,14 @@ def load_model(path: str, *choices: Any) -> tuple[ModelPatcher, str, int]:
 def as_model(checkpoint: Checkpoint, source: tuple, disable_dynamic: bool = False) -> ModelPatcher:
     """The checkpoint as MODEL; `source` is what `load_again` loads it from."""
     adm = isinstance(checkpoint.config, AdmConfig)
-    load_device = comfy.model_management.get_torch_device()
-    offload_device = comfy.model_management.unet_offload_device()
-    dtype = compute_dtype(checkpoint.weights, load_device)
+    dtype = compute_dtype(checkpoint.weights, comfy.model_management.get_torch_device())
     config = PixelConfig(asdict(checkpoint.config) if adm else checkpoint.config)
     config.set_inference_dtype(dtype, None)
-    model = PixelModel(config, checkpoint, HostedAdm if adm else hosted_unet2d(), offload_device)
-    kind = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = kind(model, load_device=load_device, offload_device=offload_device)
+    network, device = HostedAdm if adm else hosted_unet2d(), comfy.model_management.unet_offload_device()
+    model = PixelModel(config, checkpoint, network, device)
     weights = {name: tensor.to(dtype) for name, tensor in checkpoint.weights.items()}
-    model.load_model_weights(weights, assign=patcher.is_dynamic())
+    patcher = as_patcher(model, weights, (load_again, source), disable_dynamic)
     patcher.set_attachments(FINGERPRINT, fingerprint(checkpoint.weights))
-    patcher.cached_patcher_init = (load_again, source)
     return patcher
 
 
