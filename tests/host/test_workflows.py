@@ -1,7 +1,7 @@
 """The shipped workflows run and keep what they promise. Each is run once, for all its tests.
 
-Those that take long are run twice: small here, to see that they work, and as they are under the mark `slow`, where
-their figures must come out.
+Two take long. They are run small to see that they work, and as they are under the mark `slow`, where their figures
+must come out.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ import pytest
 from host import HostError
 from small_graphs import NAMES, api_file, find, image_of, text_of
 
-LONG = tuple(NAMES[i] for i in (1, 3, 6, 7, 8, 9))
-WHOLE = [pytest.param(name, True, id=name, marks=[pytest.mark.slow] * (name in LONG)) for name in NAMES]
-SMALL = [pytest.param(name, False, id=f"{name}, small") for name in LONG]
+LONG = (NAMES[1], NAMES[8])
+
+
+def runs(*names: str) -> list:
+    """Runs of these workflows: name, and whether whole. All are whole; the long ones small, too."""
+    small = [pytest.param(name, False, id=f"{name}, small") for name in names if name in LONG]
+    return small + [pytest.param(name, True, id=name, marks=[pytest.mark.slow] * (name in LONG)) for name in names]
+
+
 # The most that a small run does; a classifier must see both classes among what is captured.
 FEW = {
     "EmptyLatentImage": {"batch_size": 8},
     "KSampler": {"steps": 4},
     "DiffLensCapture": {"pictures": 48, "steps": 4},
     "DiffLensTrainSAE": {"steps": 40, "batch_size": 256},
-    "DiffLensSiteScan": {"pictures": 32, "steps": 4},
     "DiffLensRankByEffect": {"pictures": 2, "steps": 3},
-    "DiffLensCrossEffects": {"pictures": 8, "steps": 4},
-    "DiffLensDiagnose": {"pictures": 2, "steps": 4},
 }
 
 
@@ -55,12 +58,13 @@ def read_report(prompt: dict, entry: dict) -> dict:
     return json.loads(text_of(entry, find(prompt, "PreviewAny", source=[find(prompt, "DiffLensReport"), 1])))
 
 
-def of(cases: list, *numbers: int) -> list:
-    """Those of the cases that are of the workflows with these numbers."""
-    return [case for case in cases if int(case.values[0][:2]) in numbers]
+def batches(prompt: dict) -> set[int]:
+    """How many pictures the samplers draw at once."""
+    samplers = [node["inputs"] for node in prompt.values() if node["class_type"] == "KSampler"]
+    return {prompt[inputs["latent_image"][0]]["inputs"]["batch_size"] for inputs in samplers}
 
 
-@pytest.mark.parametrize(("name", "whole"), of(WHOLE + SMALL, 1, 2, 3, 7, 9))
+@pytest.mark.parametrize(("name", "whole"), runs(*(NAMES[i] for i in (0, 1, 2, 6, 8))))
 def test_a_workflow_makes_its_pictures(server, ran, name, whole):
     prompt, entry = ran(name, whole)
     compare = find(prompt, "DiffLensCompare")
@@ -74,8 +78,7 @@ def test_a_workflow_makes_its_pictures(server, ran, name, whole):
     for node_id, output in entry["outputs"].items():
         if output.get("images"):
             assert image_of(server, entry, node_id).std() > 10, f"node {node_id} made an empty picture"
-    drawn = {node["inputs"]["batch_size"] for node in prompt.values() if node["class_type"] == "EmptyLatentImage"}
-    assert report["n"] in drawn and sum(report["before"]["shares"]) == pytest.approx(1)
+    assert {report["n"]} == batches(prompt) and sum(report["before"]["shares"]) == pytest.approx(1)
 
 
 def test_the_workflows_of_the_paper_name_what_is_missing(server):
@@ -91,7 +94,7 @@ def test_debiasing_brings_the_mix_to_the_target(ran):
     assert report["kept"]["background"] >= 0.8 and report["kept"]["clothes"] >= 0.8
 
 
-@pytest.mark.parametrize(("name", "whole"), of(WHOLE + SMALL, 2))
+@pytest.mark.parametrize(("name", "whole"), runs(NAMES[1]))
 def test_features_found_from_scratch_make_a_recipe(server, ran, name, whole):
     prompt, entry = ran(name, whole)
     quality = text_of(entry, find(prompt, "PreviewAny", source=[find(prompt, "DiffLensTrainSAE"), 2]))
@@ -108,53 +111,46 @@ def test_the_dose_counts(ran):
     assert report["after"]["success"] >= 0.85 > 0.5 > report["before"]["shares"][2]
 
 
-@pytest.mark.parametrize(("name", "whole"), of(WHOLE + SMALL, 4))
-def test_one_recipe_debiases_every_prompt(server, ran, name, whole):
-    prompt, entry = ran(name, whole)
+def test_one_recipe_debiases_every_prompt(server, ran):
+    prompt, entry = ran(NAMES[3])
     titles = {node.get("_meta", {}).get("title"): node_id for node_id, node in prompt.items()}
     for job in ("Doctor", "Nurse", "Firefighter", "Receptionist"):
         report = json.loads(text_of(entry, titles[f"{job}: the report for machines (JSON)"]))
-        assert report["after"]["fd"] < 0.5 * report["before"]["fd"] and report["kept"]["occupation"] >= 0.75, job
-        if whole:
-            assert report["n"] == 16 and report["before"]["fd"] > 0.3 > 0.1 > report["after"]["fd"], job
-            assert report["after"]["success"] >= 0.9 and report["kept"]["occupation"] >= 0.9, job
+        assert report["n"] == 16 and report["before"]["fd"] > 0.3 > 0.1 > report["after"]["fd"], job
+        assert report["after"]["success"] >= 0.9 and report["kept"]["occupation"] >= 0.9, job
     grid = image_of(server, entry, find(prompt, "SaveImage", images=[find(prompt, "DiffLensCompare"), 0]))
-    assert grid.shape[1] == (16 if whole else 8) * 134 + 6 and grid.std() > 10
+    assert grid.shape[1] == 16 * 134 + 6 and grid.std() > 10
 
 
-@pytest.mark.parametrize(("name", "whole"), of(WHOLE + SMALL, 7))
-def test_three_attributes_are_balanced_at_once_by_the_fewest_changes(ran, name, whole):
-    prompt, entry = ran(name, whole)
+def test_three_attributes_are_balanced_at_once_by_the_fewest_changes(ran):
+    prompt, entry = ran(NAMES[6])
     report = read_report(prompt, entry)
+    joint = report["after"]["joint"]
+    assert len(joint["cells"]) == 24 and joint["fd_hard"] < 0.06 < 0.3 < report["before"]["joint"]["fd_hard"]
+    assert report["after"]["success"] >= 0.9 and max(joint["counts"]) <= 4
     moved = int(text_of(entry, find(prompt, "PreviewAny", source=[find(prompt, "DiffLensPlan"), 1])).split()[0])
-    assert report["changes"]["changed"] == pytest.approx(moved / report["n"]), "the others stay as they are"
+    before = np.array(report["before"]["joint"]["counts"])
+    assert moved == np.abs(before - 2).sum() / 2, "the total variation distance, in pictures"
+    assert report["n"] == 48 and report["changes"]["changed"] == pytest.approx(moved / 48), (
+        "the others stay as they are"
+    )
     matrix = text_of(entry, find(prompt, "PreviewAny", source=[find(prompt, "DiffLensCrossEffects"), 0]))
     rows = {line.split("  ")[0]: line for line in matrix.splitlines()[2:]}
     assert rows.keys() == {"presentation", "age", "skin_tone", "all together"}
-    joint, before = report["after"]["joint"], report["before"]["joint"]
-    assert len(joint["cells"]) == 24 and joint["fd_hard"] < before["fd_hard"]
-    if whole:
-        assert joint["fd_hard"] < 0.06 < 0.3 < before["fd_hard"]
-        assert report["n"] == 48 and report["after"]["success"] >= 0.9 and max(joint["counts"]) <= 4
-        fewest = np.abs(np.array(before["counts"]) - 2).sum() / 2
-        assert moved == fewest, "the total variation distance, in pictures"
 
 
-@pytest.mark.parametrize(("name", "whole"), of(WHOLE + SMALL, 8))
-def test_the_scan_tells_where_it_is_decided(server, ran, name, whole):
-    prompt, entry = ran(name, whole)
+def test_the_scan_tells_where_it_is_decided(server, ran):
+    prompt, entry = ran(NAMES[7])
     scan = find(prompt, "DiffLensSiteScan")
     table = text_of(entry, find(prompt, "PreviewAny", source=[scan, 0]))
     rows = [line.split() for line in table.splitlines()[2:]]
     success = {(row[0], row[1]): float(row[2]) for row in rows if row[1] in ("whole", "reversed")}
-    assert len(rows) == 5 * 5 and success["middle_block", "whole"] > success["middle_block", "reversed"]
-    if whole:
-        assert success["middle_block", "whole"] >= 40 >= 15 >= success["middle_block", "reversed"]
+    assert len(rows) == 5 * 5 and success["middle_block", "whole"] >= 40 >= 15 >= success["middle_block", "reversed"]
     chart = image_of(server, entry, find(prompt, "SaveImage", images=[scan, 2]))
     assert chart.shape == (440, 720, 3) and chart.std() > 10
 
 
-@pytest.mark.parametrize(("name", "whole"), of(WHOLE + SMALL, 9))
+@pytest.mark.parametrize(("name", "whole"), runs(NAMES[8]))
 def test_few_features_that_count_steer(ran, name, whole):
     prompt, entry = ran(name, whole)
     table = text_of(entry, find(prompt, "PreviewAny", source=[find(prompt, "DiffLensRankByEffect"), 2]))
@@ -164,12 +160,11 @@ def test_few_features_that_count_steer(ran, name, whole):
         assert report["after"]["success"] >= 0.85 > report["before"]["shares"][1]
 
 
-@pytest.mark.parametrize(("name", "whole"), of(WHOLE + SMALL, 10))
-def test_the_diagnosis_calls_out_the_control_alone(server, ran, name, whole):
-    prompt, entry = ran(name, whole)
+def test_the_diagnosis_calls_out_the_control_alone(server, ran):
+    prompt, entry = ran(NAMES[9])
     for recipe, verdict in (("avatars_presentation", "Nothing wrong found."), ("random", "Wrong features: ")):
         (loaded,) = [i for i, n in prompt.items() if recipe in n["inputs"].get("recipe_name", "")]
         node = find(prompt, "DiffLensDiagnose", recipe=[loaded, 0])
         text = text_of(entry, find(prompt, "PreviewAny", source=[node, 0]))
-        assert text.startswith(f"presentation: {verdict if whole else ''}"), text
+        assert text.startswith(f"presentation: {verdict}"), text
         assert image_of(server, entry, find(prompt, "SaveImage", images=[node, 2])).std() > 10
