@@ -174,7 +174,7 @@ def hosted(inside, toys, tmp_path_factory, request) -> Hosted:
     if request.param == "ADM":
         network, path = toys.adm(SMALL), folder / "plain.pt"
         torch.save(network.state_dict(), path)
-        widths = (32, 32, 64, 64, 64, 64, 32)
+        widths = (32, 32, 64, 64, 64, 32, 32)
         names = [f"input_blocks.{i}" for i in (2, 4, 7)], [f"output_blocks.{i}" for i in (2, 4, 7)]
     else:
         network, path, widths = toys.unet2d(), folder / "unet2d", (32, 64, 64, 64, 32)
