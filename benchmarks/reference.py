@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
+from graphs import Graph, Link, Node, load_classifier, load_model, steer, to_api  # noqa: E402
 from host import Server  # noqa: E402
-from make_workflows import Graph, Link, Node, load_classifier, load_model, steer, to_api  # noqa: E402
 
 ATTRIBUTES = ("presentation", "age", "skin_tone")
 STEPS, SEED = 20, 90_002

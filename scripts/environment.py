@@ -53,10 +53,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DIFFLENS_CACHE") or REPOSITORY / ".cache").resolve()
 
 
-def ensure_environment(extra: Sequence[str] = ()) -> Path:
+def ensure_environment(extra: Sequence[str] = (), comfyui: bool = True) -> Path:
     """Return the Python that runs ComfyUI, with the pack's requirements and the `extra` packages installed.
 
-    Makes a virtual environment on the first call; later calls return at once unless a requirement changed.
+    Makes a virtual environment on the first call; later calls return at once unless a requirement changed. Without
+    `comfyui` it gets no ComfyUI and may lack its requirements.
     With COMFYUI_PYTHON set nothing is installed: missing packages raise a HostError that names them.
     """
     pack_requirements = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8")
@@ -65,17 +66,19 @@ def ensure_environment(extra: Sequence[str] = ()) -> Path:
         python = Path(os.path.abspath(shutil.which(given) or given))  # the server runs in a folder of its own
         _check_installed(python, [*pack_requirements.splitlines(), *extra])
         return python
-    python, comfyui = _virtual_environment("env"), ensure_comfyui()
-    stamp = _stamp("env")
-    asked = "\n".join([TORCH, *TORCH_COMPANIONS, pack_requirements])
-    asked += (comfyui / "requirements.txt").read_text(encoding="utf-8")
-    key = hashlib.sha256(asked.encode()).hexdigest()
+    python, stamp = _virtual_environment("env"), _stamp("env")
+    asked = ["\n".join([TORCH, *TORCH_COMPANIONS, pack_requirements])]
+    if comfyui:
+        theirs = ensure_comfyui() / "requirements.txt"
+        asked.append(asked[0] + theirs.read_text(encoding="utf-8"))
+    keys = [hashlib.sha256(text.encode()).hexdigest() for text in asked]
     done = json.loads(stamp.read_text(encoding="utf-8")) if stamp.exists() else {}
-    if done.get("key") != key:
-        done = {"key": key, "extra": []}
+    if keys[-1] not in done.get("keys", [done.get("key")]):
+        done = {"keys": keys, "extra": []}
         _pip_install("torch", python, TORCH)
         _pip_install("torchvision and torchaudio", python, "--no-deps", *TORCH_COMPANIONS)
-        _pip_install("ComfyUI's requirements", python, "-r", str(comfyui / "requirements.txt"))
+        if comfyui:
+            _pip_install("ComfyUI's requirements", python, "-r", str(theirs))
         _pip_install("the pack's requirements", python, "-r", str(REPOSITORY / "requirements.txt"))
         stamp.write_text(json.dumps(done), encoding="utf-8")
     missing = sorted(set(extra) - set(done["extra"]))

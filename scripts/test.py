@@ -1,15 +1,11 @@
-"""Run every check: style, unit tests, and tests in a real ComfyUI.
-
-    python scripts/test.py               all of it; the first run makes two environments in .cache (about 5 GB)
-    python scripts/test.py -k plots -x   further arguments go to pytest, which then runs in the first one alone
-
-The second environment holds the other programs whose SAEs we read: each must read a file as we do.
+"""Run the checks: style, and tests by themselves and in a real ComfyUI.
 
 Standard library only. Exits with 0 if all is well. Nothing is written outside the cache folder but temporary files.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -17,7 +13,15 @@ from pathlib import Path
 
 from environment import REPOSITORY, HostError, cache_folder, ensure_comfyui, ensure_environment, ensure_libraries
 
-PACKAGES = ("pytest>=8", "hypothesis>=6", "ruff>=0.9", "diffusers>=0.42", "torchmetrics>=1.8")
+PACKAGES = ("pytest>=8", "hypothesis>=6", "ruff>=0.9", "diffusers>=0.42", "torchmetrics>=1.8", "kornia>=0.7.1")
+HELP = """
+  python scripts/test.py               style, format, and all tests that are not slow; the first run makes an
+                                       environment in .cache (about 3 GB)
+  python scripts/test.py --unit        without the tests in ComfyUI, and without getting a ComfyUI
+  python scripts/test.py --slow        also the slow tests, and SAEs read by the programs that write such files; the
+                                       first run makes a second environment for those (about 2 GB)
+  python scripts/test.py -k plots -x   further arguments go to pytest (those programs are then left out)
+"""
 
 
 def checks(python: Path, libraries: Path | None, pytest_arguments: list[str]) -> dict[str, list[str]]:
@@ -38,18 +42,27 @@ def checks(python: Path, libraries: Path | None, pytest_arguments: list[str]) ->
 
 def main() -> int:
     """Make the environments, run the checks; returns 0, or the exit code of the last that failed."""
-    pytest_arguments = sys.argv[1:]
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=HELP, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--unit", action="store_true", help="only what needs no ComfyUI")
+    how.add_argument("--slow", action="store_true", help="also what takes long")
+    options, further = parser.parse_known_args()
     try:
-        python = ensure_environment(PACKAGES)
-        ensure_comfyui()
-        libraries = None if pytest_arguments else ensure_libraries()
+        python = ensure_environment(PACKAGES, comfyui=not options.unit)
+        if not options.unit:
+            ensure_comfyui()
+        libraries = ensure_libraries() if options.slow and not further else None
     except HostError as error:
         print(error, file=sys.stderr)
         return 1
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(cache_folder() / "hypothesis")
+    chosen = ["--ignore=tests/host"] * options.unit + ["-m", ""] * options.slow
     failed = 0
-    for name, command in checks(python, libraries, pytest_arguments).items():
+    for name, command in checks(python, libraries, chosen + further).items():
         print(f"--- {name}", flush=True)
         there = {"DIFFLENS_LIBRARIES": "1"} if name == "libraries" else {}
         failed = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **there}).returncode or failed

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-from difflens_core.classifiers import (
-    AttributeClassifier,
-    decided,
-    label_table,
-    load_classifier,
-    other_attributes,
-    save_classifier,
-    shares_left_out,
-)
-from difflens_core.classifiers.readings import MISTAKE, NO_FACE, left_out
+from difflens_core.classifiers import AttributeClassifier, load_classifier, save_classifier
 from difflens_core.files import DiffLensError, load_tensors, save_tensors
 
 ATTRIBUTES = {"presentation": ("masculine", "feminine"), "age": ("young", "adult", "senior")}
@@ -87,37 +75,3 @@ def test_pictures_with_nan_are_refused(model):
     pictures[1, 0, 0, 0] = torch.nan
     with pytest.raises(DiffLensError, match="a picture holds NaN"):
         model.classify(pictures)
-
-
-READ = {
-    "race": torch.tensor([[0.2, 0.8], [0.7, 0.3]]),
-    f"race{MISTAKE}": torch.tensor([[0.1, 0.2], [0.3, 0.1]]),
-    "age": torch.tensor([[0.9, 0.1], [0.4, 0.6]]),
-    left_out("race"): torch.tensor([0.25, 0.5]),
-    NO_FACE: torch.tensor([0.0, 1.0]),
-}
-CLASSES = {"race": ("a", "b"), f"race{MISTAKE}": ("a", "b"), "age": ("young", 'o,"ld')}
-
-
-def test_labels_travel_as_csv():
-    rows = list(csv.reader(io.StringIO(label_table(READ, CLASSES, "race"))))
-    assert rows == [
-        ["picture", "race", "p(a)", "p(b)", "race: other classes", "no face", "age"],
-        ["1", "b", "0.2000", "0.8000", "0.2500", "0.0000", "young"],
-        ["2", "", "0.7000", "0.3000", "0.5000", "1.0000", ""],
-    ]
-    assert (
-        label_table({"age": READ["age"]}, {"age": CLASSES["age"]}, "age").splitlines()[2] == '2,"o,""ld",0.4000,0.6000'
-    )
-
-
-def test_other_readings_of_an_attribute_are_no_other_attributes():
-    assert other_attributes(CLASSES, "race") == ["age"]
-    assert other_attributes(CLASSES, f"race{MISTAKE}") == ["age"]
-    assert other_attributes(CLASSES, "age") == ["race"]
-
-
-def test_what_is_left_out_is_reported_by_reason():
-    assert shares_left_out(READ, "race") == {"no face": 0.5, "other classes": 0.25}
-    assert shares_left_out(READ, "age") == {"no face": 0.5}
-    assert decided({"age": READ["age"]}).tolist() == [True, True]

@@ -8,64 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from toy import CLASSES, UNIFORM, Toy, recipe
 
-from difflens_core.experiments import CalibrationOptions, asked_shares, calibrate, cross_effects
+from difflens_core.experiments import CalibrationOptions, asked_shares, calibrate
 from difflens_core.experiments.calibration import weakest_clear
-from difflens_core.experiments.cross_effects import TOGETHER
 from difflens_core.files import DiffLensError
 from difflens_core.measure import solve_shares
-from difflens_core.report import calibration_text, cross_chart, cross_table, dose_chart
-from difflens_core.sae import Normalisation
-from difflens_core.steer import Recipe, Steering, load_recipe, save_recipe
-from difflens_core.targets import Targets
-
-CLASSES = ("young", "adult", "senior")
-UNIFORM = np.full(3, 1 / 3)
-START = (0.2, 0.7, 0.1)
-
-
-def recipe(power: float = 1.0, first: int = 0, attribute: str = "age", leak: float = 0.0) -> Recipe:
-    """Three latents, one a class, that write into channels `first` to `first` + 2 of six, `power` as loud as they
-    should. leak: how much of each goes into the three channels after those.
-    """
-    channels = torch.eye(6)[first : first + 3]
-    decoder = power * channels + leak * torch.eye(6).roll(3, dims=1)[first : first + 3]
-    normalisation = Normalisation(torch.zeros(1), torch.zeros(1, 6), torch.ones(1))
-    levels = torch.eye(3)[None, :, :, None].expand(1, 3, 3, 4).clone()
-    return Recipe(
-        attribute, CLASSES, "site", "toy", torch.arange(3), channels, torch.zeros(3), torch.zeros(3), decoder,
-        torch.eye(3).bool(), levels, 8 * channels[None], torch.zeros(1, 3), normalisation, strength=(1.0,) * 3,
-    )  # fmt: skip
-
-
-class Toy:
-    """A model of one step, whose picture is its hidden state: in each half of six channels one is loud.
-
-    The class is the loudest channel of a half; noise number i always gives the same picture.
-    """
-
-    def __init__(self, noises: int = 4096, starts: tuple = (START, (0.6, 0.3, 0.1))):
-        rng = np.random.default_rng(1)
-        self.drawn: list[int] = []
-        halves = [torch.eye(3)[torch.from_numpy(rng.choice(3, noises, p=start))] for start in starts]
-        noise = torch.from_numpy(rng.normal(0, 0.12, (noises, 6, 2, 2))).float()
-        self.h = torch.cat(halves, dim=1)[:, :, None, None] + noise
-
-    def __call__(self, edits, which):
-        self.drawn += which.tolist()
-        h, images = self.h[which], torch.arange(len(which))
-        for edit in edits:
-            h = edit(h, 0.0, images)
-        return h
-
-    @staticmethod
-    def classify(pictures):
-        pooled = pictures.mean(dim=(2, 3))
-        return {"age": (20 * pooled[:, :3]).softmax(dim=1), "tone": (20 * pooled[:, 3:]).softmax(dim=1)}
-
-    @classmethod
-    def ages(cls, pictures):
-        return cls.classify(pictures)["age"]
+from difflens_core.report import calibration_text, dose_chart
+from difflens_core.steer import Recipe, load_recipe, save_recipe
 
 
 def run(toy: Toy, steered: Recipe, target=UNIFORM, **options):
@@ -197,44 +147,6 @@ def test_shares_are_solved_so_that_the_answer_is_the_target():
     # Not to be had: no class shows more than 0.7 of the last one.
     best = solve_shares(np.array([0.0, 0.1, 0.9]), response)
     assert best == pytest.approx([0, 0, 1], abs=1e-3)
-
-
-# --- steer one, watch the others ---
-
-
-def test_cross_effects_tell_a_clean_recipe_from_one_that_leaks():
-    attributes = {"age": CLASSES, "tone": CLASSES}
-    for leak, low, high in ((0.0, 0.0, 0.05), (0.9, 0.2, 1.0)):
-        recipes = [recipe(attribute="age", leak=leak), recipe(attribute="tone", first=3)]
-        found = cross_effects(recipes, Toy(), Toy.classify, attributes, 120, 32)
-        rows = {(row.steered, row.watched): row for row in found}
-        assert rows.keys() == {(s, w) for s in ("age", "tone", TOGETHER) for w in ("age", "tone")}
-        assert rows["age", "age"].asked and not rows["age", "tone"].asked and rows[TOGETHER, "tone"].asked
-        assert low <= rows["age", "tone"].share <= high and rows["tone", "age"].share < 0.05
-        assert rows["tone", "tone"].share > 0.95 and 60 < rows["age", "age"].pictures < 120
-        for row in found:
-            assert row.interval[0] - 1e-9 <= row.share <= row.interval[1] + 1e-9
-        assert cross_chart(found).shape == (440, 720, 3)
-        text = cross_table(found)
-        assert f"*{100 * rows['age', 'age'].share:.0f}" in text and len(text.splitlines()) == 5
-
-
-def test_cross_effects_count_as_by_hand_and_tell_their_progress():
-    toy, seen = Toy(), []
-    attributes = {"age": CLASSES, "tone": CLASSES}
-    (own, other) = cross_effects(
-        [recipe(leak=0.9)], toy, toy.classify, attributes, 50, 20, lambda *done: seen.append(done)
-    )
-    assert seen[-1] == (100, 100) and len(seen) == 6
-    base = toy([], torch.arange(50))
-    targets = Targets("age", CLASSES, tuple(UNIFORM))
-    after = toy([Steering(recipe(leak=0.9), targets.of)], torch.arange(50))
-    ages, tones = ([toy.classify(p)[name].argmax(1) for p in (base, after)] for name in ("age", "tone"))
-    moved = ages[0] != torch.from_numpy(targets.first(50))
-    assert own.share == pytest.approx(float((ages[1] == torch.from_numpy(targets.first(50)))[moved].float().mean()))
-    assert other.share == pytest.approx(float((tones[0] != tones[1])[moved].float().mean()))
-    mixes = [torch.bincount(labels, minlength=3) / 50 for labels in tones]
-    assert other.drift == pytest.approx(float((mixes[1] - mixes[0]).abs().sum() / 2))
 
 
 def test_strengths_above_one_are_not_tried_where_they_count_as_one():

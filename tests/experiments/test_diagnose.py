@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from difflens_core.activations import Activations
 from difflens_core.experiments import UNSTEERED, Diagnosis, diagnose
-from difflens_core.experiments.checks import BAD, DOUBTFUL, GOOD, NOT_CHECKED, check_choice, check_dose
+from difflens_core.experiments.checks import BAD, DOUBTFUL, GOOD, NOT_CHECKED
 from difflens_core.experiments.diagnose import evenly, overall
-from difflens_core.experiments.outcomes import DOSES, Outcome, Part, paired_interval, probe_score
+from difflens_core.experiments.outcomes import DOSES
 from difflens_core.files import DiffLensError
 from difflens_core.report import diagnosis_chart, diagnosis_text
 from difflens_core.sae import Normalisation, SparseAutoencoder
@@ -171,54 +170,6 @@ def test_a_recipe_without_levels_is_steered_as_a_whole():
     assert found.verdict == "Nothing wrong found."
 
 
-def outcome(success: float, change: float = 0.1, n: int = 20) -> Outcome:
-    hit = (np.arange(n) < success * n).astype(float)
-    return Outcome(0.02 + 0.96 * hit, hit, change, {"light": success})
-
-
-def response(*successes: float) -> dict[float, Outcome]:
-    """Outcomes at -1, 0, .5, 1, 1.5 and 2 times the strength."""
-    return dict(zip(sorted([0.0, *DOSES]), map(outcome, successes), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("parts", "verdict", "words"),
-    [
-        ([(1, 0.5, 0), (4, 0.9, 0)], GOOD, "Right features: the recipe's 4 features turn 90%"),
-        ([(1, 0.5, 0.2), (4, 0.9, 0.6)], BAD, "as many random ones as strong 60%; it is the size"),
-        ([(1, 0.1, 0), (4, 0.9, 0)], DOUBTFUL, "Many weak features"),
-        ([(1, 0.5, None), (4, 0.9, None)], GOOD, "random ones were not tried"),
-    ],
-)
-def test_the_ablation_curve_is_judged(parts, verdict, words):
-    parts = [Part(n, outcome(best), None if random is None else outcome(random)) for n, best, random in parts]
-    check = check_choice(response(0, 0, 0.5, 0.9, 0.9, 1), parts)
-    assert check.verdict == verdict and words in check.evidence
-
-
-@pytest.mark.parametrize(
-    ("successes", "verdict", "words"),
-    [
-        ((0, 0, 0.5, 0.9, 0.9, 0.95), GOOD, "Enough: turned are 90% (light 90%), at twice the strength 95%"),
-        ((0, 0, 0.1, 0.2, 0.5, 0.9), BAD, "Too weak: turned are 20%"),
-        ((0, 0, 0.2, 0.6, 0.8, 0.9), DOUBTFUL, "Too weak: turned are 60%"),
-        ((0, 0, 0.9, 0.6, 0.3, 0.2), DOUBTFUL, "Too strong: turned are 60% (light 60%), at 0.5 times the strength 90%"),
-        ((0, 0, 0.6, 0.6, 0.6, 0.6), DOUBTFUL, "Saturated: turned are 60%"),
-        ((0, 0, 0, 0, 0, 0), BAD, "Features do not move the output to the class: at the best of the strengths turn 0%"),
-        (
-            (0, 0, 0, 0, 0.1, 0.3),
-            BAD,
-            "Features do not move the output to the class: at the best of the strengths turn 30%",
-        ),
-        ((0.9, 0, 0, 0, 0, 0), BAD, "Steers backwards: turned are 0% (light 0%), at the reversed strength 90%"),
-    ],
-)
-def test_the_dose_response_is_judged(successes, verdict, words):
-    check = check_dose(response(*successes))
-    assert check.verdict == verdict and words in check.evidence, check.evidence
-    assert (check.advice == "") == (verdict == GOOD)
-
-
 def test_the_first_failure_in_causal_order_is_the_verdict():
     checks = run(RIGHT).checks
     order = {0: BAD, 1: NOT_CHECKED, 2: BAD, 3: DOUBTFUL}
@@ -227,27 +178,6 @@ def test_the_first_failure_in_causal_order_is_the_verdict():
     assert overall(changed[1:]) == "fault 2"
     assert overall(changed[3:]) == "Nothing fails, but this is doubtful. fault 3"
     assert overall(changed[1:2]) == "Nothing wrong found."
-
-
-def test_the_interval_is_that_of_the_mean_difference():
-    difference = np.random.default_rng(1).normal(0.3, 1.0, 400)
-    low, high = paired_interval(difference)
-    error = difference.std(ddof=1) / 20
-    assert low == pytest.approx(difference.mean() - 1.96 * error, abs=0.02)
-    assert high == pytest.approx(difference.mean() + 1.96 * error, abs=0.02)
-
-
-def test_the_score_is_the_contrastive_one_by_hand(toys):
-    recipe = toys.recipe()
-    for c in range(3):
-        for f in range(5):
-            expected = 0.0
-            for s in range(3):
-                level, read_off = recipe.levels[s, :, f].double().mean(dim=1), recipe.probe_weight[s].double()
-                pull = read_off @ recipe.decoder[f].double()
-                rest = [k for k in range(3) if k != c]
-                expected += (level[c] - level[rest].mean()) * (pull[c] - pull[rest].mean())
-            assert float(probe_score(recipe)[c, f]) == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
 
 
 def test_progress_tells_every_picture_and_can_cancel():

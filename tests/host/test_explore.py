@@ -1,15 +1,19 @@
-"""Site Scan and resumed captures on small networks of ComfyUI's own classes and on the avatars (see `inside.py`)."""
+"""Site Scan, Rank by Effect and captures: on small networks in this process (see `inside.py`), and on the avatars."""
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
+from expected import shipped
+from graphs import to_api
+from small_graphs import AVATARS, Avatars, cancel_in, image_of, text_of
 
-AVATARS = Path(__file__).resolve().parents[2] / "models" / "avatars" / "difflens_models" / "avatars.safetensors"
+from difflens_core.steer import load_recipe
+
 STEPS, PICTURES, SEED, CFG = 2, 3, 5, 3.0
 SCHEDULE = ("euler", "normal")
 SITES = {
@@ -56,7 +60,12 @@ def given(inside, request) -> Given:
     if kind == "avatars":
         nothing = inside.host.unconditional_conditioning()
         latent = {"samples": torch.zeros(2, 3, 64, 64)}
-        return Given(inside.host.load_unconditional(str(AVATARS)), nothing, nothing, latent)
+        return Given(
+            inside.host.load_unconditional(str(AVATARS / "difflens_models" / "avatars.safetensors")),
+            nothing,
+            nothing,
+            latent,
+        )
     family = kind.partition(" ")[0]
     model = inside.model(family)
     if family != kind:
@@ -81,17 +90,16 @@ def hook(model, site: str, change):
 
 @dataclass
 class Mirror:
-    """Edit that adds to each picture its mirror image, times another factor each; 0: none.
+    """Edit that adds to each picture its mirror image, times another factor each.
 
     Not merely a louder picture: the norm behind the last block would undo that.
     """
 
     site: str
-    by: float = 0.5
 
     def __call__(self, h: torch.Tensor, progress: float, images: torch.Tensor) -> torch.Tensor:
         assert 0 <= progress <= 1
-        return mirrored(h, self.by * (1 + images)) if self.by else h
+        return mirrored(h, 0.5 * (1 + images))
 
 
 def mirrored(h: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -126,7 +134,6 @@ def test_every_proposed_site_is_edited_while_sampling_with_guidance(inside, give
     )
     plain = vae.decode(given.draw(inside))
     for site in sites:
-        assert torch.equal(draw([Mirror(site, by=0)], numbers), plain), site
 
         def mirror(_module, _inputs, h):
             return torch.cat([h[:PICTURES], mirrored(h[PICTURES:], 0.5 * (1 + numbers))])
@@ -138,7 +145,6 @@ def test_every_proposed_site_is_edited_while_sampling_with_guidance(inside, give
         torch.testing.assert_close(found, expected, atol=3e-3, rtol=0, msg=site)
         assert float((found - plain).abs().amax(dim=(1, 2, 3)).min()) > 0.01, site
     assert torch.equal(draw([], numbers), plain)
-    assert not any(module._forward_hooks for module in given.model.model.diffusion_model.modules())
     with pytest.raises(inside.DiffLensError, match="cfg is 3, .* none is connected"):
         given.drawer(inside, None, CFG)
 
@@ -203,3 +209,43 @@ def test_a_capture_is_only_gone_on_with_by_a_model_with_the_same_patches(inside,
     for other in (model, patched(model, 0.6)):
         with pytest.raises(inside.DiffLensError, match=f"begun with other settings: patches {mark}, now"):
             capture(other)
+
+
+# --- on a server ---
+
+
+def test_the_site_scan_finds_sites_by_itself_and_shows_that_they_steer(server):
+    graph = Avatars(pictures=16)
+    scan = graph.experiment("DiffLensSiteScan", attribute="age", sites="", pictures=48, per_class=1, strength=1.0)
+    words, numbers = graph.show(scan[0]), graph.show(scan[1])
+    entry = server.run(to_api(graph))
+    rows = json.loads(text_of(entry, numbers))["rows"]
+    assert list(dict.fromkeys(row["site"] for row in rows)) == SITES["avatars"]
+    whole = {row["site"]: row["success"] for row in rows if row["part"] == "whole"}
+    assert whole["middle_block"] >= 0.5
+    assert all(row["success"] <= 0.5 for row in rows if row["part"] == "reversed")
+    assert len(text_of(entry, words).splitlines()) == 2 + len(rows) == 2 + 5 * 9
+    assert image_of(server, entry, scan).shape == (440, 720, 3)
+
+
+def test_features_are_ranked_by_their_effect(server):
+    graph = Avatars(pictures=32)
+    ranked = graph.experiment(
+        "DiffLensRankByEffect", recipe=graph.recipe("avatars_presentation"), change="amplify", strength=5.0,
+        pictures=2, features_per_class=7,
+    )  # fmt: skip
+    graph.add("DiffLensSaveRecipe", recipe=ranked[0], name="by_effect")
+    table = graph.show(ranked[2])
+    entry = server.run(to_api(graph), timeout=600)
+    assert len(text_of(entry, table).splitlines()) == 2 + 120
+    kept = load_recipe(server.base / "models" / "difflens_recipes" / "by_effect.safetensors")
+    assert kept.member.sum(dim=1).tolist() == [7, 7] and kept.info["ranking"] == "amplify, 2 pictures a feature"
+    assert set(kept.features.tolist()) < set(shipped("presentation").features.tolist())
+
+
+def test_a_scan_can_be_cancelled(server):
+    graph = Avatars()
+    scan = graph.experiment(
+        "DiffLensSiteScan", attribute="age", sites="middle_block", pictures=2000, per_class=2, strength=1.0
+    )
+    cancel_in(server, graph, scan)

@@ -1,6 +1,6 @@
 """The true architectures, with random weights: they fit the names and sizes that the small ones only imitate.
 
-python scripts/test.py -m slow
+python scripts/test.py --slow
 """
 
 from __future__ import annotations

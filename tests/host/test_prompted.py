@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from graphs import FOLDER, Graph, Node, sampler, steer, to_api
 from host import HostError
-from make_workflows import FOLDER, Graph, Node, sampler, steer, to_api
-from test_workflows import latents
+from small_graphs import latents
 
 from difflens_core.activations import Kept, open_store
 from difflens_core.networks import Guidance, load_prompted, sample, start_noise

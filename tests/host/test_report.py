@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from host import HostError, Server
-from make_workflows import Graph, Link, load_classifier, load_model, sampler, steer, to_api
-from safetensors.torch import load_file
+from graphs import to_api
+from host import Server
+from small_graphs import AVATARS, Avatars, latents, refusal, text_of
 
 from difflens_core.classifiers import load_classifier as read_classifier
 from difflens_core.measure import measure_changes, parse_confusion
@@ -20,7 +20,6 @@ from difflens_core.measure.changes import clip_similarity
 from difflens_core.report import Question, report_page, share_chart, summary
 from difflens_core.targets import Targets
 
-CLASSIFIER = Path(__file__).resolve().parents[2] / "models" / "avatars" / "difflens_classifiers" / "avatars.safetensors"
 CONFUSION = "masculine: 95 5\nfeminine: 8 92"
 EVERYTHING = {
     "joint_with": "age, glasses", "confusion": CONFUSION, "undecided_below": 0.9,
@@ -28,37 +27,24 @@ EVERYTHING = {
 }  # fmt: skip
 
 
-class Reported(Graph):
+class Reported(Avatars):
     """Four portraits without and with steering, and a report on them."""
 
     def __init__(self, pictures: int = 4, **settings: object):
-        super().__init__("reported")
-        self.group("all")
-        model = load_model(self)
-        latent = self.add("EmptyLatentImage", width=64, height=64, batch_size=pictures)
-        recipe = self.add("DiffLensLoadRecipe", recipe_name="avatars_presentation.safetensors")
-        steered = steer(self, None, model[0], recipe[0])
-        self.drawn, images = [], []
-        for source in (model[0], steered[0]):
-            drawn = sampler(self, None, source, model[1], latent, 3)
-            drawn.inputs["steps"] = 4
-            self.drawn.append(self.add("SaveLatent", samples=drawn[0], filename_prefix="latents/report"))
-            images.append(self.add("VAEDecode", samples=drawn[0], vae=model[2]))
-        self.report = self.add(
-            "DiffLensReport", classifier=load_classifier(self)[0], attribute="presentation", target="uniform",
-            before=images[0][0], after=images[1][0], targets=steered[1], **settings,
+        super().__init__(pictures)
+        steered = self.steer(self.recipe("avatars_presentation"))
+        drawn = [self.draw(), self.draw(steered[0])]
+        self.drawn = [*map(self.save, drawn)]
+        self.reported = self.report(
+            *map(self.pictures, drawn), "presentation", **{"targets": steered[1], **settings}
         )  # fmt: skip
-        self.shown = [self.add("PreviewAny", source=Link(self.report, slot)) for slot in (0, 1, 3)]
+        self.shown = [self.show(self.reported[slot]) for slot in (0, 1, 3)]
 
     def run(self, server: Server) -> tuple[str, dict, str, list[torch.Tensor]]:
         """Text, numbers, path of the page, and the pictures before and after."""
         entry = server.run(to_api(self))
-        text, numbers, page = (entry["outputs"][str(node.id)]["text"][0] for node in self.shown)
-        images = []
-        for node in self.drawn:
-            (saved,) = entry["outputs"][str(node.id)]["latents"]
-            latents = load_file(server.output_dir / saved["subfolder"] / saved["filename"])["latent_tensor"]
-            images.append((latents.movedim(1, -1) / 2 + 0.5).clamp(0, 1))
+        text, numbers, page = (text_of(entry, node) for node in self.shown)
+        images = [(latents(server, entry, node).movedim(1, -1) / 2 + 0.5).clamp(0, 1) for node in self.drawn]
         return text, json.loads(numbers), page, images
 
 
@@ -79,7 +65,7 @@ def close(found: object, expected: object, where: str = "") -> None:
 def test_report_and_page_are_those_of_the_core(server: Server):
     graph = Reported(**EVERYTHING)
     text, numbers, path, images = graph.run(server)
-    classifier = read_classifier(CLASSIFIER)
+    classifier = read_classifier(AVATARS / "difflens_classifiers" / "avatars.safetensors")
     classes = classifier.attributes["presentation"]
     question = Question(
         "presentation", classifier.attributes, np.full(2, 0.5), parse_confusion(CONFUSION, classes), 0.9,
@@ -104,7 +90,7 @@ def test_report_and_page_are_those_of_the_core(server: Server):
     assert written == report_page(numbers, share_chart(numbers), *shown, day=day)
     assert "<b>seed 3</b>" not in written and not list(page.parent.glob("*.tmp"))
 
-    graph.report.inputs["notes"] = "once more"
+    graph.reported.inputs["notes"] = "once more"
     assert Path(graph.run(server)[2]).name == "page_00002_.html" and page.read_text(encoding="utf-8") == written
 
 
@@ -130,16 +116,14 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_gives_one_clear_sentence(server: Server, case: str):
     settings, phrases = BAD[case]
-    with pytest.raises(HostError) as caught:
-        Reported(pictures=2, **settings).run(server)
-    message = str(caught.value)
+    message = refusal(server, Reported(pictures=2, **settings))
     assert "Fairness Report: " in message and all(phrase in message for phrase in phrases), message
-    assert "\n" not in message and not list(server.base.parent.rglob("escaped*"))
+    assert not list(server.base.parent.rglob("escaped*"))
 
 
 @torch.inference_mode()
 def test_clip_vision_adds_clip_i_and_says_what_needs_more_pictures(inside):
-    vision = tiny_clip_vision(8)
+    vision = inside.random_clip_vision(8)
     before, noise = (torch.rand(5, 40, 32, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     after = before.lerp(noise, 0.3)
     embed = inside.host.image_embedder(vision)
@@ -149,7 +133,7 @@ def test_clip_vision_adds_clip_i_and_says_what_needs_more_pictures(inside):
     assert found["clip_i"] == pytest.approx(clip_similarity(*expected), abs=1e-4) and 0.5 < found["clip_i"] < 1
     assert [reason[:4] for reason in reasons] == ["FID ", "KID "] and told[-1] == 15
     with pytest.raises(ValueError, match="shares no space with CLIP's texts"):
-        inside.host.image_embedder(tiny_clip_vision(None))
+        inside.host.image_embedder(inside.random_clip_vision(None))
 
 
 @torch.inference_mode()
@@ -161,17 +145,3 @@ def test_a_missing_package_does_not_stop_a_report(inside, monkeypatch):
     found, reasons = inside.pack_module("nodes.report").what_changed(before, before, "DISTS", None, lambda done: None)
     assert found["ssim"] == pytest.approx(1) and "DISTS" not in found
     assert len(reasons) == 1 and "DISTS is computed by torchmetrics" in reasons[0] and "pip install" in reasons[0]
-
-
-def tiny_clip_vision(width: int | None):
-    """A CLIP vision model of ComfyUI's own class with random weights; without `width` no CLIP."""
-    import comfy.clip_vision
-
-    config = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40, "image_size": 32}
-    config |= {"patch_size": 16, "hidden_size": 24, "hidden_act": "quick_gelu", "num_channels": 3}
-    config |= {"model_type": "clip_vision_model"} | ({"projection_dim": width} if width else {})
-    model = comfy.clip_vision.ClipVisionModel(config)
-    torch.manual_seed(0)
-    for weight in (weight for weight in model.model.parameters() if weight.ndim):
-        weight.copy_(torch.randn(weight.shape) * weight[0].numel() ** -0.5)
-    return model

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
+from graphs import Graph, Node, steer, to_api
 from host import HostError, Server
-from make_workflows import Graph, Node, steer, to_api
 from safetensors.torch import load_file, save_file
 
 from difflens_core.activations import edit_site
@@ -159,27 +156,73 @@ def test_shares_of_the_sampling_are_right_for_models_with_fewer_timesteps(server
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def test_the_model_behaves_inside_comfyui(server, adm, unet2ds, folder, toys):
-    """Sites, widths, marks, fp16, memory, and a second copy of the network, without a graph."""
-    torch.save(toys.adm(SMALL).state_dict(), folder / "plain.pt")
-    script = Path(__file__).with_name("in_comfyui.py")
-    command = [sys.executable, str(script), str(server.comfyui), str(folder / "plain.pt"), str(folder / "epsilon")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ours, theirs = json.loads(done.stdout.splitlines()[-1])
-    assert list(theirs["sites"]) == [
-        "down_blocks.0.resnets.0", "down_blocks.1.resnets.0", "middle_block", "up_blocks.0.resnets.1",
-        "up_blocks.1.resnets.1",
-    ]  # fmt: skip
-    assert theirs["widths"] == [32, 64, 64, 64, 32] and ours["width"] == 64
-    assert "middle_block" in ours["sites"] and len(ours["sites"]) == 7 and all(ours["widths"])
-    assert ours["fingerprint"] == fingerprint(toys.adm(SMALL).state_dict())
-    assert theirs["fingerprint"] == fingerprint(unet2ds["epsilon"].state_dict())
-    for found in (ours, theirs):
-        assert all(found["sites"].values()), found["sites"]
-        assert found["patched"] and found["half"] == "torch.float16" and found["dtype"] == "torch.float32"
-        assert found["middle"] in (499, 500) and found["ends"] == [True, 0.0]
-        assert 2 * 64 * 64 * 4 * 100 < found["memory"] < 2 * 64 * 64 * 4 * 1000
+# --- in this process: what no graph shows of a MODEL ---
+
+
+@dataclass
+class Hosted:
+    """A model as the host loads it, and the network that was saved."""
+
+    model: object
+    network: torch.nn.Module
+    sites: dict[str, int]  # those that are proposed, with their widths
+
+
+@pytest.fixture(scope="module", params=["ADM", "UNet2D"])
+def hosted(inside, toys, tmp_path_factory, request) -> Hosted:
+    folder = tmp_path_factory.mktemp("hosted")
+    if request.param == "ADM":
+        network, path = toys.adm(SMALL), folder / "plain.pt"
+        torch.save(network.state_dict(), path)
+        widths = (32, 32, 64, 64, 64, 32, 32)
+        names = [f"input_blocks.{i}" for i in (2, 4, 7)], [f"output_blocks.{i}" for i in (2, 4, 7)]
+    else:
+        network, path, widths = toys.unet2d(), folder / "unet2d", (32, 64, 64, 64, 32)
+        network.save_pretrained(path)
+        names = [f"down_blocks.{i}.resnets.0" for i in (0, 1)], [f"up_blocks.{i}.resnets.1" for i in (0, 1)]
+    sites = dict(zip((*names[0], "middle_block", *names[1]), widths, strict=True))
+    return Hosted(inside.host.load_model(str(path))[0], network, sites)
+
+
+def draw(inside, model) -> torch.Tensor:
+    nothing = inside.host.unconditional_conditioning()
+    return inside.sample(model, nothing, latent={"samples": torch.zeros(2, 3, 16, 16)}, steps=3)
+
+
+def test_every_proposed_site_steers_and_its_width_is_known(inside, hosted):
+    assert {site: inside.host.site_width(hosted.model, site) for site in inside.host.some_sites(hosted.model)} == (
+        hosted.sites
+    )
+    plain = draw(inside, hosted.model)
+    for site in hosted.sites:
+        edited = inside.host.apply_site(hosted.model, site, lambda h, progress, images: h * 1.5, "Test")
+        assert not torch.equal(draw(inside, edited), plain), site
+
+
+def test_the_mark_of_a_model_is_that_of_its_file_with_and_without_a_lora(inside, hosted):
+    for model in (hosted.model, inside.with_lora(hosted.model)):
+        assert inside.host.model_fingerprint(model) == fingerprint(hosted.network.state_dict())
+
+
+def test_a_second_copy_of_the_network_draws_the_same(inside, hosted):
+    copy = hosted.model.clone(force_deepcopy=True)
+    assert copy.model.diffusion_model is not hosted.model.model.diffusion_model
+    assert torch.equal(draw(inside, copy), draw(inside, hosted.model))
+
+
+def test_the_network_runs_in_half_precision_as_on_a_gpu(inside, hosted):
+    network = hosted.model.clone(force_deepcopy=True).model.diffusion_model.half()
+    with torch.inference_mode():
+        found = network(torch.randn(1, 3, 16, 16).half(), torch.tensor([7.0]), transformer_options={})
+    assert found.dtype == torch.float16 and found.isfinite().all()
+    assert hosted.model.model_dtype() == torch.float32, "on a processor"
+
+
+def test_the_memory_of_an_evaluation_and_the_shares_of_the_sampling_are_told(inside, hosted):
+    assert 2 * 64 * 64 * 4 * 100 < hosted.model.memory_required([2, 3, 64, 64]) < 2 * 64 * 64 * 4 * 1000
+    sampling = hosted.model.get_model_object("model_sampling")
+    assert float(sampling.timestep(torch.tensor(sampling.percent_to_sigma(0.5)))) in (499, 500)
+    assert sampling.percent_to_sigma(0.0) > float(sampling.sigma_max) and sampling.percent_to_sigma(1.0) == 0
 
 
 # --- the reference's sampling ---

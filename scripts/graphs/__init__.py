@@ -1,0 +1,37 @@
+"""The workflows, each described once, and the two forms in which ComfyUI takes them.
+
+graph     a graph in the making, and as `/prompt` takes it
+canvas    as ComfyUI's page opens it
+pieces    what several workflows have in common
+steering, finding, paper   the workflows
+"""
+
+from environment import REPOSITORY
+
+from .canvas import to_ui
+from .finding import find_the_bias_features, where_is_it_decided, which_features_count, why_does_it_not_work
+from .graph import Graph, Link, Node, to_api
+from .paper import paper_stable_diffusion, paper_unconditional
+from .pieces import load_classifier, load_model, sampler, steer
+from .steering import debias_a_prompt, debias_the_avatars, dose_response, three_attributes_at_once
+
+FOLDER = REPOSITORY / "workflows"
+GRAPHS = (
+    debias_the_avatars, find_the_bias_features, dose_response, debias_a_prompt, paper_unconditional,
+    paper_stable_diffusion, three_attributes_at_once, where_is_it_decided, which_features_count,
+    why_does_it_not_work,
+)  # fmt: skip
+
+__all__ = [
+    "FOLDER",
+    "GRAPHS",
+    "Graph",
+    "Link",
+    "Node",
+    "load_classifier",
+    "load_model",
+    "sampler",
+    "steer",
+    "to_api",
+    "to_ui",
+]

@@ -1,0 +1,83 @@
+"""What several workflows have in common: loaders, samplers, Steer, and the last group that looks and measures."""
+
+from __future__ import annotations
+
+from .graph import Graph, Link, Node
+
+
+def load_model(graph: Graph, name: str = "avatars.safetensors") -> Node:
+    return graph.add(
+        "DiffLensLoadModel", None, model_name=name, schedule="auto", prediction="auto", class_label=0, heads=0,
+        new_attention_order=False,
+    )  # fmt: skip
+
+
+def load_classifier(graph: Graph, name: str = "avatars.safetensors") -> Node:
+    return graph.add("DiffLensLoadClassifier", None, classifier_name=name, face_detector="none")
+
+
+def sampler(
+    graph: Graph, title: str, model: Link, positive: Link, latent: Node, seed: int, negative: Link | None = None,
+    cfg: float = 1.0,
+) -> Node:  # fmt: skip
+    """A stock KSampler as all graphs use it."""
+    return graph.add(
+        "KSampler", title, model=model, seed=seed, steps=20, cfg=cfg, sampler_name="euler", scheduler="simple",
+        positive=positive, negative=negative or positive, latent_image=latent[0], denoise=1.0,
+    )  # fmt: skip
+
+
+def steer(graph: Graph, title: str, model: Link, recipe: Link, target: str = "uniform", strength: float = 1.0) -> Node:
+    return graph.add(
+        "DiffLensSteer", title, model=model, recipe=recipe, target=target, strength=strength, mode="from recipe",
+        start_percent=0.0, end_percent=1.0, seed=0, first_image=0, conditioning="positive",
+    )  # fmt: skip
+
+
+def report_on(
+    graph: Graph, title: str | None, classifier: Link, attribute: str, target: str, before: Node, after: Node,
+    targets: Link, save_as: str = "difflens/report",
+) -> Node:  # fmt: skip
+    """A Fairness Report that writes its page."""
+    return graph.add(
+        "DiffLensReport", title, classifier=classifier, attribute=attribute, target=target, before=before[0],
+        after=after[0], targets=targets, joint_with="", confusion="", undecided_below=0.0, perceptual="none", notes="",
+        save_as=save_as,
+    )  # fmt: skip
+
+
+def measure(
+    graph: Graph, attribute: str, target: str, classifier: Link, pictures: list[Node], titles: list[str], columns: int,
+    targets: Link,
+) -> None:  # fmt: skip
+    """The last group: all pictures side by side, and the report on the first and the last batch."""
+    graph.group("Look and measure")
+    rows = {f"rows.row{i}": batch[0] for i, batch in enumerate(pictures)}
+    grid = graph.add("DiffLensCompare", None, **rows, titles="\n".join(titles), columns=columns)
+    graph.add("SaveImage", "Save the comparison", images=grid[0], filename_prefix="difflens/comparison")
+    graph.column()
+    report = report_on(graph, None, classifier, attribute, target, pictures[0], pictures[-1], targets)
+    graph.add("SaveImage", "Save the chart", images=report[2], filename_prefix="difflens/chart")
+    graph.column()
+    graph.add("PreviewAny", "The report in words", source=report[0])
+    graph.add("PreviewAny", "The report for machines (JSON)", source=report[1])
+
+
+def before_and_after(graph: Graph, model: Node, recipe: Node, classifier: Node, latent: Node, columns: int) -> None:
+    """The same pictures without and with steering to a fair mix of presentations, side by side and measured."""
+    steered = steer(graph, None, model[0], recipe[0])
+    graph.column()
+    before = sampler(graph, "Before: as the model likes", model[0], model[1], latent, 7)
+    after = sampler(graph, "After: steered", steered[0], model[1], latent, 7)
+    graph.column()
+    before = graph.add("VAEDecode", "Pictures before", samples=before[0], vae=model[2])
+    after = graph.add("VAEDecode", "Pictures after", samples=after[0], vae=model[2])
+    measure(graph, "presentation", "uniform", classifier[0], [before, after], ["Before", "After"], columns, steered[1])
+
+
+def experiment(graph: Graph, type: str, model: Node, latent: Node, classifier: Node, **settings: object) -> Node:
+    """A node that samples pictures of its own, ten quick steps each, and reads them."""
+    return graph.add(
+        type, None, model=model[0], positive=model[1], latent_image=latent[0], vae=model[2], classifier=classifier[0],
+        steps=10, sampler_name="euler", scheduler="simple", seed=1, cfg=1.0, **settings,
+    )  # fmt: skip

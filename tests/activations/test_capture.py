@@ -1,0 +1,51 @@
+"""Capture: the noise and the pictures of one sampling, however it is cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from difflens_core.activations import Kept, capture, noise_batches
+from difflens_core.files import DiffLensError
+from difflens_core.networks import DenoiserSampler, sample, start_noise
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (3, 5, 5)])
+@pytest.mark.parametrize("batch", [1, 4, 7, 100])
+def test_noise_in_batches_is_the_noise_drawn_at_once(shape, batch):
+    whole = torch.randn(21, *shape, generator=torch.Generator().manual_seed(3))
+    parts = list(noise_batches(shape, 21, 3, batch))
+    assert {len(part) for part in parts[:-1]} <= {batch} and torch.equal(torch.cat(parts), whole)
+
+
+def test_capture_in_pieces_equals_one_sampling(toys, tmp_path):
+    model, sites = toys.denoiser(), ("middle_block", "after_middle")
+    done = []
+    store = capture(DenoiserSampler(model, 4), 5, 0, 2, sites, folder=tmp_path / "s", on_batch=done.append)
+    assert done == [2, 4, 5]
+    noise = start_noise(5, 0, 16)
+    for site in sites:
+        kept = [Kept(site, range(4)) for _ in range(3)]
+        parts = [sample(model, part, 4, kept=[one]) for part, one in zip(noise.split(2), kept, strict=True)]
+        expected = torch.cat([one.taken().movedim(-1, 2) for one in kept], dim=1)
+        assert torch.equal(store.activations(site).values, expected)
+    assert torch.equal(store.samples(), torch.cat(parts))
+    again = capture(DenoiserSampler(model, 4), 5, 0, 2, sites, folder=tmp_path / "s", on_batch=done.append)
+    assert done == [2, 4, 5], "a finished store is not drawn again"
+    assert torch.equal(again.samples(), store.samples())
+    with pytest.raises(DiffLensError, match="other settings: model"):
+        capture(DenoiserSampler(toys.denoiser(8), 4), 5, 0, 2, sites, folder=tmp_path / "s")
+
+
+def test_a_cancelled_capture_gives_the_pictures_of_an_uninterrupted_one(toys, tmp_path):
+    def cancel(done: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    model = toys.denoiser()
+    with pytest.raises(KeyboardInterrupt):
+        capture(DenoiserSampler(model, 3), 6, 1, 2, folder=tmp_path / "s", on_batch=cancel)
+    resumed = capture(DenoiserSampler(model, 3), 6, 1, 2, folder=tmp_path / "s")
+    whole = capture(DenoiserSampler(model, 3), 6, 1, 2)
+    assert torch.equal(resumed.samples(), whole.samples())
+    assert torch.equal(resumed.activations().values, whole.activations().values)

@@ -1,0 +1,48 @@
+"""Steer one attribute, watch the others, on a toy model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toy import CLASSES, UNIFORM, Toy, recipe
+
+from difflens_core.experiments import cross_effects
+from difflens_core.experiments.cross_effects import TOGETHER
+from difflens_core.report import cross_chart, cross_table
+from difflens_core.steer import Steering
+from difflens_core.targets import Targets
+
+
+def test_cross_effects_tell_a_clean_recipe_from_one_that_leaks():
+    attributes = {"age": CLASSES, "tone": CLASSES}
+    for leak, low, high in ((0.0, 0.0, 0.05), (0.9, 0.2, 1.0)):
+        recipes = [recipe(attribute="age", leak=leak), recipe(attribute="tone", first=3)]
+        found = cross_effects(recipes, Toy(), Toy.classify, attributes, 120, 32)
+        rows = {(row.steered, row.watched): row for row in found}
+        assert rows.keys() == {(s, w) for s in ("age", "tone", TOGETHER) for w in ("age", "tone")}
+        assert rows["age", "age"].asked and not rows["age", "tone"].asked and rows[TOGETHER, "tone"].asked
+        assert low <= rows["age", "tone"].share <= high and rows["tone", "age"].share < 0.05
+        assert rows["tone", "tone"].share > 0.95 and 60 < rows["age", "age"].pictures < 120
+        for row in found:
+            assert row.interval[0] - 1e-9 <= row.share <= row.interval[1] + 1e-9
+        assert cross_chart(found).shape == (440, 720, 3)
+        text = cross_table(found)
+        assert f"*{100 * rows['age', 'age'].share:.0f}" in text and len(text.splitlines()) == 5
+
+
+def test_cross_effects_count_as_by_hand_and_tell_their_progress():
+    toy, seen = Toy(), []
+    attributes = {"age": CLASSES, "tone": CLASSES}
+    (own, other) = cross_effects(
+        [recipe(leak=0.9)], toy, toy.classify, attributes, 50, 20, lambda *done: seen.append(done)
+    )
+    assert seen[-1] == (100, 100) and len(seen) == 6
+    base = toy([], torch.arange(50))
+    targets = Targets("age", CLASSES, tuple(UNIFORM))
+    after = toy([Steering(recipe(leak=0.9), targets.of)], torch.arange(50))
+    ages, tones = ([toy.classify(p)[name].argmax(1) for p in (base, after)] for name in ("age", "tone"))
+    moved = ages[0] != torch.from_numpy(targets.first(50))
+    assert own.share == pytest.approx(float((ages[1] == torch.from_numpy(targets.first(50)))[moved].float().mean()))
+    assert other.share == pytest.approx(float((tones[0] != tones[1])[moved].float().mean()))
+    mixes = [torch.bincount(labels, minlength=3) / 50 for labels in tones]
+    assert other.drift == pytest.approx(float((mixes[1] - mixes[0]).abs().sum() / 2))

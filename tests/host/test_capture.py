@@ -1,0 +1,91 @@
+"""Captures into a store: the pictures of a KSampler, gone on with after Cancel, loaded and trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from graphs import Graph, Node, to_api
+from host import HostError, Server
+from small_graphs import AVATARS, Avatars, cancel_in, latents, text_of
+
+from difflens_core.activations import capture, open_store
+from difflens_core.files import fingerprint
+from difflens_core.networks import DenoiserSampler, load_denoiser
+
+
+def stored(server: Server, name: str) -> dict[str, bytes]:
+    """The files of a store in the user's folder."""
+    folder = server.base / "models" / "difflens_activations" / name
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+
+def test_a_cancelled_capture_goes_on_to_the_store_of_an_uninterrupted_one(server):
+    def graph(name: str, **settings: object) -> tuple[Graph, Node]:
+        graph = Avatars(pictures=4)
+        inputs = {"pictures": 62, "steps": 4, "seed": 8, "site": "middle_block, up", "save_as": name}
+        captured = graph.capture(**{**inputs, **settings})
+        graph.add("PreviewImage", images=captured[1])
+        return graph, captured
+
+    cancel_in(server, *graph("cut"))
+    begun = stored(server, "cut")
+    assert 0 < len(begun) < 17, "16 shards and the index"
+    server.run(to_api(graph("cut")[0]))
+    server.run(to_api(graph("whole")[0]))
+    cut, whole = stored(server, "cut"), stored(server, "whole")
+    assert cut == whole and len(whole) == 17 and all(cut[name] == content for name, content in begun.items())
+    with pytest.raises(HostError, match="Capture Activations: cut was begun with other settings: seed 8, now 9"):
+        server.run(to_api(graph("cut", seed=9)[0]))
+
+
+def test_a_store_holds_the_pictures_of_a_ksampler_and_is_loaded_again(server):
+    graph = Avatars(pictures=3)
+    captured = graph.capture(pictures=3, steps=4, seed=3, save_as="sub/some", start_percent=0.5)
+    graph.add("PreviewImage", images=captured[1])
+    plain = graph.save(graph.draw())
+    entry = server.run(to_api(graph))
+    name = str(Path("sub", "some"))
+    store = open_store(server.base / "models" / "difflens_activations" / name)
+    assert torch.equal(store.samples(), latents(server, entry, plain))
+    assert store.index.progress == (0.5, 0.75)
+    model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
+    assert store.index.model == fingerprint(model.state_dict())
+    expected = capture(DenoiserSampler(model, 4), 3, 3).activations().values[2:]
+    torch.testing.assert_close(store.activations().values, expected, atol=2e-2, rtol=1e-2)
+
+    options = server.object_info()["DiffLensLoadActivations"]["input"]["required"]["store_name"][1]["options"]
+    assert name in options
+    graph = Avatars()
+    loaded = graph.add("DiffLensLoadActivations", store_name=name, site="")
+    saved = graph.add("SaveLatent", samples=loaded[1], filename_prefix="latents/test")
+    assert torch.equal(latents(server, server.run(to_api(graph)), saved), store.samples())
+    graph = Avatars()
+    loaded = graph.add("DiffLensLoadActivations", store_name=name, site="attic")
+    graph.add("SaveLatent", samples=loaded[1], filename_prefix="latents/test")
+    with pytest.raises(HostError, match="Load Activations: site attic was not captured. There is: middle_block"):
+        server.run(to_api(graph))
+
+
+def test_training_and_attribution_take_a_store(server):
+    graph = Avatars(pictures=32)
+    captured = graph.capture(pictures=96, steps=3, save_as="labelled")
+    found = graph.attribute(captured, graph.train(captured, 30)[0])
+    shown = graph.show(found[2])
+    assert text_of(server.run(to_api(graph)), shown).startswith("presentation, by contrastive")
+
+
+def test_a_capture_and_a_training_can_be_cancelled(server):
+    graph = Avatars()
+    sae = graph.train(graph.capture(), 1_000_000, save_as="never")
+    graph.show(sae[2])
+    cancel_in(server, graph, sae)
+    assert not list(server.base.rglob("never*"))
+    graph = Avatars()
+    captured = graph.capture(pictures=2000, steps=20, seed=5)
+    graph.add("PreviewImage", images=captured[1])
+    cancel_in(server, graph, captured)
+    graph = Avatars()
+    saved = graph.save(graph.draw(seed=21))
+    assert latents(server, server.run(to_api(graph)), saved).std() > 0.1

@@ -1,0 +1,57 @@
+"""What ComfyUI knows about the pack: its nodes, their help pages, the files and workflows that it ships."""
+
+from __future__ import annotations
+
+import io
+import json
+import urllib.parse
+
+import pytest
+from host import PACK_NAME
+from PIL import Image
+from small_graphs import NAMES
+
+NODES = (
+    "LoadModel", "LoadSAE", "LoadFeatures", "LoadClassifier", "LoadRecipe", "SaveRecipe", "Capture", "LoadActivations",
+    "TrainSAE", "Classify", "TrainProbes", "Attribute", "SiteScan", "RankByEffect", "Steer", "Report", "Compare",
+    "ZeroShot", "DDIMSigmas", "ReferenceSampler", "LoadPromptedModel", "Calibrate", "Plan", "CrossEffects", "Diagnose",
+)  # fmt: skip
+
+
+def test_exactly_our_nodes_are_registered(object_info):
+    assert {name for name in object_info if name.startswith("DiffLens")} == {f"DiffLens{name}" for name in NODES}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_every_node_explains_itself(server, object_info, name):
+    info = object_info[f"DiffLens{name}"]
+    assert info["python_module"] == f"custom_nodes.{PACK_NAME}"
+    assert info["description"] and info["category"] == "DiffLens" and info["display_name"] != info["name"]
+    for kind in ("required", "optional"):
+        for input_name, declared in info["input"].get(kind, {}).items():
+            assert declared[1].get("tooltip"), f"input {input_name} has no tooltip"
+    assert len(info["output_tooltips"]) == len(info["output"]) and all(info["output_tooltips"])
+    page = server.request(f"/extensions/{PACK_NAME}/docs/DiffLens{name}.md").decode()
+    assert info["display_name"] in page and len(page) > 200
+
+
+def test_the_shipped_files_are_listed(object_info):
+    for node, name, files in (
+        ("LoadModel", "model_name", ["avatars"]),
+        ("LoadPromptedModel", "model_name", ["prompted_avatars"]),
+        ("LoadSAE", "sae_name", ["avatars"]),
+        ("LoadClassifier", "classifier_name", ["avatars"]),
+        ("LoadRecipe", "recipe_name", ["avatars_presentation", "avatars_age", "avatars_skin_tone"]),
+    ):
+        options = object_info[f"DiffLens{node}"]["input"]["required"][name][1]["options"]
+        assert {f"{file}.safetensors" for file in files} <= set(options)
+
+
+def test_workflows_are_templates(server):
+    listed = json.loads(server.request("/workflow_templates"))[PACK_NAME]
+    assert sorted(listed) == list(NAMES)
+    for name in NAMES:
+        path = f"/api/workflow_templates/{PACK_NAME}/{urllib.parse.quote(name)}"
+        assert json.loads(server.request(f"{path}.json"))["nodes"]
+        if name[:2] not in ("05", "06"):  # which nobody can run without the weights
+            assert Image.open(io.BytesIO(server.request(f"{path}.jpg"))).width == 512
