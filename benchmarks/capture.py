@@ -1,6 +1,6 @@
 """What capture into a store costs: time beside plain sampling of the avatars, and main memory by number of pictures.
 
-    python benchmarks/capture.py
+    python benchmarks/run.py --only capture
 
 Time is the median over pairs that take turns. Memory is the peak of what the process alone holds, Python and torch
 included (anonymous pages; those of mapped files are the system's to drop), while a stub sampler gives activations of
@@ -96,15 +96,3 @@ def memory(pictures: int) -> dict:
 def rows() -> list[dict]:
     """Rows of `name, size, ours, peer, peer_name, ratio`."""
     return [timing(), *(memory(pictures) for pictures in PICTURES)]
-
-
-def main() -> None:
-    for found in rows():
-        print(
-            "{name:18} {size:22} {ours:9.3f}  {peer_name:16} {peer:9.3f}  ratio {ratio:.3f}".format_map(found),
-            flush=True,
-        )
-
-
-if __name__ == "__main__":
-    main()

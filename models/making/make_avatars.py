@@ -1,7 +1,7 @@
 """Rebuild every file under models/avatars/ from seeds.
 
-    python models/making/make_avatars.py            all stages, in order; finished stages are skipped
-    python models/making/make_avatars.py denoiser   one stage again
+    python models/making/make_avatars.py            the stages whose files are not there, in order
+    python models/making/make_avatars.py denoiser   one stage again: its files are replaced
 
 A stage that is cut off goes on from its last checkpoint in models/avatars/.work/.
 """
@@ -38,7 +38,7 @@ from difflens_core.files import fingerprint, load_tensors  # noqa: E402
 from difflens_core.locate import save_probes  # noqa: E402
 from difflens_core.networks import (  # noqa: E402
     Denoiser,
-    capture_pictures,  # noqa: E402
+    capture_pictures,
     load_denoiser,
     save_denoiser,
 )
@@ -224,4 +224,4 @@ STAGES = {
 
 
 if __name__ == "__main__":
-    build(STAGES, WORK, sys.argv[1:])
+    build(STAGES, WORK, __doc__)

@@ -1,14 +1,13 @@
 """Rebuild every file under models/prompted_avatars/ from seeds. Needs models/avatars/: training begins from it.
 
-    python models/making/make_prompted_avatars.py            all stages, in order; finished stages are skipped
-    python models/making/make_prompted_avatars.py denoiser   one stage again
+    python models/making/make_prompted_avatars.py            the stages whose files are not there, in order
+    python models/making/make_prompted_avatars.py denoiser   one stage again: its files are replaced
 
 A stage that is cut off goes on from its last checkpoint in models/prompted_avatars/.work/.
 """
 
 from __future__ import annotations
 
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -282,4 +281,4 @@ STAGES = {
 }
 
 if __name__ == "__main__":
-    build(STAGES, WORK, sys.argv[1:])
+    build(STAGES, WORK, __doc__)
