@@ -202,7 +202,8 @@ seeds. Mode reach draws long hair in full, where shift stops as soon as the prob
 |---|---|---|---|---|---|
 {recipes}
 
-`difflens_probes/` holds the linear probes behind them, one a step and attribute (`difflens_core.probes.load_probes`).
+`difflens_probes/` holds the linear probes behind them, one a step and attribute
+(`difflens_core.locate.probes.load_probes`).
 `difflens_recipes/controls/` holds what the recipes are compared with: random latents of the same count and edit norm,
 and the mean difference of the raw activations.
 
