@@ -1,7 +1,7 @@
 """All that the nodes need of ComfyUI itself: the only room that touches its internals."""
 
 from .ddim import ddim_sigmas, reference_sampler
-from .edits import CONDITIONINGS, apply_site, progress_of
+from .edits import CONDITIONINGS, apply_site
 from .files import (
     CLASSIFIERS,
     MODELS,
@@ -38,6 +38,7 @@ from .progress import (
     training,
     training_device,
 )
+from .runs import progress_of
 from .sampling import SAMPLERS, SCHEDULERS, capture, drawer, run_mark
 from .sites import own_name, site_width, some_sites
 

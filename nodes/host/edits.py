@@ -1,130 +1,224 @@
-"""Reading and changing what a site puts out while ComfyUI samples."""
+"""Reading and changing what a site puts out while ComfyUI samples, and telling when that did not come about.
+
+A clone of the MODEL carries three wrappers for every edit: around a run (OUTER_SAMPLE), around a guider's prediction
+(PREDICT_NOISE), and around an evaluation of the network (APPLY_MODEL), for which a forward hook lives on the site. They
+see from outside how often the site should have been run and how often it was. Whatever stands in between, such as
+a cache, an engine or a compiled graph, is noticed by the difference.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from server import PromptServer
 from torch import Tensor
 
 from ...difflens_core.activations import edit_site as hooked
 from ...difflens_core.files import DiffLensError
 from .progress import named
-from .sites import MIDDLE_BLOCK, Picture, own_name, site_width
+from .runs import Account, Run, part_of, picture_numbers, progress_of
+from .sites import Picture, own_name, run_name, site_width
+
+log = logging.getLogger("difflens")
 
 Edit = Callable[[Tensor, float, Tensor], Tensor]
-EditRows = Callable[[Tensor, dict], Tensor]
-
-
-def progress_of(model: ModelPatcher) -> Callable[[float], float]:
-    """A function from sigma to the share of timesteps behind it: 0 is pure noise, 1 the picture.
-
-    1 - sigma for flow models. A node that changes the model's sampling belongs before the one that calls this.
-    """
-    model_sampling = model.get_model_object("model_sampling")
-    first = float(model_sampling.timestep(torch.as_tensor(model_sampling.sigma_max)))
-
-    def progress(sigma: float) -> float:
-        share = 1 - float(model_sampling.timestep(torch.tensor(sigma))) / first
-        return min(1.0, max(0.0, round(share, 6)))
-
-    return progress
-
-
 UNEDITED = "difflens_unedited"  # entry of transformer_options: in this evaluation all sites stay as they are
+CONDITIONINGS = ("positive", "negative", "both")
+
+# Of a run, its chunks' roles and uuids: which chunks is the edit for?
+Choose = Callable[[Run, Sequence[str], Sequence[Any]], list[bool]]
 
 
-# Which conditioning an edit is for: entries of `cond_or_uncond`, in which 0 is the positive.
-CONDITIONINGS = {"positive": (0,), "negative": (1,), "both": (0, 1)}
+def follows(conditioning: str) -> Choose:
+    """For chunks of the positive, of the negative, or of all that a guider holds."""
+    return lambda run, roles, uuids: [conditioning in ("both", role) for role in roles]
 
 
-# For the chunks of a batch, of which each follows a conditioning: is an edit for them?
-Follows = Callable[[dict], list[bool]]
+def follows_first(run: Run, roles: Sequence[str], uuids: Sequence[Any]) -> list[bool]:
+    """For the chunk of the first positive conditioning alone: there may be several."""
+    first = run.guider.conds["positive"][0]["uuid"]
+    return [role == "positive" and uuid == first for role, uuid in zip(roles, uuids, strict=True)]
 
 
-def follows(conditioning: str) -> Follows:
-    """For chunks that follow a conditioning (one of CONDITIONINGS)."""
-    return lambda options: [kind in CONDITIONINGS[conditioning] for kind in options["cond_or_uncond"]]
+class SiteEdit:
+    """An edit of one site in every run of a MODEL, in the wrappers that carry it."""
 
+    def __init__(self, site: str, edit: Edit, node: str, choose: Choose, span: tuple[float, float], said: list[str]):
+        self.site, self.edit, self.node, self.choose, self.span, self.said = site, edit, node, choose, span, said
+        self.runs: list[Run] = []  # the one under way last; a sampler may sample inside another
 
-def edit_rows(h: Tensor, options: dict, edit: Edit, chosen: Sequence[bool]) -> Tensor:
-    """Let `edit(rows, sigma, images)` change the chosen chunks of h.
+    def around_run(self, executor: WrapperExecutor, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """OUTER_SAMPLE."""
+        guider, seed = executor.class_obj, kwargs.get("seed", args[6] if len(args) > 6 else None)
+        run = Run(guider, picture_numbers(noise, seed), progress_of(guider.model_patcher), self.span)
+        self.runs.append(run)
+        try:
+            out = executor(noise, *args, **kwargs)
+        finally:
+            self.runs.remove(run)
+        with named(self.node):
+            check_account(run.account, self.site)
+        for sentence in shortfalls(run.account, self.site, self.span):
+            self.said.append(sentence)
+            log.warning("%s: %s", self.node, sentence)
+        return out
 
-    h holds a chunk of the latent batch for every entry of `cond_or_uncond`. Returns h itself if every chunk comes
-    back as it was, or if the sampler asks for the unedited model (UNEDITED). Reads one sigma, which on a GPU waits for
-    the device once an evaluation.
-    """
-    if options.get(UNEDITED):
-        return h
-    if h.ndim != 4:
-        raise DiffLensError(
-            f"the site puts out {h.ndim} dimensions, expected batch x channels x height x width, or batch x tokens x "
-            "channels."
-        )
-    sigma = float(options["sigmas"][0])
-    chunks = h.chunk(len(chosen))
-    edited = [
-        edit(chunk, sigma, torch.arange(len(chunk))) if mine else chunk
-        for chunk, mine in zip(chunks, chosen, strict=True)
-    ]
-    if all(new is old for new, old in zip(edited, chunks, strict=True)):
-        return h
-    return torch.cat(edited)
+    def around_prediction(
+        self, executor: WrapperExecutor, x: Tensor, timestep: Tensor, model_options: dict, *args: Any, **kwargs: Any
+    ) -> Any:
+        """PREDICT_NOISE. Reads one noise level, which on a GPU waits for the device once a prediction."""
+        if self.runs and not model_options.get("transformer_options", {}).get(UNEDITED):
+            self.runs[-1].begin_prediction(float(timestep.flatten()[0]))
+        return executor(x, timestep, model_options, *args, **kwargs)
 
-
-class MiddleBlockPatch:
-    """Edit as a `middle_block_after_patch`: hooks on the mid block of ComfyUI's UNet never fire."""
-
-    def __init__(self, edit: EditRows):
-        self.edit = edit
-
-    def __call__(self, args: dict) -> dict:
-        return {"h": self.edit(args["h"], args["transformer_options"])}
-
-
-class HookWrapper:
-    """Edit as a forward hook that lives for one evaluation of the model.
-
-    Around APPLY_MODEL, because SD3's network runs no DIFFUSION_MODEL wrappers.
-    """
-
-    def __init__(self, site: str, edit: EditRows):
-        self.site, self.edit = site, edit
-
-    def __call__(self, executor: WrapperExecutor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def around_evaluation(self, executor: WrapperExecutor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """APPLY_MODEL, because SD3's network runs no DIFFUSION_MODEL wrappers."""
         options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "sigmas" in a)
-        network = executor.class_obj.diffusion_model
-        with hooked(network, self.site, lambda h: self.edit(h, options), Picture(network, self.site, x)):
+        if options.get(UNEDITED):
             return executor(x, *args, **kwargs)
+        with named(self.node):
+            if not self.runs:
+                raise DiffLensError(
+                    "the model is run outside a sampler of ComfyUI's, where pictures and conditionings cannot be told "
+                    "apart. Take the model for that from before this node."
+                )
+            run = self.runs[-1]
+            run.evaluations += 1
+            if not run.inside and run.evaluations > 1:  # the first is always looked at: does the recipe fit?
+                return executor(x, *args, **kwargs)
+            chosen = self.choose(run, run.roles(options), options["uuids"])
+            numbers = run.rows(x, options, clip_length(kwargs))
+        network, visited = executor.class_obj.diffusion_model, []
+        site = run_name(network, self.site)
+
+        def change(h: Tensor) -> Tensor:
+            visited.append(site)
+            with named(self.node):
+                return self.change(h, run, chosen, numbers)
+
+        with uncompiled(), hooked(network, site, change, Picture(network, site, x, text_tokens(args, kwargs))):
+            out = executor(x, *args, **kwargs)
+        if not visited:
+            self.missed(run)
+        return out
+
+    def change(self, h: Tensor, run: Run, chosen: Sequence[bool], numbers: Tensor) -> Tensor:
+        """h with the chosen chunks edited: h itself if every chunk comes back as it was."""
+        run.count("reached")
+        if not any(chosen):
+            return h
+        run.count("chosen")
+        parts = part_of(h, chosen, numbers, self.site)
+        edited = [
+            self.edit(chunk, run.progress, images) if mine else chunk
+            for (chunk, images), mine in zip(parts, chosen, strict=True)
+        ]
+        if all(new is old for new, (old, _) in zip(edited, parts, strict=True)):
+            return h
+        run.count("changed")
+        return torch.cat(edited)
+
+    def missed(self, run: Run) -> None:
+        """The network was evaluated without the site. If it never was run, say so before more is sampled in vain."""
+        if run.inside and run.account.reached == 0:
+            with named(self.node):
+                check_account(run.account, self.site)
 
 
-def edit_site(model: ModelPatcher, site: str, edit: Edit, node: str, chosen: Follows) -> ModelPatcher:
-    """A clone of the model in which `edit(rows, sigma, images)` changes what is read at `site` in the chosen rows.
+def check_account(account: Account, site: str) -> None:
+    """Raise `DiffLensError` if the edit was due and the site was never run."""
+    if account.due and not account.reached:
+        raise DiffLensError(
+            f"{site} was never run while the model sampled, so it was neither read nor changed: another node replaces "
+            "the network's code or runs an engine in its place. Leave that node out, or use another site."
+        )
 
-    Errors that come up while sampling begin with the name `node`.
+
+def shortfalls(account: Account, site: str, span: tuple[float, float]) -> list[str]:
+    """Sentences on what should have been done in a run and was not."""
+    if account.predictions and not account.due:
+        return [
+            f"no step of the sampling lies between {span[0]:.0%} and {span[1]:.0%}, so nothing was steered. Widen "
+            "start_percent and end_percent, or take more steps."
+        ]
+    if account.due and not account.chosen:
+        return [
+            "the conditioning that was to be steered never came, so nothing was steered. At cfg 1 there is only the "
+            "positive."
+        ]
+    if account.reached < account.due:
+        return [
+            f"{site} was run in {account.reached} of the {account.due} predictions to be steered: a cache or another "
+            "node answered the others from what came before."
+        ]
+    return []
+
+
+def clip_length(kwargs: dict) -> int:
+    """Pictures of the batch that are the frames of one clip, for networks that take a video as a batch."""
+    frames = kwargs.get("num_video_frames")
+    return int(frames) if frames is not None else 1
+
+
+def text_tokens(args: Sequence[Any], kwargs: dict) -> int:
+    """How many tokens of text the network is given, 0 if none."""
+    text = kwargs.get("c_crossattn", args[2] if len(args) > 2 else None)
+    return text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
+
+
+def uncompiled() -> AbstractContextManager:
+    """While open, code that was compiled runs as it was written.
+
+    A compiled graph leaves out hooks that came after it, and an edit is no code for a compiler. Other evaluations stay
+    compiled.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled yet; it takes seconds to import
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def edit_site(
+    model: ModelPatcher, site: str, edit: Edit, node: str, choose: Choose, span: tuple[float, float] = (0.0, 1.0),
+    mark: str = "", said: list[str] | None = None,
+) -> ModelPatcher:  # fmt: skip
+    """A clone of the model in which `edit(rows, progress, images)` changes what is read at `site` in the chosen rows.
+
+    rows: B x C x H x W; progress: 0 to 1; images: B, numbers of the pictures in their batch. If it gives the rows back,
+    the result is bit-identical. span: the part of the sampling in which it changes anything. Errors that come up while
+    sampling begin with the name `node`. mark: tells the edit from others. said: takes sentences on what did not come
+    about in a run. Raises `DiffLensError` if the model lacks the site.
     """
     site_width(model, site)
-    clone, site = model.clone(), own_name(model, site)
-
-    def apply(h: Tensor, options: dict) -> Tensor:
-        with named(node):
-            return edit_rows(h, options, edit, chosen(options))
-
-    if site == MIDDLE_BLOCK:
-        clone.set_model_middle_block_after_patch(MiddleBlockPatch(apply))
-    else:
-        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "difflens", HookWrapper(site, apply))
+    clone = model.clone()
+    carried = SiteEdit(own_name(model, site), edit, node, choose, span, [] if said is None else said)
+    for kind, method in (
+        (WrappersMP.OUTER_SAMPLE, carried.around_run),
+        (WrappersMP.PREDICT_NOISE, carried.around_prediction),
+        (WrappersMP.APPLY_MODEL, carried.around_evaluation),
+    ):
+        wrapper = functools.partial(method)
+        wrapper.difflens_mark = f"{carried.site} {span} {mark}"
+        clone.add_wrapper_with_key(kind, "difflens", wrapper)
     return clone
 
 
-def apply_site(model: ModelPatcher, site: str, fn: Edit, node: str, conditioning: str = "positive") -> ModelPatcher:
-    """A clone of the model in which `fn(h, progress, images)` changes what `site` puts out.
+def apply_site(
+    model: ModelPatcher, site: str, edit: Edit, node: str, conditioning: str = "positive",
+    span: tuple[float, float] = (0.0, 1.0), mark: str = "", said: list[str] | None = None,
+) -> ModelPatcher:  # fmt: skip
+    """`edit_site` for the rows of a conditioning (one of CONDITIONINGS)."""
+    return edit_site(model, site, edit, node, follows(conditioning), span, mark, said)
 
-    h: B x C x H x W, rows of the `conditioning` only; progress: 0 to 1; images: B, places in the latent
-    batch. If fn gives h back, the result is bit-identical. Raises `DiffLensError` if the model lacks the site.
-    """
-    progress = progress_of(model)
-    return edit_site(model, site, lambda h, sigma, images: fn(h, progress(sigma), images), node, follows(conditioning))
+
+def tell(node_id: str | None, text: str) -> None:
+    """Show a text on a node of the page."""
+    if node_id is not None and getattr(PromptServer, "instance", None):
+        PromptServer.instance.send_progress_text(text, node_id)

@@ -14,20 +14,22 @@ import comfy.sample
 import comfy.samplers
 import comfy.sd
 import latent_preview
+import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from ...difflens_core.activations import Draw, Edit, Kept, Store, noise_batches
 from ...difflens_core.activations import capture as capture_with
 from ...difflens_core.activations import drawer as draw_with
 from ...difflens_core.files import DiffLensError, digest
-from .edits import apply_site, edit_site, progress_of
+from .edits import apply_site, edit_site, follows_first
 from .marks import conditioning_tensors, content, model_fingerprint, patches_mark
 from .progress import progress_bar
+from .runs import progress_of
 
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
 SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
+SAME = 2e-6  # difference of progress, which is rounded, up to which two noise levels are one
 
 
 def empty_latents(model: ModelPatcher, positive: list, latent: dict) -> Tensor:
@@ -120,8 +122,7 @@ class HostSampler:
         """See `Sampler.sample`."""
         model = self.watched(kept) if kept else self.model
         for edit in edits:
-            numbered = lambda h, progress, places, edit=edit: edit(h, progress, images[places])  # noqa: E731
-            model = apply_site(model, edit.site, numbered, self.node)
+            model = apply_site(model, edit.site, functools.partial(numbered, edit, images), self.node)
         return comfy.sample.sample(
             model, noise.to(self.start.dtype), self.steps, self.cfg, self.sampler_name, self.scheduler, self.positive,
             self.negative or self.positive, self.start[images % len(self.start)], disable_pbar=True,
@@ -133,31 +134,26 @@ class HostSampler:
 
         There may be several positives, and negatives.
         """
-        model, first = self.model, []
+        model = self.model
 
-        def begin(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
-            first.append(executor.class_obj.conds["positive"][0]["uuid"])
-            return executor(*args, **kwargs)
-
-        def chosen(options: dict) -> list[bool]:
-            # Where only the positive is for an area, ComfyUI makes a negative for it that goes by the same uuid.
-            pairs = zip(options["cond_or_uncond"], options["uuids"], strict=True)
-            return [kind == 0 and uuid == first[-1] for kind, uuid in pairs]
-
-        def keep(one: Kept, h: Tensor, sigma: float, images: Tensor) -> Tensor:
-            step = int((self.sigmas[:-1] - sigma).abs().argmin())
-            if abs(float(self.sigmas[step]) - sigma) <= 1e-4 * sigma:
-                one.keep(step, h)
+        def keep(one: Kept, h: Tensor, progress: float, images: Tensor) -> Tensor:
+            distance = (torch.tensor(self.progress, dtype=torch.float64) - progress).abs()
+            if float(distance.min()) <= SAME:
+                one.keep(int(distance.argmin()), h)
             return h
 
         for one in kept:
-            model = edit_site(model, one.site, functools.partial(keep, one), self.node, chosen)
-        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "difflens", begin)
+            model = edit_site(model, one.site, functools.partial(keep, one), self.node, follows_first)
         return model
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Sampler.decode`."""
         return self.vae.decode(latents).float().cpu()
+
+
+def numbered(edit: Edit, images: Tensor, rows: Tensor, progress: float, places: Tensor) -> Tensor:
+    """The edit of rows of pictures `images`, whose noise was chosen by the core and tells nothing of their numbers."""
+    return edit(rows, progress, images.repeat_interleave(len(rows) // len(images)))
 
 
 def capture(

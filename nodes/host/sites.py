@@ -19,8 +19,14 @@ from ...difflens_core.files import DiffLensError
 from ...difflens_core.networks import Denoiser, ResBlock, Stack
 
 MIDDLE_BLOCK = "middle_block"
-# Blocks that hand two streams on: the picture's place in the output, and among the arguments or their names.
-TWO_STREAMS = {DoubleStreamBlock: (0, "img"), JointBlock: (1, 1), QwenImageTransformerBlock: (1, "hidden_states")}
+# Blocks that hand two streams on, by their class or, of other packs' classes, by the stack they are in: the picture's
+# place in the output, and among the arguments or their names.
+TWO_STREAMS = {
+    (DoubleStreamBlock, "double_blocks"): (0, "img"),
+    (JointBlock, "joint_blocks"): (1, 1),
+    (QwenImageTransformerBlock, "transformer_blocks"): (1, "hidden_states"),
+}
+ONE_STREAM = "single_blocks"  # blocks of this stack have the text's tokens before the picture's
 # Stacks of blocks by diffusers' names, and what ComfyUI's networks call them.
 STACKS = {
     "transformer_blocks": ("double_blocks", "joint_blocks"),
@@ -102,6 +108,23 @@ def some_sites(model: ModelPatcher) -> list[str]:
     return found
 
 
+def run_name(network: nn.Module, site: str) -> str:
+    """The module of a site that is really run: of ComfyUI's middle block, a mere group, the last module in it."""
+    module = find_site(network, site)
+    if site == MIDDLE_BLOCK and isinstance(module, TimestepEmbedSequential):
+        return f"{site}.{len(module) - 1}"
+    return site
+
+
+def place_of(network: nn.Module, site: str) -> tuple[int | None, int | str]:
+    """Where the picture is in what the block of a site puts out and takes: None, 0 if that is one tensor."""
+    module, stack = find_site(network, site), site.removesuffix(UPDATE).rpartition(".")[0]
+    module = getattr(module, "_orig_mod", module)  # a block that was compiled by itself
+    by_class = (place for (kind, _), place in TWO_STREAMS.items() if isinstance(module, kind))
+    by_stack = (place for (_, name), place in TWO_STREAMS.items() if name == stack)
+    return next(by_class, None) or next(by_stack, (None, 0))
+
+
 def picture_grid(network: nn.Module, x: Tensor) -> tuple[int, int] | None:
     """Sides of the map that the picture's tokens form for latents x (B x C x ... x H x W), frames below each other.
 
@@ -123,10 +146,11 @@ class Picture(Whole):
     reference pictures follow the picture's own and are left out.
     """
 
-    def __init__(self, network: nn.Module, site: str, x: Tensor):
-        """`x`: the latents that the network is run on."""
-        self.place, self.argument = TWO_STREAMS.get(type(find_site(network, site)), (None, 0))
+    def __init__(self, network: nn.Module, site: str, x: Tensor, text: int = 0):
+        """`x`: the latents that the network is run on; text: how many tokens of text it is given."""
+        self.place, self.argument = place_of(network, site)
         self.site, self.grid = site, picture_grid(network, x)
+        self.text = text if site.removesuffix(UPDATE).rpartition(".")[0] == ONE_STREAM else None
 
     def given(self, args: tuple, kwargs: dict) -> Tensor:
         if self.place is None:
@@ -136,14 +160,18 @@ class Picture(Whole):
         return self.map_of(found, kwargs)
 
     def read(self, output: Any, kwargs: dict) -> Tensor:
-        return self.map_of(output if self.place is None else output[self.place], kwargs)
+        return self.map_of(output[self.place] if self.two_streams(output) else output, kwargs)
 
     def write(self, output: Any, kwargs: dict, h: Tensor) -> Any:
-        if self.place is None:
+        if not self.two_streams(output):
             return self.replaced(output, kwargs, h)
         streams = list(output)
         streams[self.place] = self.replaced(streams[self.place], kwargs, h)
         return tuple(streams)
+
+    def two_streams(self, output: Any) -> bool:
+        """Whether this is what a block of two streams hands on: another pack's block may hand on the picture alone."""
+        return self.place is not None and isinstance(output, (tuple, list))
 
     def map_of(self, found: Any, kwargs: dict) -> Any:
         """What a module takes or gives as a map; what is neither map nor tokens as it is."""
@@ -168,6 +196,8 @@ class Picture(Whole):
         first = 0
         if not known and "img_slice" in kwargs.get("transformer_options", {}):
             known, first = True, kwargs["transformer_options"]["img_slice"][0]
+        elif self.text is not None:  # a block that is not told where its picture is
+            known, first = True, self.text
         count = math.prod(self.grid) if self.grid else found.shape[1] - first
         left = found.shape[1] - first - count
         if left < 0 or (left and not known):

@@ -120,7 +120,8 @@ def test_a_capture_keeps_the_rows_of_the_first_positive(inside, family, how):
         assert (rows[:, 0].float() - rows[:, 1].float()).abs().max() > far, "pictures are alike"
     if how in ("ControlNet", "LoRA"):
         plain, _ = captured(inside, inside.model(family), inside.prompt(family, 1), latent, sites)
-        assert not torch.equal(plain[0], found[0])
+        # The middle block is read before a ControlNet adds to it: what it puts out is what a recipe was made on.
+        assert torch.equal(plain[0], found[0]) == (how == "ControlNet") and not torch.equal(plain[2], found[2])
 
 
 @pytest.mark.parametrize(
@@ -134,16 +135,17 @@ def test_steering_changes_every_row_it_is_for_and_no_other(inside, family, how, 
     push = torch.randn(PICTURES, width, 1, 1, generator=torch.Generator().manual_seed(6))
     before, after = Spy(), Spy()
     steered = inside.host.apply_site(
-        with_spy(model, before), "mid_block", lambda h, progress, images: h + push[images], "Steer", conditioning
+        model, "mid_block", lambda h, progress, images: h + push[images], "Steer", conditioning
     )
-    inside.sample(with_spy(steered, after), positive, negative, 4.0, latent)
+    for by, spy in ((model, before), (steered, after)):
+        inside.sample(with_spy(by, spy), positive, negative, 4.0, latent)
     kinds = {"positive": [0], "negative": [1], "both": [0, 1]}[conditioning]
     seen = []
     for (kind, h), (_, new) in zip(before.seen, after.seen, strict=True):
         for i, which in enumerate(kind):
             rows = slice(i * PICTURES, (i + 1) * PICTURES)
             expected = h[rows] + push if which in kinds else h[rows]
-            assert torch.equal(new[rows], expected)
+            close(new[rows], expected)  # a ControlNet adds to what was pushed, in another order
             seen.append(which)
     # ComfyUI gives a positive for an area a negative of its own.
     assert {0, 1} == {*seen} and seen.count(0) == len(positive) and seen.count(1) == 1 + (how[:7] == "an area")

@@ -1,0 +1,174 @@
+"""One sampling run as the guider that executes it tells it: whose rows are whose, how far it is, and what was done.
+
+Nothing here is known when a graph is built. A run begins when a guider starts to sample (OUTER_SAMPLE) and says which
+conditionings it holds, which model sampling is in force, and from which noise the pictures start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...difflens_core.files import DiffLensError
+
+# What an ordinary guider's places in a list of conditionings stand for, where its uuids leave it open.
+BY_PLACE = {0: "positive", 1: "negative"}
+SLICES_TRIED = 1024  # pictures of a batch among which a row of noise is looked for
+HALVINGS = 40  # of the interval in which a sigma's percent is looked for
+
+
+def progress_of(model: ModelPatcher) -> Callable[[float], float]:
+    """A function from sigma to ComfyUI's percent of the sampling: 0 is pure noise, 1 the picture.
+
+    The inverse of the `percent_to_sigma` of the model sampling that is in force, by bisection, so that it rises
+    strictly under every model sampling and means what every other node's start and end percent mean.
+    """
+    sigma_at, known = model.get_model_object("model_sampling").percent_to_sigma, {}
+
+    def progress(sigma: float) -> float:
+        if sigma not in known:
+            low, high = 0.0, 1.0
+            for _ in range(HALVINGS):
+                middle = (low + high) / 2
+                low, high = (middle, high) if float(sigma_at(middle)) > sigma else (low, middle)
+            known[sigma] = round((low + high) / 2, 6)
+        return known[sigma]
+
+    return progress
+
+
+def picture_numbers(noise: Tensor, seed: int | None) -> Tensor:
+    """Which picture of its batch each row of noise (B x ...) belongs to: B, int64.
+
+    A batch is numbered from 0. The noise of pictures that were cut out of a batch (LatentFromBatch, RebatchLatents) is
+    the one that they have in the whole batch, one picture's after the other's; there their numbers are found again.
+    Noise from elsewhere tells nothing, and is numbered from 0 as well.
+    """
+    plain, found = torch.arange(len(noise)), torch.full((len(noise),), -1)
+    if seed is None or not noise.any():
+        return plain
+    given, generator = noise.detach().cpu(), torch.Generator().manual_seed(seed)
+    if torch.equal(torch.randn(given.shape, dtype=given.dtype, generator=generator), given):
+        return plain
+    generator.manual_seed(seed)
+    for number in range(SLICES_TRIED):
+        drawn = torch.randn((1, *given.shape[1:]), dtype=given.dtype, generator=generator)
+        found[torch.tensor([torch.equal(drawn[0], row) for row in given])] = number
+        if (found >= 0).all():
+            return found
+    return plain
+
+
+@dataclass
+class Account:
+    """What an edit did in one run, in noise predictions of the guider.
+
+    due: those in its part of the sampling; reached: those of them in which the site was run; chosen: those in which a
+    row was its own; changed: those in which it changed something.
+    """
+
+    predictions: int = 0
+    due: int = 0
+    reached: int = 0
+    chosen: int = 0
+    changed: int = 0
+
+
+@dataclass
+class Run:
+    """A sampling run under way, as one edit sees it. span: the part of the sampling (percent) that the edit is for."""
+
+    guider: Any
+    numbers: Tensor
+    progress_at: Callable[[float], float]
+    span: tuple[float, float]
+    account: Account = field(default_factory=Account)
+    progress: float = 0.0
+    order: dict[int, str] = field(default_factory=dict)
+    evaluations: int = 0
+    counted: set[str] = field(default_factory=set)
+
+    def begin_prediction(self, sigma: float) -> None:
+        """The guider is about to predict at this noise level."""
+        self.progress, self.counted = self.progress_at(sigma), set()
+        self.account.predictions += 1
+        self.account.due += self.inside
+
+    @property
+    def inside(self) -> bool:
+        """Whether the edit is for the prediction under way."""
+        return self.span[0] <= self.progress <= self.span[1]
+
+    def count(self, what: str) -> None:
+        """Count `what`, a field of the account, once a prediction that is due."""
+        if self.inside and what not in self.counted:
+            self.counted.add(what)
+            setattr(self.account, what, getattr(self.account, what) + 1)
+
+    def roles(self, options: dict) -> list[str]:
+        """What each chunk of the batch follows by the guider's own name for it, such as "positive".
+
+        Told by the conditionings that the guider holds. One uuid may stand for several of them: where only the positive
+        is for an area, ComfyUI makes a negative for it under the same uuid. Then the place decides, whose meaning is
+        read off the other chunks, or is the ordinary one for a guider with nothing but a positive and a negative.
+        """
+        places, uuids = options["cond_or_uncond"], options["uuids"]
+        holders = [
+            [name for name, conds in self.guider.conds.items() if any(cond["uuid"] == uuid for cond in conds or ())]
+            for uuid in uuids
+        ]
+        self.order |= {place: names[0] for place, names in zip(places, holders, strict=True) if len(names) == 1}
+        ordinary = set(self.guider.conds) <= set(BY_PLACE.values())
+        found = []
+        for place, names in zip(places, holders, strict=True):
+            role = names[0] if len(names) == 1 else self.order.get(place) or (BY_PLACE.get(place) if ordinary else None)
+            if role is None or (names and role not in names):
+                raise DiffLensError(
+                    f"{type(self.guider).__name__} runs a conditioning that is "
+                    f"{' and '.join(names) or 'none of its own'}, so whose rows they are is not known. Use CFGGuider "
+                    "or a KSampler, or leave out conditionings for areas."
+                )
+            found.append(role)
+        return found
+
+    def rows(self, x: Tensor, options: dict, frames: int) -> Tensor:
+        """Numbers (B, int64) of the pictures of each chunk of x, the latents that the network is run on.
+
+        frames: pictures of one clip that lie side by side in the batch and go by the clip's number.
+        """
+        chunks, numbers = len(options["cond_or_uncond"]), self.numbers
+        window = options.get("context_window")
+        if window is not None and window.dim == 0:
+            numbers = numbers[torch.tensor(window.index_list)]
+        if len(x) != chunks * len(numbers):
+            raise DiffLensError(
+                f"the network is run on {len(x)} rows for {chunks} conditioning{'s' * (chunks > 1)} of {len(numbers)} "
+                f"picture{'s' * (len(numbers) > 1)}, so which row is whose is not known. Another node cuts the batch "
+                "into tiles or pieces: let it take one at a time, or leave it out."
+            )
+        return numbers // frames
+
+
+def part_of(h: Tensor, chosen: Sequence[bool], numbers: Tensor, site: str) -> list[tuple[Tensor, Tensor]]:
+    """Each chunk of h, what the site put out for the whole batch, and the pictures of its rows.
+
+    A network may unfold a picture into several rows (the frames of a video); they follow each other.
+    """
+    if h.ndim != 4:
+        raise DiffLensError(
+            f"the site puts out {h.ndim} dimensions, expected batch x channels x height x width, or batch x tokens x "
+            "channels."
+        )
+    each, left = divmod(len(h), len(chosen) * len(numbers))
+    if left or not each:
+        raise DiffLensError(
+            f"{site} puts out {len(h)} rows for {len(chosen)} x {len(numbers)} pictures, so which row is whose is not "
+            "known. Use another site."
+        )
+    images = numbers.repeat_interleave(each)
+    return [(chunk, images) for chunk in h.chunk(len(chosen))]
