@@ -43,11 +43,11 @@ def whole_counts(shares: Sequence[float], count: int, random: Random) -> np.ndar
 def balanced(counts: Sequence[int], random: Random, beside: Sequence[np.ndarray] = ()) -> np.ndarray:
     """A round (N, int64) that holds class k `counts[k]` times; beside: rounds of the same length.
 
-    In a run of n pictures a class strays from its share n * counts[k] / N by 1 picture at most where such a round
+    In any run of n pictures a class strays from its share n * counts[k] / N by 1 picture at most where such a round
     is found, and else by as little as the search finds. Two classes can always do with 1; more of them seldom can
-    (Fraenkel's conjecture), but always with 2 - 1 / (K - 1) (Tijdeman 1980). Two such rounds are so regular that they
-    may confound each other whatever one does. So a round beside others may stray by up to 2, if it must to have no
-    more to do with them than a shuffled one.
+    (Fraenkel 1973), but always with 2 - 1 / (K - 1) (Tijdeman 1980). Rounds that stray so little are so regular that
+    two of them may confound each other wherever one begins (three equal classes twice do). So a round beside others
+    may stray by more, up to 2, where it must to have no more to do with them than a shuffled one has.
     """
     classes = np.flatnonzero(counts)
     parts = [int(counts[k]) // gcd(*map(int, counts)) for k in classes]
@@ -141,4 +141,4 @@ def confounding(order: np.ndarray, other: np.ndarray) -> float:
         if n < length:
             runs = total[n : n + length] - total[:length]
             found.append((runs**2 / (n * expected[there])).sum(axis=1).mean() / freedom)
-    return max(found, default=0.0)
+    return round(max(found, default=0.0), 6)  # the last bits are not the same on every machine

@@ -130,7 +130,7 @@ class Targets:
 
     def at(self, images: np.ndarray) -> np.ndarray:
         """Class (B, int64) of pictures `images` (B) of the run."""
-        numbers = images + self.first_image
+        numbers = images.astype(np.int64) + self.first_image
         if self.asked is None:
             rounds, start = deal_for_ever(*self.deal)
             return rounds[-1][(numbers + start) % len(rounds[-1])]
