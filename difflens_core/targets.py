@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from random import Random
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .deal import balanced, deal_round, whole_counts
 from .files import DiffLensError
 
 
@@ -64,28 +68,9 @@ def parse_numbers(text: str, classes: Sequence[str], what: str, kind: type = flo
 
 
 def assign_targets(shares: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Class (int64) of pictures 0 .. count-1, stratified: every prefix is as close to `shares` as whole pictures allow.
-
-    Among the classes that lag enough behind their share of the first i+1 pictures, picture i goes to the one that
-    would fall too far behind soonest. No count of K classes then ever strays from its share by more than
-    1 - 1 / (2K - 2) pictures, the best that any deal can promise (Tijdeman 1980). Ties, and with them the order
-    within a round, are broken by `seed`. Depends on i and not on how the run is cut into batches.
-    """
-    shares = np.asarray(shares, dtype=np.float64)
-    classes = np.flatnonzero(shares)
-    shares = shares[classes]
-    margin = 1 / max(1, 2 * len(shares) - 2)
-    order = np.random.default_rng(seed)
-    given = np.zeros(len(shares))
-    targets = np.empty(count, dtype=np.int64)
-    for i in range(count):
-        lag = shares * (i + 1) - given
-        time_left = np.where(lag > margin - 1e-9, (1 - margin - lag) / shares, np.inf)
-        ties = order.permutation(len(shares))
-        best = ties[np.argmin(np.round(time_left[ties], 9))]
-        targets[i] = classes[best]
-        given[best] += 1
-    return targets
+    """Class (int64) of `count` pictures that are all there are: counts and order as even as whole pictures allow."""
+    random = Random(seed)
+    return balanced(whole_counts(np.asarray(shares).tolist(), count, random), random)
 
 
 def joint_shares(marginals: Sequence[np.ndarray]) -> np.ndarray:
@@ -99,11 +84,27 @@ def joint_shares(marginals: Sequence[np.ndarray]) -> np.ndarray:
 LEFT_ALONE = -1  # instead of a class: this picture is not steered at all
 
 
+@lru_cache(maxsize=128)
+def deal_for_ever(
+    attribute: str, classes: tuple[str, ...], shares: tuple[float, ...], seed: int, beside: tuple | None
+) -> tuple[tuple[np.ndarray, ...], int]:
+    """The rounds (N, int64) of the deals of a run, this one last, and the place in them of picture 0.
+
+    beside: these arguments of the deal before this one. The first deal chooses the place. The later ones, whose rounds
+    were laid out beside the first one's, begin there too: only together do they have nothing to do with each other.
+    """
+    digest = hashlib.sha256(repr((attribute, classes, shares, seed)).encode()).digest()
+    rounds, start = deal_for_ever(*beside) if beside else ((), int.from_bytes(digest[:5], "big"))
+    return (*rounds, deal_round(shares, Random(int.from_bytes(digest, "big")), rounds)), start
+
+
 @dataclass(frozen=True)
 class Targets:
     """The classes that the pictures of a run are asked to show: `shares` (K) of `classes`, dealt out by `seed`.
 
     Picture i of the run is number first_image + i of the deal, so that a run can go on where another ended.
+    beside: the targets of another attribute that the run already has, with those beside them. This deal is then
+    independent of theirs, which stay as they are. Give both the same first_image.
     asked: the classes of all pictures (n), if they were planned one by one (`plan_moves`) instead of dealt; moved: n,
     bool, which of them need steering at all.
     """
@@ -113,31 +114,39 @@ class Targets:
     shares: tuple[float, ...]
     seed: int = 0
     first_image: int = 0
+    beside: Targets | None = None
     asked: np.ndarray | None = field(default=None, compare=False)
     moved: np.ndarray | None = field(default=None, compare=False)
-    _dealt: dict[int, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def deal(self) -> tuple:
+        """What decides the deal: arguments of `deal_for_ever`. A plan is none."""
+        beside = self.beside.deal if self.beside and self.beside.asked is None else None
+        return self.attribute, self.classes, tuple(map(float, self.shares)), int(self.seed), beside
 
     def first(self, count: int) -> np.ndarray:
         """Class (int64) of the first `count` pictures of the run."""
-        needed = self.first_image + count
-        if self.asked is not None:
-            if needed > len(self.asked):
-                raise DiffLensError(
-                    f"the plan for {self.attribute} holds {len(self.asked)} pictures, the run has {needed}. Plan as "
-                    "many pictures as you draw."
-                )
-            return self.asked[self.first_image : needed]
-        if needed not in self._dealt:
-            self._dealt[needed] = assign_targets(np.asarray(self.shares), needed, self.seed)
-        return self._dealt[needed][self.first_image :]
+        return self.at(np.arange(count))
+
+    def at(self, images: np.ndarray) -> np.ndarray:
+        """Class (B, int64) of pictures `images` (B) of the run."""
+        numbers = images.astype(np.int64) + self.first_image
+        if self.asked is None:
+            rounds, start = deal_for_ever(*self.deal)
+            return rounds[-1][(numbers + start) % len(rounds[-1])]
+        if len(numbers) and (needed := int(numbers.max()) + 1) > len(self.asked):
+            raise DiffLensError(
+                f"the plan for {self.attribute} holds {len(self.asked)} pictures, the run has {needed}. Plan as "
+                "many pictures as you draw."
+            )
+        return self.asked[numbers]
 
     def of(self, images: Tensor) -> Tensor:
         """Class (B, int64) to steer pictures `images` to (B, their indices in the run, on the CPU), or LEFT_ALONE."""
-        count = int(images.max()) + 1
-        classes = self.first(count)
+        classes = self.at(images.numpy())
         if self.moved is not None:
-            classes = np.where(self.moved[self.first_image :][:count], classes, LEFT_ALONE)
-        return torch.from_numpy(classes)[images]
+            classes = np.where(self.moved[images.numpy() + self.first_image], classes, LEFT_ALONE)
+        return torch.from_numpy(classes)
 
 
 def targets_of(targets: Sequence[Targets], attribute: str, classes: tuple[str, ...]) -> Targets:

@@ -17,7 +17,7 @@ LIBRARIES = {"torch", "numpy", "scipy", "safetensors", "PIL", "torchvision", "ko
 ROOMS = [
     "report", "experiments", "steer", "locate", "measure", "classifiers", "sae", "networks", "activations",
 ]  # fmt: skip
-SHARED = ["targets", "files"]  # from the top down, too
+SHARED = ["targets", "deal", "files"]  # from the top down, too
 CORE = sorted(path for path in (ROOT / "difflens_core").rglob("*.py"))
 NODES = sorted((ROOT / "nodes").rglob("*.py"))
 

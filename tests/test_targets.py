@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,52 +11,164 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from difflens_core.files import DiffLensError
-from difflens_core.targets import Targets, assign_targets, parse_numbers, parse_target, targets_of
+from difflens_core.targets import Targets, assign_targets, deal_for_ever, parse_numbers, parse_target, targets_of
 
 CLASSES = ("Young", "adult", "senior")
 MIXES = st.lists(st.integers(0, 60), min_size=2, max_size=8).filter(any).map(lambda w: np.array(w) / sum(w))
 SEEDS = st.integers(0, 2**32)
 
 
+EXACT = [(7, 3), (9, 1), (1, 1), (1, 1, 1), (1, 1, 1, 1), (5, 3, 2), (4, 3, 3), (6, 3, 1), (4, 4, 2), (3, 3, 2, 2)]
+ODD = [(0.512, 0.488), (0.21, 0.33, 0.46), (1 / np.pi, 1 - 1 / np.pi), (0.41376, 0.2, 0.38624), (0.3, 0.0, 0.7)]
+
+
+def mixed(weights, seed: int = 0, name: str = "age", **more) -> Targets:
+    shares = tuple((np.array(weights) / sum(weights)).tolist())
+    return Targets(name, tuple(f"class {k}" for k in range(len(weights))), shares, seed, **more)
+
+
+def stray(targets: Targets, count: int) -> float:
+    """By how much a class's count in any window of the first `count` pictures strays from its share at most."""
+    lead = np.cumsum(np.eye(len(targets.shares))[targets.first(count)] - targets.shares, axis=0)
+    return np.ptp(np.vstack([np.zeros(len(targets.shares)), lead]), axis=0).max()
+
+
+def cramers_v(one: np.ndarray, other: np.ndarray) -> float:
+    table = np.zeros((one.max() + 1, other.max() + 1))
+    np.add.at(table, (one, other), 1)
+    table = table[table.any(axis=1)][:, table.any(axis=0)]
+    if 1 in table.shape:
+        return np.nan
+    expected = np.outer(table.sum(axis=1), table.sum(axis=0)) / table.sum()
+    return np.sqrt(((table - expected) ** 2 / expected).sum() / table.sum() / (min(table.shape) - 1))
+
+
+@pytest.mark.parametrize("weights", [*EXACT[:2], (5, 3, 2), *ODD[1:3]])
+def test_every_picture_has_each_class_with_the_chance_of_its_share(weights):
+    seeds, places = 500, torch.tensor([0, 1, 2, 7, 63, 2**31])
+    seen = torch.stack([mixed(weights, seed).of(places) for seed in range(seeds)]).numpy()
+    shares = np.array(weights) / sum(weights)
+    found = np.stack([(seen == k).mean(axis=0) for k in range(len(shares))], axis=1)
+    assert (np.abs(found - shares) < 4 * np.sqrt(shares * (1 - shares) / seeds)).all()
+
+
+@pytest.mark.parametrize("weights", EXACT)
+def test_every_window_is_within_one_picture_of_every_share(weights):
+    for seed in range(4):
+        assert stray(mixed(weights, seed), 600) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("weights", ODD)
+def test_windows_of_other_mixes_are_as_near_as_any_deal_can_promise(weights):
+    """2 - 1 / (K - 1), Tijdeman 1980; the parts of pictures that a round has no room for come on top."""
+    targets = mixed(weights, 3)
+    (order,), _ = deal_for_ever(*targets.deal)
+    rounding = np.abs(np.bincount(order, minlength=len(weights)) / len(order) - targets.shares).max() * 500
+    assert stray(targets, 500) <= 2 - 1 / (np.count_nonzero(weights) - 1) + rounding + 1e-9
+
+
 @given(MIXES, SEEDS)
 @example(np.array([1, 15, 42, 6, 42]) / 106, 0)
-@example(np.array([1, 15, 42, 6, 42]) / 106, 1)
-@settings(max_examples=60, deadline=None)
-def test_every_prefix_is_within_one_picture_of_the_quota_of_every_class(shares, seed):
-    dealt = np.cumsum(np.eye(len(shares))[assign_targets(shares, 120, seed)], axis=0)
-    quota = np.outer(np.arange(1, 121), shares)
-    # No deal can promise less than 1 - 1 / (2K - 2) (Tijdeman 1980, the chairman assignment problem).
-    assert np.abs(dealt - quota).max() <= 1 - 1 / (2 * len(shares) - 2) + 1e-6
+@settings(max_examples=40, deadline=None)
+def test_a_deal_of_so_many_pictures_has_whole_quotas_and_balanced_windows(shares, seed):
+    dealt = np.eye(len(shares))[assign_targets(shares, 97, seed)]
+    assert (np.abs(dealt.sum(axis=0) - 97 * shares) < 1).all()
+    lead = np.cumsum(dealt - dealt.mean(axis=0), axis=0)
+    assert np.ptp(lead, axis=0).max() <= 2
 
 
-@given(MIXES, SEEDS, st.integers(0, 40))
-@settings(max_examples=30, deadline=None)
-def test_a_prefix_does_not_depend_on_how_many_pictures_follow(shares, seed, count):
-    assert (assign_targets(shares, 40, seed)[:count] == assign_targets(shares, count, seed)).all()
+@pytest.mark.parametrize("seeds", [(0, 0), (1, 7)], ids=["same seed", "other seed"])
+@pytest.mark.parametrize(
+    "pair",
+    [((7, 3), (7, 3)), ((9, 1), (9, 1)), ((6, 4), (6, 4)), ((1, 1), (1, 1)), ((1, 1, 1), (1, 1, 1)),
+     ((7, 3), (5, 3, 2)), ((5, 3, 2), (5, 3, 2)), ((70, 30), (69, 31)), ((1, 1), (1, 1, 1)), (ODD[0], ODD[1])],
+)  # fmt: skip
+def test_two_deals_on_one_run_have_no_more_to_do_with_each_other_than_shuffles(pair, seeds):
+    shuffle = np.random.default_rng(0)
+    runs = [(n, start) for n in (16, 60, 240) for start in range(0, 1500, 90)]
+    found = {n: [] for n, _ in runs}
+    for more in range(3):
+        earlier = mixed(pair[0], seeds[0] + more, "look")
+        one, other = earlier.first(2000), mixed(pair[1], seeds[1] + more, beside=earlier).first(2000)
+        for n, start in runs:
+            a, b = one[start : start + n], other[start : start + n]
+            found[n].append((cramers_v(a, b), np.mean([cramers_v(a, shuffle.permutation(b)) for _ in range(4)])))
+    for n in found:
+        v, shuffled = np.nanmean(found[n], axis=0)
+        assert v <= shuffled, n
 
 
-def test_uniform_rounds_hold_each_class_once_in_an_order_that_varies():
-    rounds = assign_targets(np.full(4, 0.25), 400, 3).reshape(100, 4)
-    assert (np.sort(rounds, axis=1) == np.arange(4)).all()
-    assert len({tuple(one) for one in rounds}) > 10
+def test_three_deals_are_independent_together_and_pairwise():
+    first = mixed((1, 1), 0, "look")
+    second = mixed((1, 1), 0, "tone", beside=first)
+    third = mixed((1, 1), 0, "age", beside=second)
+    a, b, c = (targets.first(240) for targets in (first, second, third))
+    assert np.abs(np.bincount(4 * a + 2 * b + c, minlength=8) - 30).max() <= 4
 
 
-def test_the_seed_and_nothing_else_decides_the_order():
-    deals = [assign_targets(np.full(3, 1 / 3), 60, seed).tolist() for seed in (0, 0, 1)]
-    assert deals[0] == deals[1] != deals[2]
+def test_a_deal_beside_another_keeps_its_chances_and_strays_little():
+    seen = []
+    for seed in range(300):
+        targets = mixed((7, 3), seed, beside=mixed((7, 3), seed, "look"))
+        seen.append(targets.first(3))
+    assert (np.abs(np.mean(seen, axis=0) - 0.3) < 4 * np.sqrt(0.21 / 300)).all()
+    assert stray(targets, 1200) <= 2
+    assert stray(mixed((7, 3), 0, beside=mixed((1, 1), 0, "look")), 1200) <= 1 + 1e-9
+
+
+def test_a_deal_beside_another_is_another_deal_and_planned_pictures_do_not_count():
+    earlier = mixed((7, 3), 0, "look")
+    assert mixed((7, 3), beside=earlier) != mixed((7, 3))
+    assert mixed((7, 3), beside=earlier).first(60).tolist() != mixed((7, 3)).first(60).tolist()
+    planned = replace(earlier, asked=np.zeros(60, dtype=np.int64))
+    assert mixed((7, 3), beside=planned).first(60).tolist() == mixed((7, 3)).first(60).tolist()
+
+
+def test_the_attribute_the_classes_and_the_seed_decide_the_deal_and_nothing_else():
+    deal = mixed((5, 3, 2)).first(60).tolist()
+    assert deal == mixed((5, 3, 2)).first(60).tolist()
+    assert deal not in (mixed((5, 3, 2), 1).first(60).tolist(), mixed((5, 3, 2), 0, "look").first(60).tolist())
+
+
+def test_the_deal_is_the_same_on_every_machine():
+    assert mixed((5, 3, 2), 4).first(20).tolist() == [1, 0, 0, 1, 0, 2, 1, 0, 0, 2, 1, 0, 0, 1, 2, 0, 1, 0, 0, 2]
+    assert mixed((7, 3), 4, beside=mixed((5, 3, 2), 4, "look")).first(20).tolist() == [
+        0,
+        1,
+        0,
+        0,
+        0,
+        1,
+        0,
+        0,
+        1,
+        0,
+        0,
+        1,
+        0,
+        0,
+        0,
+        0,
+        1,
+        0,
+        1,
+        0,
+    ]
 
 
 def test_a_class_without_share_is_never_dealt_and_a_full_share_always():
-    assert 1 not in assign_targets(np.array([0.3, 0.0, 0.7]), 200, 0)
-    assert set(assign_targets(np.array([0.0, 1.0]), 50, 0)) == {1}
-    assert set(assign_targets(np.array([1.0]), 5, 0)) == {0}
+    assert 1 not in mixed((3, 0, 7)).first(200)
+    assert set(mixed((0, 1)).first(50)) == {1}
+    assert set(mixed((1,)).first(5)) == {0}
+    assert set(mixed((0, 1), beside=mixed((1, 1), 0, "look")).first(50)) == {1}
+    assert assign_targets(np.array([0.5, 0.5]), 0, 0).shape == (0,)
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
-def test_batches_of_any_size_get_the_same_classes(size):
-    targets = Targets("age", CLASSES, (0.5, 0.2, 0.3), seed=5, first_image=7)
+def test_batches_of_any_size_and_later_runs_get_the_same_classes(size):
+    targets = mixed((5, 2, 3), 5, first_image=7)
     parts = [targets.of(part) for part in torch.arange(24).split(size)]
-    expected = assign_targets(np.array([0.5, 0.2, 0.3]), 31, 5)[7:]
+    expected = mixed((5, 2, 3), 5).first(31)[7:]
     assert torch.cat(parts).tolist() == expected.tolist() == targets.first(24).tolist()
 
 

@@ -49,8 +49,8 @@ def cross_effects(
     """Steer the first `pictures` noises of `draw` by every recipe alone, then by all at once, and read everything.
 
     classify(images) gives the class probabilities (B x K) of every one of `attributes`. Each recipe asks for its
-    classes in equal shares, each attribute dealt on its own; only pictures that do not show the class asked for
-    count. A row for every recipe and attribute, and if there are several recipes, of all together.
+    classes in equal shares, the attributes independent of one another; only pictures that do not show the class asked
+    for count. A row for every recipe and attribute, and if there are several recipes, of all together.
     """
     sets = [[recipe] for recipe in recipes] + ([list(recipes)] if len(recipes) > 1 else [])
     run = Run(draw, batch, pictures * (1 + len(sets)), on_picture)
@@ -60,10 +60,10 @@ def cross_effects(
         return {name: seen[name].argmax(dim=1).numpy() for name in attributes}
 
     before, found = read(lambda which: []), []
-    dealt = {
-        recipe.attribute: Targets(recipe.attribute, recipe.classes, uniform(len(recipe.classes)), seed)
-        for seed, recipe in enumerate(recipes)
-    }
+    dealt, beside = {}, None
+    for recipe in recipes:
+        beside = Targets(recipe.attribute, recipe.classes, uniform(len(recipe.classes)), beside=beside)
+        dealt[recipe.attribute] = beside
     asked = {name: targets.first(pictures) for name, targets in dealt.items()}
     for used in sets:
         after = read(lambda which, used=used: [steering(recipe, dealt[recipe.attribute], which) for recipe in used])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from random import Random
 
 import numpy as np
 from scipy.optimize import linprog
 
+from ..deal import whole_counts
 from ..targets import Targets, assign_targets, joint_shares
 
 
@@ -14,7 +16,7 @@ def plan_moves(own: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
     """Classes (n x A, int64) for pictures that show the classes `own` (n x A), so that as few as possible change.
 
     shares: K_1 x ... x K_A, the target mix of all combinations of A attributes' classes. The combinations get whole
-    numbers of pictures as `assign_targets` would deal them. Which combinations give pictures to which others is the
+    numbers of pictures, each its quota rounded up or down. Which combinations give pictures to which others is the
     transport problem, solved exactly: the price is a picture that changes, and among equals a class that changes. The
     share of pictures that change is then half the sum of the absolute differences between the two mixes, their total
     variation distance: no plan changes fewer. `seed` says which of equal pictures change.
@@ -23,7 +25,7 @@ def plan_moves(own: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
     count, combinations = len(own), np.stack(np.unravel_index(np.arange(shares.size), sizes), axis=1)
     have = np.ravel_multi_index(tuple(own.T), sizes)
     given = np.bincount(have, minlength=shares.size)
-    wanted = np.bincount(assign_targets(shares.ravel(), count, seed), minlength=shares.size)
+    wanted = whole_counts(shares.ravel().tolist(), count, Random(seed))
     sources, sinks = np.flatnonzero(given), np.flatnonzero(wanted)
     changed = (combinations[sources][:, None] != combinations[sinks]).sum(axis=2)
     price = (changed > 0) + 1e-3 * changed
