@@ -43,8 +43,8 @@ def checks(python: Path, libraries: Path | None, pytest_arguments: list[str]) ->
 def main() -> int:
     """Make the environments, run the checks; returns 0, or the exit code of the last that failed."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=HELP, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--unit | --slow] [arguments of pytest]", description=__doc__.splitlines()[0], epilog=HELP,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--unit", action="store_true", help="only what needs no ComfyUI")
