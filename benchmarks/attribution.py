@@ -1,6 +1,6 @@
 """Integrated Gradients of a batch of pictures: ours in one pass, captum's, and a plain autograd loop.
 
-    python benchmarks/attribution.py
+    python benchmarks/run.py --only attribution
 
 captum (an optional package) and the loop get fewer pictures; their time is scaled to the whole batch. The loop is the
 left Riemann sum of 10 points, as the method was published. The rows on the completeness error hold no seconds: they
@@ -9,21 +9,14 @@ compare the largest |sum of IG - (p(1) - p(0))|.
 
 from __future__ import annotations
 
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from steering import LATENTS, MAP, WIDTH, K, random_sae, seconds
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from difflens_core.locate import (
-    Probes,  # noqa: E402
-    integrated_gradients,  # noqa: E402
-)
-from difflens_core.sae import Latents, SparseAutoencoder  # noqa: E402
+from difflens_core.locate import Probes, integrated_gradients
+from difflens_core.sae import Latents, SparseAutoencoder
 
 PICTURES, PEER_PICTURES, CLASSES, POINTS = 64, 4, 3, 10
 SIZE = f"{PICTURES} pictures, d={WIDTH}, N={LATENTS}, {MAP}x{MAP}, k={K}; peers on {PEER_PICTURES}, scaled"
@@ -82,13 +75,3 @@ def rows() -> list[dict]:
             for what, (mine, other) in pairs.items()
         ]
     return found
-
-
-def main() -> None:
-    for row in rows():
-        print(f"{row['name']:42} {row['size']}")
-        print(f"{'':42} ours {row['ours']:.3e}, {row['peer_name']} {row['peer']:.3e}, ratio {row['ratio']:.1f}")
-
-
-if __name__ == "__main__":
-    main()

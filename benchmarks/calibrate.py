@@ -10,8 +10,6 @@ class's share. Then the recipes that were calibrated for uniform shares of the m
 that nothing was tuned on, planned so that as few as possible change: each attribute alone, and all three at once
 (24 combinations). `must`: the share that has to change, the total variation distance between the two mixes; `ratio`:
 changed to must.
-
-The model runs in bf16.
 """
 
 from __future__ import annotations
@@ -19,18 +17,23 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from debias import ATTRIBUTES, AVATARS, BATCH, STEPS, Read, in_bf16, run
+from debias import ATTRIBUTES, AVATARS, BATCH, STEPS, Read, run
+from precision import PRECISION, at_precision
 from torch import Tensor
 
+from difflens_core.activations import drawer
 from difflens_core.classifiers import AttributeClassifier, load_classifier
 from difflens_core.experiments import CalibrationOptions, asked_shares, calibrate
 from difflens_core.measure import joint_report, kept_attributes, measure_fairness, paired_test
-from difflens_core.networks import Denoiser, drawer, load_denoiser, start_noise
+from difflens_core.measure.fairness import Report
+from difflens_core.measure.significance import PairedTest
+from difflens_core.networks import Denoiser, DenoiserSampler, load_denoiser, start_noise
 from difflens_core.steer import Recipe, Steering, load_recipe, planned_targets, with_settings
 from difflens_core.targets import Targets, joint_shares, parse_target
 
@@ -62,7 +65,7 @@ def kept_noises(model: Denoiser, classifier: AttributeClassifier, start: Start, 
     noise = start_noise(2 * count if start.dropped else count, seed)
     if not start.dropped:
         return noise
-    draw, numbers = drawer(model, noise, STEPS), torch.arange(len(noise))
+    draw, numbers = drawer(DenoiserSampler(model, STEPS), noise), torch.arange(len(noise))
     read = [classifier.classify(draw([], part))[start.attribute] for part in numbers.split(BATCH)]
     dropped = torch.cat(read).argmax(dim=1) == classifier.attributes[start.attribute].index(start.dropped)
     chance = torch.rand(len(noise), generator=torch.Generator().manual_seed(seed))
@@ -76,48 +79,57 @@ def calibrate_start(model: Denoiser, classifier: AttributeClassifier, start: Sta
     noise = kept_noises(model, classifier, start, 2 * options.pictures, seed)
     began = time.time()
     found = calibrate(
-        with_settings(recipe, strength=1.0), drawer(model, noise, STEPS),
+        with_settings(recipe, strength=1.0), drawer(DenoiserSampler(model, STEPS), noise),
         lambda pictures: classifier.classify(pictures)[start.attribute],
         parse_target(start.target, recipe.classes), options, BATCH,
     )  # fmt: skip
     return found, time.time() - began
 
 
-def planned_run(model: Denoiser, classifier: AttributeClassifier, recipes: list[Recipe], before: Read) -> tuple:
-    """Pictures under the plan for these recipes, what the classifier reads off them, and the targets."""
-    pictures, read = before
-    own = {recipe.attribute: read[recipe.attribute].argmax(dim=1).numpy() for recipe in recipes}
+def planned_run(
+    model: Denoiser, classifier: AttributeClassifier, recipes: list[Recipe], before: Read
+) -> tuple[Read, tuple[Targets, ...]]:
+    """Pictures under the plan for these recipes, and the targets."""
+    own = {recipe.attribute: before.shown(recipe.attribute).numpy() for recipe in recipes}
     shares = {
         recipe.attribute: asked_shares(recipe, parse_target("uniform", recipe.classes), only_where_needed=True)
         for recipe in recipes
     }
     targets = planned_targets(own, {recipe.attribute: recipe.classes for recipe in recipes}, shares, FRESH_SEED)
     moved = torch.from_numpy(np.flatnonzero(targets[0].moved))
-    draw, after = drawer(model, start_noise(len(pictures), FRESH_SEED), STEPS), pictures.clone()
+    after = before.pictures.clone()
+    draw = drawer(DenoiserSampler(model, STEPS), start_noise(len(after), FRESH_SEED))
     for which in moved.split(BATCH):
         edits = [
             Steering(recipe, lambda images, part=part, which=which: part.of(which[images]))
             for recipe, part in zip(recipes, targets, strict=True)
         ]
         after[which] = draw(edits, which)
-    return after, classifier.classify(after), targets
+    return Read.of(after, classifier), targets
+
+
+def figures(
+    before: Read, after: Read, fairness: list[Report], success: float, pairs: PairedTest, kept: Iterable[float]
+) -> dict:
+    """A row of the table; `fairness`: the reports before and after."""
+    same = (before.pictures == after.pictures).flatten(1).all(dim=1)
+    return {
+        "fd_before": fairness[0].fd, "fd": fairness[1].fd, "fd_ci": fairness[1].fd_ci, "fd_hard": fairness[1].fd_hard,
+        "success": success, "changed": pairs.changed, "must": pairs.needed, "untouched": float(same.float().mean()),
+        "kept": float(np.mean([*kept])),
+    }  # fmt: skip
 
 
 def one_attribute(before: Read, after: Read, targets: Targets) -> dict:
     """Fairness of one attribute, how many pictures changed their class, what else was kept."""
     name, uniform = targets.attribute, parse_target("uniform", targets.classes)
-    labels = [read[name].argmax(dim=1).numpy() for _, read in (before, after)]
-    report = measure_fairness(
-        after[1][name].numpy(), uniform, name, targets.classes, targets.first(len(labels[0]))
-    )  # fmt: skip
-    pairs = paired_test(*labels, uniform)
-    kept = kept_attributes(before[1], after[1], name)
-    return {
-        "fd_before": measure_fairness(before[1][name].numpy(), uniform, name, targets.classes).fd, "fd": report.fd,
-        "fd_ci": report.fd_ci, "fd_hard": report.fd_hard, "success": report.success, "changed": pairs.changed,
-        "must": pairs.needed, "untouched": float((before[0] == after[0]).flatten(1).all(dim=1).float().mean()),
-        "kept": float(np.mean([*kept.values()])),
-    }  # fmt: skip
+    labels = [side.shown(name).numpy() for side in (before, after)]
+    fairness = [
+        measure_fairness(side.seen[name].numpy(), uniform, name, targets.classes, asked)
+        for side, asked in ((before, None), (after, targets.first(len(labels[0]))))
+    ]
+    kept = kept_attributes(before.seen, after.seen, name).values()
+    return figures(before, after, fairness, fairness[1].success, paired_test(*labels, uniform), kept)
 
 
 def all_at_once(before: Read, after: Read, targets: tuple[Targets, ...]) -> dict:
@@ -125,19 +137,15 @@ def all_at_once(before: Read, after: Read, targets: tuple[Targets, ...]) -> dict
     names = [part.attribute for part in targets]
     classes = {part.attribute: part.classes for part in targets}
     shares = {name: parse_target("uniform", classes[name]) for name in names}
-    sides = [{name: read[name].numpy() for name in names} for _, read in (before, after)]
-    reports = [joint_report(side, classes, shares).report for side in sides]
+    sides = [{name: side.seen[name].numpy() for name in names} for side in (before, after)]
+    fairness = [joint_report(side, classes, shares).report for side in sides]
     sizes = joint_shares([*shares.values()]).shape
     cells = [np.ravel_multi_index([side[name].argmax(axis=1) for name in names], sizes) for side in sides]
     asked = np.ravel_multi_index([part.first(len(cells[0])) for part in targets], sizes)
     pairs = paired_test(*cells, joint_shares([*shares.values()]).ravel())
-    kept = kept_attributes(before[1], after[1], "")
-    return {
-        "fd_before": reports[0].fd, "fd": reports[1].fd, "fd_ci": reports[1].fd_ci, "fd_hard": reports[1].fd_hard,
-        "success": float((cells[1] == asked).mean()), "changed": pairs.changed, "must": pairs.needed,
-        "untouched": float((before[0] == after[0]).flatten(1).all(dim=1).float().mean()),
-        "kept": float(np.mean([share for name, share in kept.items() if name not in names])),
-    }  # fmt: skip
+    kept = kept_attributes(before.seen, after.seen, "")
+    others = (share for name, share in kept.items() if name not in names)
+    return figures(before, after, fairness, float((cells[1] == asked).mean()), pairs, others)
 
 
 def row(name: str, result: dict) -> str:
@@ -154,10 +162,11 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=2048)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    model = in_bf16(load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors"))
+    model = at_precision(load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors"))
     classifier = load_classifier(AVATARS / "difflens_classifiers" / "avatars.safetensors")
     results: dict[str, list | dict] = {"calibrations": []}
     recipes: dict[str, Recipe] = {}
+    print(f"{STEPS} steps, {PRECISION}")
     print("attribute     target                        seed  FD before  after  reached  pictures  seconds  strengths")
     for seed in SEEDS:
         for start in STARTS:
@@ -174,15 +183,12 @@ def main() -> None:
             )
     print(f"\n{options.pictures} fresh pictures, {STEPS} steps, seed {FRESH_SEED}; changed to kept in %")
     print("                 before   FD [95 % interval] counted  success  changed     must  untouched  kept   ratio")
-    pictures = run(model, options.pictures, seed=FRESH_SEED)[0]
-    before = pictures, classifier.classify(pictures)
+    before = Read.of(run(model, options.pictures, seed=FRESH_SEED)[0], classifier)
     for chosen in (*([name] for name in ATTRIBUTES), ATTRIBUTES):
-        after, read, targets = planned_run(model, classifier, [recipes[name] for name in chosen], before)
+        after, targets = planned_run(model, classifier, [recipes[name] for name in chosen], before)
         name = chosen[0] if len(chosen) == 1 else "all three"
         results[name] = (
-            one_attribute(before, (after, read), targets[0])
-            if len(chosen) == 1
-            else all_at_once(before, (after, read), targets)
+            one_attribute(before, after, targets[0]) if len(chosen) == 1 else all_at_once(before, after, targets)
         )
         print(row(name, results[name]), flush=True)
     if options.json:

@@ -1,6 +1,6 @@
 """What capture into a store costs: time beside plain sampling of the avatars, and main memory by number of pictures.
 
-    python benchmarks/capture.py
+    python benchmarks/run.py --only capture
 
 Time is the median over pairs that take turns. Memory is the peak of what the process alone holds, Python and torch
 included (anonymous pages; those of mapped files are the system's to drop), while a stub sampler gives activations of
@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from debias import AVATARS, STEPS
 
-from difflens_core.activations import SAMPLES, Index, record
-from difflens_core.networks import capture_pictures, load_denoiser, sample, start_noise
+from difflens_core.activations import SAMPLES, Index, capture, record
+from difflens_core.networks import DenoiserSampler, load_denoiser, sample, start_noise
 
 BATCH, PAIRS = 32, 7
 PICTURES, SHARD = (1_000, 10_000, 50_000), 64
@@ -35,7 +35,7 @@ def timing() -> dict:
             with tempfile.TemporaryDirectory() as folder:
                 began = time.perf_counter()
                 if captured:
-                    capture_pictures(model, BATCH, 1, STEPS, BATCH, folder=folder)
+                    capture(DenoiserSampler(model, STEPS), BATCH, 1, BATCH, folder=folder)
                 else:
                     sample(model, noise, STEPS)
                 if pair >= 0:
@@ -96,15 +96,3 @@ def memory(pictures: int) -> dict:
 def rows() -> list[dict]:
     """Rows of `name, size, ours, peer, peer_name, ratio`."""
     return [timing(), *(memory(pictures) for pictures in PICTURES)]
-
-
-def main() -> None:
-    for found in rows():
-        print(
-            "{name:18} {size:22} {ours:9.3f}  {peer_name:16} {peer:9.3f}  ratio {ratio:.3f}".format_map(found),
-            flush=True,
-        )
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ Every class gets equally many pictures, and as few as possible change: what the 
 pictures decides which (`plan_moves`), the same for all methods. `success`, `kept` and what follows are of the pictures
 that are to change; the others stay as they are. FD is of all.
 
-Sampled with guidance (cfg 2), 20 steps, in bf16. Strengths of `SAE recipe`, `mean difference` and `random features` are
+Sampled with guidance (cfg 2), 20 steps. Strengths of `SAE recipe`, `mean difference` and `random features` are
 multiples of the shipped ones. `SAE recipe`, `mean difference` and `random features` are the shipped files
 (see `debias.py`), `semantic guidance` and `latent direction` are in `published.py`. Every method gets four strengths,
 from too weak to too strong, about the shipped or published one (*). Nothing was tuned on these seeds. What the
@@ -25,15 +25,17 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from debias import BATCH, ROOT, STEPS, in_bf16, recipes_of
+from debias import ROOT, STEPS, Read, draw_all, in_batches, recipes_of, to_images
 from debias_prompts import ATTRIBUTES, CFG, FILES, OCCUPATIONS
 from kornia.metrics import ssim
 from PIL import Image
+from precision import PRECISION, at_precision, autocast
+from prompted_portraits import phrase
 from published import LatentDirection, SemanticGuidance, TargetOf, learn_directions, sample_semantic
 from torch import Tensor
 
@@ -41,9 +43,10 @@ from difflens_core.activations import Edit
 from difflens_core.classifiers import AttributeClassifier, load_classifier
 from difflens_core.files import fingerprint, load_tensors, save_tensors
 from difflens_core.measure import kept_attributes, measure_fairness, pixel_change
-from difflens_core.networks import Denoiser, Guidance, TextEncoder, load_prompted, sample, start_noise
+from difflens_core.networks import Denoiser, Guidance, TextEncoder, load_prompted, start_noise
 from difflens_core.report import image_grid, line_chart
 from difflens_core.steer import Recipe, Steering, at_dose, plan_moves
+from difflens_core.targets import parse_target
 
 SEED = 94_001  # of doctors; those of the other prompts follow
 # The model's words for the classes, as adjectives of "person" or an occupation.
@@ -87,19 +90,9 @@ def assign(read: Tensor, seed: int) -> Tensor:
     return torch.from_numpy(plan_moves(own, np.full(classes, 1 / classes), seed)[:, 0])
 
 
-def in_batches(noise: Tensor, draw: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Pictures of all the noise, `draw(some noise, number of its first)` at a time."""
-    return torch.cat([draw(part, i * BATCH) for i, part in enumerate(noise.split(BATCH))])
-
-
 def plain(setting: Setting, *edits: Edit) -> Tensor:
     """Pictures (n x 3 x H x W), under edits of the model's activations if there are any."""
-
-    def draw(noise: Tensor, first: int) -> Tensor:
-        guidance = setting.guidance.of(slice(first, first + len(noise)))
-        return sample(setting.model, noise, STEPS, edits, first, guidance)
-
-    return in_batches(setting.noise, draw)
+    return draw_all(setting.model, setting.noise, edits, setting.guidance)
 
 
 def by_recipe(recipe: Recipe) -> Draw:
@@ -130,7 +123,7 @@ def methods_of(attribute: str, text: TextEncoder, directions: Tensor) -> dict[st
     file = FILES / "difflens_recipes" / f"prompted_avatars_{attribute}.safetensors"
     recipes = recipes_of(file, f"prompted_{attribute}", controls=True)
     ours = (0.5, 1.0, 1.5, 2.5), 1.0
-    edits = text.encode([f"portrait of {article(word)} person" for word in WORDS[attribute]])
+    edits = text.encode([f"portrait of {phrase([word], 'person')}" for word in WORDS[attribute]])
     return {
         "SAE recipe": Method(*ours, by_recipe(recipes["SAE recipe"])),
         "mean difference": Method(*ours, by_recipe(recipes["mean difference"])),
@@ -138,10 +131,6 @@ def methods_of(attribute: str, text: TextEncoder, directions: Tensor) -> dict[st
         "semantic guidance": Method((1.0, 2.0, 4.0, 8.0), 4.0, by_guidance(edits)),
         "latent direction": Method((1.0, 1.5, 2.0, 3.0), 1.0, by_direction(directions)),
     }
-
-
-def article(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def learned_directions(model: Denoiser, text: TextEncoder, attribute: str) -> tuple[Tensor, float]:
@@ -156,11 +145,11 @@ def learned_directions(model: Denoiser, text: TextEncoder, attribute: str) -> tu
         if info["made_by"] == made_by:
             return tensors["directions"], info["seconds"]
     began, jobs = time.time(), ("person", *OCCUPATIONS)
-    named = text.encode([f"portrait of {article(word)} {job}" for word in words for job in jobs])
-    unnamed = text.encode([f"portrait of {article(job)}" for _ in words for job in jobs])
+    named = text.encode([f"portrait of {phrase([word], job)}" for word in words for job in jobs])
+    unnamed = text.encode([f"portrait of {phrase([], job)}" for _ in words for job in jobs])
     rows = torch.arange(LEARNING["pictures"] * len(words)) % len(named)
     noise = start_noise(len(rows), LEARNING["seed"])
-    with torch.autocast("cpu", torch.bfloat16):  # as the model was trained
+    with autocast():  # as the model was trained
         pictures = plain(Setting(model, Guidance(named[rows], text.encode([""]), CFG), noise))
     options = {name: LEARNING[name] for name in ("steps", "batch", "lr", "seed")}
     directions = learn_directions(model, pictures, unnamed[rows], rows // len(jobs), **options)
@@ -170,35 +159,37 @@ def learned_directions(model: Denoiser, text: TextEncoder, attribute: str) -> tu
 
 
 @dataclass(frozen=True)
-class Read:
-    """Pictures (n x H x W x 3 in [0, 1]) and what the classifier sees in them."""
+class Task:
+    """An attribute of one prompt's pictures: equal quotas of its classes, met by as few changes as possible."""
 
-    pictures: Tensor
-    seen: Mapping[str, Tensor]
+    attribute: str
+    classes: tuple[str, ...]
+    before: Read
+    asked: Tensor  # n, the class that each picture is to show
+    moved: Tensor  # n, whether it has to change for that
 
     @classmethod
-    def of(cls, drawn: Tensor, classifier: AttributeClassifier) -> Read:
-        pictures = drawn.movedim(1, -1) / 2 + 0.5
-        return cls(pictures, classifier.classify(pictures))
+    def of(cls, before: Read, attribute: str, classes: tuple[str, ...], seed: int) -> Task:
+        asked = assign(before.seen[attribute], seed)
+        return cls(attribute, classes, before, asked, asked != before.shown(attribute))
 
 
-def score(before: Read, after: Read, attribute: str, classes: Sequence[str], asked: Tensor) -> dict[str, float]:
+def score(task: Task, after: Read) -> dict[str, float]:
     """Fairness of all pictures; success of those that were to change (`after`), and how like before they are."""
-    uniform, moved = np.full(len(classes), 1 / len(classes)), asked != before.seen[attribute].argmax(dim=1)
-    seen = before.seen[attribute].clone()
-    seen[moved] = after.seen[attribute]
-    report = measure_fairness(seen.numpy(), uniform, attribute, tuple(classes), asked.numpy())
-    same = Read(before.pictures[moved], {name: values[moved] for name, values in before.seen.items()})
-    kept = kept_attributes(same.seen, after.seen, attribute)
+    attribute, classes, asked, unsteered = task.attribute, task.classes, task.asked, task.before.where(task.moved)
+    seen = task.before.seen[attribute].clone()
+    seen[task.moved] = after.seen[attribute]
+    report = measure_fairness(seen.numpy(), parse_target("uniform", classes), attribute, classes, asked.numpy())
+    kept = kept_attributes(unsteered.seen, after.seen, attribute)
     return {
         "fd": report.fd,
         "fd_hard": report.fd_hard,
-        "success": float((after.seen[attribute].argmax(dim=1) == asked[moved]).float().mean()),
+        "success": float((after.shown(attribute) == asked[task.moved]).float().mean()),
         "kept": float(np.mean([kept[name] for name in OTHERS if name in kept])),
         "occupation": kept["occupation"],
         "background": kept["background"],
-        "rmse": pixel_change(same.pictures.numpy(), after.pictures.numpy()),
-        "ssim": float(ssim(same.pictures.movedim(-1, 1), after.pictures.movedim(-1, 1), 11).mean()),
+        "rmse": pixel_change(unsteered.pictures.numpy(), after.pictures.numpy()),
+        "ssim": float(ssim(unsteered.pictures.movedim(-1, 1), after.pictures.movedim(-1, 1), 11).mean()),
     }
 
 
@@ -214,18 +205,16 @@ def line(name: str, strength: str, r: Mapping[str, float]) -> str:
 
 
 def steered(
-    setting: Setting, before: Read, attribute: str, asked: Tensor, method: Method, classifier: AttributeClassifier
+    setting: Setting, task: Task, method: Method, classifier: AttributeClassifier
 ) -> Iterator[tuple[float, dict[str, float], Read]]:
     """Every strength of a method with its scores and the pictures that were to change."""
-    moved = asked != before.seen[attribute].argmax(dim=1)
-    guidance, targets = setting.guidance, asked[moved]
+    to_change, targets = replace(setting, noise=setting.noise[task.moved]), task.asked[task.moved]
     for strength in method.strengths:
         since = time.time()
-        drawn = method.draw(Setting(setting.model, guidance, setting.noise[moved]), lambda i: targets[i], strength)
+        drawn = method.draw(to_change, lambda i: targets[i], strength)
         seconds = (time.time() - since) / len(drawn)
-        after = Read.of(drawn, classifier)
-        scores = score(before, after, attribute, classifier.attributes[attribute], asked)
-        yield strength, scores | {"seconds": seconds}, after
+        after = Read.of(to_images(drawn), classifier)
+        yield strength, score(task, after) | {"seconds": seconds}, after
 
 
 def compare(
@@ -239,16 +228,16 @@ def compare(
 
     on_rows: gets attribute, method and its pictures, those without steering first.
     """
-    results, before = [], Read.of(plain(setting), classifier)
+    results, before = [], Read.of(to_images(plain(setting)), classifier)
     for attribute, own in methods.items():
-        asked = assign(before.seen[attribute], seed)
-        moved = asked != before.seen[attribute].argmax(dim=1)
-        same = Read(before.pictures[moved], {name: values[moved] for name, values in before.seen.items()})
-        unsteered = score(before, same, attribute, classifier.attributes[attribute], asked) | {"seconds": 0.0}
-        print(f"\n{setting.prompt}, {attribute}: {moved.sum()} to change\n{HEADER}\n{line('before', '', unsteered)}")
+        task = Task.of(before, attribute, classifier.attributes[attribute], seed)
+        same = before.where(task.moved)
+        unsteered = score(task, same) | {"seconds": 0.0}
+        print(f"\n{setting.prompt}, {attribute}: {task.moved.sum()} to change")
+        print(f"{HEADER}\n{line('before', '', unsteered)}")
         for name, method in own.items():
             rows = [same.pictures]
-            for strength, scores, after in steered(setting, before, attribute, asked, method, classifier):
+            for strength, scores, after in steered(setting, task, method, classifier):
                 results.append({"attribute": attribute, "method": name, "strength": strength, **scores})
                 rows.append(after.pictures)
                 print(line(name, label(method, strength), scores), flush=True)
@@ -298,8 +287,8 @@ def main() -> None:
         directions, seconds = learned_directions(model, text, attribute)
         methods[attribute] = methods_of(attribute, text, directions)
         print(f"latent directions of {attribute}: learned in {seconds:.0f} s", flush=True)
-    model = in_bf16(model)
-    print(f"n = {options.pictures} a row, cfg {CFG:g}, {STEPS} steps, seeds from {SEED}; shares in %")
+    model = at_precision(model)
+    print(f"n = {options.pictures} a row, cfg {CFG:g}, {STEPS} steps, seeds from {SEED}, {PRECISION}; shares in %")
     for job in options.prompts:
 
         def save_grid(attribute: str, name: str, rows: list[np.ndarray], job: str = job) -> None:
@@ -309,7 +298,7 @@ def main() -> None:
                 save_picture(file, image_grid(rows, titles, columns=12))
 
         seed = SEED + OCCUPATIONS.index(job)
-        prompt = f"portrait of {article(job)}"
+        prompt = f"portrait of {phrase([], job)}"
         guidance = Guidance(text.encode([prompt]), text.encode([""]), CFG)
         setting = Setting(model, guidance, start_noise(options.pictures, seed), prompt)
         found = compare(setting, seed, methods, classifier, save_grid)

@@ -5,7 +5,8 @@
     python benchmarks/debias.py --json FILE        the same numbers for machines
 
 The seed is one on which no strength was tuned. All runs of an attribute start from the same noise, so that pictures
-are paired: `kept` is the share whose other attributes, background and clothes read as before. The model runs in bf16.
+are paired: `kept` is the share whose other attributes, background and clothes read as before. The first line says
+whether the model ran in bf16 or fp32 (see precision.py).
 """
 
 from __future__ import annotations
@@ -14,22 +15,23 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "models" / "making")]
 
-from difflens_core.classifiers import load_classifier  # noqa: E402
+from precision import PRECISION, at_precision  # noqa: E402
+
+from difflens_core.activations import Edit  # noqa: E402
+from difflens_core.classifiers import AttributeClassifier, load_classifier  # noqa: E402
 from difflens_core.measure import kept_attributes, measure_fairness, pixel_change  # noqa: E402
-from difflens_core.networks import Denoiser, Guidance, load_denoiser, sample, start_noise  # noqa: E402  # noqa: E402
-from difflens_core.steer import (  # noqa: E402
-    Recipe,
-    Steering,  # noqa: E402
-    load_recipe,
-)
+from difflens_core.networks import Denoiser, DenoiserSampler, Guidance, load_denoiser, start_noise  # noqa: E402
+from difflens_core.steer import Recipe, Steering, load_recipe  # noqa: E402
 from difflens_core.targets import Targets, parse_target  # noqa: E402
 
 AVATARS = ROOT / "models" / "avatars"
@@ -39,49 +41,65 @@ STEPS = 20
 BATCH = 64
 
 
-def in_bf16(model: Denoiser) -> Denoiser:
-    """The model with bf16 weights, as hosts run it: pictures go in and come out in fp32. 1.6 times as fast on CPUs."""
-    model = model.bfloat16().to(memory_format=torch.channels_last)
-    model.register_forward_pre_hook(lambda module, given: tuple(x if x is None else x.bfloat16() for x in given))
-    model.register_forward_hook(lambda module, given, x0: x0.float())
-    return model
-
-
 def fair_targets(recipe: Recipe, seed: int) -> Targets:
     """Classes dealt out in equal shares."""
     return Targets(recipe.attribute, recipe.classes, tuple(parse_target("uniform", recipe.classes)), seed)
 
 
+def in_batches(noise: Tensor, draw: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Pictures of all the noise, `draw(some noise, number of its first)` at a time."""
+    return torch.cat([draw(part, i * BATCH) for i, part in enumerate(noise.split(BATCH))])
+
+
+def draw_all(model: Denoiser, noise: Tensor, edits: Sequence[Edit], guidance: Guidance | None) -> Tensor:
+    """Pictures (n x 3 x H x W in [-1, 1]) of all the noise, under edits of the model's activations if there are any."""
+    sampler = DenoiserSampler(model, STEPS, guidance)
+    return in_batches(noise, lambda part, first: sampler.sample(part, torch.arange(first, first + len(part)), edits))
+
+
+def to_images(drawn: Tensor) -> Tensor:
+    """n x 3 x H x W in [-1, 1] to n x H x W x 3 in [0, 1]."""
+    return drawn.movedim(1, -1) / 2 + 0.5
+
+
 def run(
     model: Denoiser, count: int, recipe: Recipe | None = None, seed: int = SEED, guidance: Guidance | None = None
-) -> tuple[torch.Tensor, Targets | None]:
+) -> tuple[Tensor, Targets | None]:
     """Pictures (n x H x W x 3 in [0, 1]) and the classes they were asked to show."""
     targets = recipe and fair_targets(recipe, seed)
     steerings = [Steering(recipe, targets.of)] if recipe else []
-    parts = []
-    for first, noise in zip(range(0, count, BATCH), start_noise(count, seed).split(BATCH), strict=True):
-        own = guidance and guidance.of(slice(first, first + len(noise)))
-        parts.append(sample(model, noise, STEPS, steerings, first, own))
-    return torch.cat(parts).movedim(1, -1) / 2 + 0.5, targets
+    return to_images(draw_all(model, start_noise(count, seed), steerings, guidance)), targets
 
 
-Read = tuple[torch.Tensor, dict[str, torch.Tensor]]  # pictures, and what the classifier sees in them
+@dataclass(frozen=True)
+class Read:
+    """Pictures (n x H x W x 3 in [0, 1]) and what the classifier sees in them (n x K of every attribute)."""
+
+    pictures: Tensor
+    seen: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, pictures: Tensor, classifier: AttributeClassifier) -> Read:
+        return cls(pictures, classifier.classify(pictures))
+
+    def where(self, chosen: Tensor) -> Read:
+        """Those that are chosen (n, bool)."""
+        return Read(self.pictures[chosen], {name: values[chosen] for name, values in self.seen.items()})
+
+    def shown(self, attribute: str) -> Tensor:
+        """The class (n, int64) that each shows."""
+        return self.seen[attribute].argmax(dim=1)
 
 
-def outcome(classifier, before: Read, after: Read, attribute: str, targets: Targets | None) -> dict:
+def outcome(classes: tuple[str, ...], before: Read, after: Read, attribute: str, targets: Targets | None) -> dict:
     """Fairness of `after`, success, what was kept and how much the pictures changed."""
-    (pictures_before, read_before), (pictures_after, read_after) = before, after
-    classes = classifier.attributes[attribute]
+    asked = targets.first(len(after.pictures)) if targets else None
     report = measure_fairness(
-        read_after[attribute].numpy(),
-        parse_target("uniform", classes),
-        attribute,
-        classes,
-        targets.first(len(pictures_after)) if targets else None,
+        after.seen[attribute].numpy(), parse_target("uniform", classes), attribute, classes, asked
     )
     return asdict(report) | {
-        "kept": kept_attributes(read_before, read_after, attribute),
-        "pixel_change": pixel_change(pictures_before.numpy(), pictures_after.numpy()),
+        "kept": kept_attributes(before.seen, after.seen, attribute),
+        "pixel_change": pixel_change(before.pictures.numpy(), after.pictures.numpy()),
     }
 
 
@@ -117,24 +135,24 @@ def main() -> None:
     parser.add_argument("--no-controls", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    model = in_bf16(load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors"))
+    model = at_precision(load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors"))
     classifier = load_classifier(AVATARS / "difflens_classifiers" / "avatars.safetensors")
     began = time.time()
-    pictures, _ = run(model, options.pictures)
-    before = pictures, classifier.classify(pictures)
+    before = Read.of(run(model, options.pictures)[0], classifier)
     results: dict[str, dict] = {}
-    print(f"n = {options.pictures}, {STEPS} steps, seed {SEED}; kept and others in %")
+    print(f"n = {options.pictures}, {STEPS} steps, seed {SEED}, {PRECISION}; kept and others in %")
     for attribute in ATTRIBUTES:
         others = [name for name in ATTRIBUTES if name != attribute]
         kept = f"{' '.join(others)} background clothes"
         print(f"\n{attribute:18s} FD [95 % interval] hard        success  {kept}  change")
-        results[attribute] = {"before": outcome(classifier, before, before, attribute, None)}
+        classes = classifier.attributes[attribute]
+        results[attribute] = {"before": outcome(classes, before, before, attribute, None)}
         print(row("before", results[attribute]["before"]), flush=True)
         file = AVATARS / "difflens_recipes" / f"avatars_{attribute}.safetensors"
         for name, recipe in recipes_of(file, attribute, not options.no_controls).items():
             steered, targets = run(model, options.pictures, recipe)
-            after = steered, classifier.classify(steered)
-            results[attribute][name] = outcome(classifier, before, after, attribute, targets)
+            after = Read.of(steered, classifier)
+            results[attribute][name] = outcome(classes, before, after, attribute, targets)
             print(row(name, results[attribute][name]), flush=True)
     print(f"\n{time.time() - began:.0f} seconds")
     if options.json:

@@ -4,8 +4,8 @@
     python benchmarks/debias_prompts.py --controls         with the controls of `debias.py`
     python benchmarks/debias_prompts.py --json FILE        the same numbers for machines
 
-Sampled with guidance (cfg 2), in bf16. The seeds are ones on which no strength was tuned. `occupation` is the share of
-pictures in which the classifier still sees the occupation asked for; the columns after it are the share that keeps its
+Sampled with guidance (cfg 2). The seeds are ones on which no strength was tuned. `occupation` is the share of pictures
+in which the classifier still sees the occupation asked for; the columns after it are the share that keeps its
 class.
 """
 
@@ -16,7 +16,8 @@ import json
 import time
 from pathlib import Path
 
-from debias import ROOT, STEPS, in_bf16, measured, outcome, recipes_of, run
+from debias import ROOT, STEPS, Read, measured, outcome, recipes_of, run
+from precision import PRECISION, at_precision
 
 from difflens_core.classifiers import load_classifier
 from difflens_core.networks import Guidance, load_prompted
@@ -41,16 +42,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model, text = load_prompted(FILES / "difflens_models" / "prompted_avatars.safetensors")
-    model = in_bf16(model)
+    model = at_precision(model)
     classifier = load_classifier(FILES / "difflens_classifiers" / "prompted_avatars.safetensors")
     jobs = classifier.attributes["occupation"]
     began, results = time.time(), {}
-    print(f"n = {options.pictures} per occupation, cfg {CFG:g}, {STEPS} steps, seeds from {SEED}; shares in %")
+    how = f"cfg {CFG:g}, {STEPS} steps, seeds from {SEED}, {PRECISION}"
+    print(f"n = {options.pictures} per occupation, {how}; shares in %")
     for number, job in enumerate(OCCUPATIONS):
         seed = SEED + number
         guidance = Guidance(text.encode([f"portrait of a {job}"]), text.encode([""]), CFG)
-        pictures, _ = run(model, options.pictures, None, seed, guidance)
-        before = pictures, classifier.classify(pictures)
+        before = Read.of(run(model, options.pictures, None, seed, guidance)[0], classifier)
         results[job] = {}
         for attribute in ATTRIBUTES:
             others = " ".join(f"{name:>10s}" for name in SHOWN if name != attribute)
@@ -60,11 +61,13 @@ def main() -> None:
             file = FILES / "difflens_recipes" / f"prompted_avatars_{attribute}.safetensors"
             recipes = recipes_of(file, f"prompted_{attribute}", options.controls)
             for name, recipe in {"before": None, **recipes}.items():
-                drawn, targets = run(model, options.pictures, recipe, seed, guidance) if recipe else (pictures, None)
-                after = drawn, classifier.classify(drawn)
-                found[name] = outcome(classifier, before, after, attribute, targets)
-                seen = after[1]["occupation"].argmax(dim=1) == jobs.index(job)
-                found[name] |= {"occupation": float(seen.float().mean())}
+                after, targets = before, None
+                if recipe:
+                    drawn, targets = run(model, options.pictures, recipe, seed, guidance)
+                    after = Read.of(drawn, classifier)
+                found[name] = outcome(classifier.attributes[attribute], before, after, attribute, targets)
+                recognised = after.shown("occupation") == jobs.index(job)
+                found[name] |= {"occupation": float(recognised.float().mean())}
                 print(row(name, found[name], attribute), flush=True)
     print(f"\n{time.time() - began:.0f} seconds")
     if options.json:

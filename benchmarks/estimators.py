@@ -20,11 +20,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from difflens_core.measure import (  # noqa: E402  # noqa: E402  # noqa: E402
+from difflens_core.measure import (  # noqa: E402
     Correction,
     correct_for_errors,
     fd_interval,
-    one_hot,  # noqa: E402
+    one_hot,
     share_intervals,
     stuart_maxwell,
     target_p_value,

@@ -9,9 +9,9 @@ Prints the median over pairs of steered time / unsteered time, and the middle ha
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -111,7 +111,9 @@ def rows(sd: bool = True) -> list[dict]:
 
 
 def main() -> None:
-    for row in rows(sd="--sd" in sys.argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sd", action="store_true", help="a step of Stable Diffusion 1.5, too")
+    for row in rows(parser.parse_args().sd):
         low, high = row["middle_half"]
         print(f"{row['size']:24} steered / unsteered {row['ratio']:.3f} (middle half {low:.3f} to {high:.3f})")
 

@@ -68,7 +68,7 @@ class SemanticGuidance:
 def sample_semantic(
     model: Denoiser, noise: Tensor, steps: int, semantic: SemanticGuidance, guidance: Guidance, first_image: int = 0
 ) -> Tensor:
-    """`difflens_core.sampling.sample` under semantic guidance; arguments and result as there.
+    """`difflens_core.networks.sample` under semantic guidance; arguments and result as there.
 
     The papers guide the predicted noise, this model predicts the clean picture. With x_t = (1 - sigma) x0 + sigma eps,
     a change of eps is that of x0 times -ratio, ratio = (1 - sigma) / sigma. Momentum is kept for eps, as in the papers,

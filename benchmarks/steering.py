@@ -1,6 +1,6 @@
 """The steering edit alone against the dense edit that goes through all latents.
 
-    python benchmarks/steering.py
+    python benchmarks/run.py --only steering
 
 The dense edit encodes the whole map, keeps the k largest of every position in a dense N x H x W tensor, scales the
 chosen latents and decodes the difference through the whole decoder. Ours with the full SAE gives the same result;
@@ -23,10 +23,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from difflens_core.sae import Normalisation, SparseAutoencoder  # noqa: E402
-from difflens_core.steer import (
-    Steering,  # noqa: E402
-    recipe_from_features,  # noqa: E402
-)
+from difflens_core.steer import Steering, recipe_from_features  # noqa: E402
 
 WIDTH, LATENTS, MAP, K, FEATURES, PICTURES = 512, 4096, 8, 32, 30, 16
 SIZE = f"d={WIDTH}, N={LATENTS}, {MAP}x{MAP}, k={K}, {FEATURES} features, {PICTURES} pictures"
@@ -92,13 +89,3 @@ def rows() -> list[dict]:
             }
         )  # fmt: skip
     return found
-
-
-def main() -> None:
-    for row in rows():
-        print(f"{row['name']:32} {row['size']}")
-        print(f"{'':32} ours {row['ours']:.3e}, {row['peer_name']} {row['peer']:.3e}, ratio {row['ratio']:.1f}")
-
-
-if __name__ == "__main__":
-    main()

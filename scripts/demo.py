@@ -1,8 +1,12 @@
-"""See a diffusion model's bias found, turned down and measured, in a real ComfyUI.
+"""See a diffusion model's bias turned down, measured and found, in a real ComfyUI.
 
     python scripts/demo.py                 writes pictures, charts and report.json into demo_output/
-    python scripts/demo.py --open          and leaves ComfyUI running, with the workflows ready to click
-    python scripts/demo.py --pictures 512  measures on more pictures (default 128)
+    python scripts/demo.py --open          opens the first of them, and ComfyUI with the workflows at the end
+    python scripts/demo.py --controls      steers by random features, mean differences and strength 0, too
+    python scripts/demo.py --pictures 512  measures on more pictures (default 64)
+
+The first portraits, before and after, are there within a minute or so. Then each of three recipes is measured, and one
+is made anew from the model alone, as in workflow 02 but smaller: two to four minutes on two processor cores.
 
 Standard library only. The first run makes an environment and obtains ComfyUI (some minutes, a few GB in .cache).
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import shutil
 import sys
 import time
@@ -24,8 +29,11 @@ from host import Server
 WORKFLOWS = REPOSITORY / "workflows"
 OUTPUT = REPOSITORY / "demo_output"
 ATTRIBUTES = ("presentation", "age", "skin_tone")
-SMALLEST_RUN = 128
+SMALLEST_RUN = 64
 SERVER_OPTIONS = ("--force-channels-last",)  # convolutions of large batches take a quarter less time on a CPU
+PLAIN_PAUSE = 10  # seconds between two lines of progress where the output is no terminal
+# Half of workflow 02: its recipe steers about as well, in half the time.
+FEWER = {"DiffLensCapture": {"pictures": 128}, "DiffLensTrainSAE": {"steps": 800}}
 CONTROLS = {  # name: (recipe file, strength)
     "random features": ("controls/{}_random.safetensors", 1.0),
     "mean difference": ("controls/{}_mean_difference.safetensors", 1.0),
@@ -48,33 +56,35 @@ KEPT_COLUMNS = {
 
 
 class Display:
-    """Progress of the runs: one line, rewritten in place on a terminal; else a line when a run is done."""
+    """Progress of the runs: one line, rewritten in place on a terminal; elsewhere a new line now and then."""
 
     def __init__(self, runs: int) -> None:
         self.runs, self.number, self.tty = runs, 0, sys.stdout.isatty()
 
     def start(self, title: str, prompt: dict) -> None:
-        self.number, self.title, self.prompt, self.began = self.number + 1, title, prompt, time.monotonic()
-        self.line("")
+        self.number, self.title, self.prompt = self.number + 1, title, prompt
+        self.began = self.shown = time.monotonic()
+        if self.tty:
+            self.show("", end="")
 
     def update(self, nodes: dict) -> None:
         """Called with ComfyUI's progress by node id."""
         for node_id, node in nodes.items():
-            if node["state"] == "running" and self.tty:
+            if node["state"] == "running" and (self.tty or time.monotonic() - self.shown >= PLAIN_PAUSE):
                 item = self.prompt[node_id]
                 name = item.get("_meta", {}).get("title") or item["class_type"].removeprefix("DiffLens")
                 count = f" {node['value']:.0f}/{node['max']:.0f}" if node["max"] > 1 else ""
-                self.line(f"{name}{count}")
+                self.show(f"{name}{count}", end="" if self.tty else "\n")
 
     def finish(self) -> None:
-        self.line("done", end="\n")
+        self.show("done", end="\n")
 
-    def line(self, text: str, end: str = "") -> None:
-        if self.tty or end:
-            start, clear = ("\r", "\x1b[K") if self.tty else ("", "")
-            seconds = time.monotonic() - self.began
-            line = f"  {self.number:2}/{self.runs} {self.title:32} {seconds:4.0f} s  {text}"
-            print(start + line[: shutil.get_terminal_size().columns - 1] + clear, end=end, flush=True)
+    def show(self, text: str, end: str) -> None:
+        self.shown = time.monotonic()
+        line = f"  {self.number:2}/{self.runs} {self.title:32} {self.shown - self.began:4.0f} s  {text}"
+        if self.tty:
+            line = "\r" + line[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
+        print(line, end=end, flush=True)
 
 
 def load_workflow(name: str) -> dict:
@@ -91,9 +101,16 @@ def find(prompt: dict, class_type: str, **inputs: object) -> str:
     return found
 
 
+def changed(workflow: dict, changes: dict[str, dict]) -> dict:
+    """The workflow with other inputs of some of its nodes, by type of node."""
+    prompt = copy.deepcopy(workflow)
+    for class_type, inputs in changes.items():
+        prompt[find(prompt, class_type)]["inputs"] |= inputs
+    return prompt
+
+
 def for_recipe(workflow: dict, attribute: str, recipe: str, strength: float, pictures: int) -> dict:
     """Workflow 01 for another recipe, strength and number of pictures; the unsteered part stays the same."""
-    prompt = copy.deepcopy(workflow)
     changes = {
         "EmptyLatentImage": {"batch_size": pictures},
         "DiffLensLoadRecipe": {"recipe_name": recipe},
@@ -101,9 +118,21 @@ def for_recipe(workflow: dict, attribute: str, recipe: str, strength: float, pic
         "DiffLensReport": {"attribute": attribute},
         "DiffLensCompare": {"columns": 16},
     }
-    for class_type, inputs in changes.items():
-        prompt[find(prompt, class_type)]["inputs"] |= inputs
-    return prompt
+    return changed(workflow, changes)
+
+
+def shipped_runs(workflow: dict, pictures: int) -> dict[str, dict]:
+    """Workflow 01 for the recipe of every attribute, by attribute."""
+    return {name: for_recipe(workflow, name, f"avatars_{name}.safetensors", 1.0, pictures) for name in ATTRIBUTES}
+
+
+def control_runs(workflow: dict, pictures: int) -> dict[str, dict]:
+    """The same for the controls of every attribute, by attribute and control."""
+    return {
+        f"{attribute} {control}": for_recipe(workflow, attribute, recipe.format(attribute), strength, pictures)
+        for attribute in ATTRIBUTES
+        for control, (recipe, strength) in CONTROLS.items()
+    }
 
 
 def run(server: Server, display: Display, title: str, prompt: dict) -> dict:
@@ -127,6 +156,12 @@ def save_pictures(server: Server, prompt: dict, outputs: dict, name: str) -> Non
             if node["class_type"] == class_type:
                 picture = server.get_image(outputs[node_id]["images"][0])
                 (OUTPUT / f"{name}_{what}.png").write_bytes(picture)
+
+
+def mix(report: dict, side: str) -> str:
+    """The mix of classes in the pictures "before" or "after", in words."""
+    shares = zip(report["classes"], report[side]["shares"], strict=True)
+    return ", ".join(f"{share:.0%} {name}" for name, share in shares)
 
 
 def summary(report: dict) -> dict:
@@ -155,44 +190,66 @@ def table(title: str, results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def demo(server: Server, pictures: int) -> None:
-    """Run everything, print the table and write the output folder."""
-    began = time.monotonic()
-    display = Display(1 + len(ATTRIBUTES) * (1 + len(CONTROLS)))
-    whole_way = load_workflow("02_find_the_bias_features")
+def first_look(server: Server, display: Display, workflow: dict) -> Path:
+    """Run workflow 01 as it is shipped and tell where its pictures are; returns the one to look at first."""
+    outputs = run(server, display, "a first look", workflow)
+    save_pictures(server, workflow, outputs, "first_look")
+    report, picture = read_report(workflow, outputs), OUTPUT / "first_look_before_after.png"
+    before, after = mix(report, "before"), mix(report, "after")
+    print(f"\nLook at: {picture}")
+    print(f"The same {report['n']} portraits before ({before}) and after ({after}).\n", flush=True)
+    return picture
+
+
+def demo(server: Server, pictures: int, controls: bool, show: bool, began: float) -> None:
+    """Run everything, print the tables and write the output folder; `began`: when the user began to wait."""
+    workflow = load_workflow("01_debias_the_avatars")
+    whole_way = changed(load_workflow("02_find_the_bias_features"), FEWER)
+    shipped, compared = shipped_runs(workflow, pictures), control_runs(workflow, pictures) if controls else {}
+    display = Display(1 + len(shipped) + len(compared) + 1)
+    picture = first_look(server, display, workflow)
+    first_look_seconds = round(time.monotonic() - began, 1)
+    if show:
+        open_window(picture.as_uri())
+
+    attributes = {}
+    for attribute, prompt in shipped.items():
+        outputs = run(server, display, attribute, prompt)
+        save_pictures(server, prompt, outputs, attribute)
+        attributes[attribute] = summary(read_report(prompt, outputs))
+    results = {
+        name: summary(read_report(prompt, run(server, display, name, prompt))) for name, prompt in compared.items()
+    }
     outputs = run(server, display, "find the bias features", whole_way)
     save_pictures(server, whole_way, outputs, "found")
     found = summary(read_report(whole_way, outputs))
 
-    workflow = load_workflow("01_debias_the_avatars")
-    attributes, controls = {}, {}
-    for attribute in ATTRIBUTES:
-        prompt = for_recipe(workflow, attribute, f"avatars_{attribute}.safetensors", 1.0, pictures)
-        outputs = run(server, display, attribute, prompt)
-        save_pictures(server, prompt, outputs, attribute)
-        attributes[attribute] = summary(read_report(prompt, outputs))
-    for attribute in ATTRIBUTES:
-        for control, (recipe, strength) in CONTROLS.items():
-            prompt = for_recipe(workflow, attribute, recipe.format(attribute), strength, pictures)
-            name = f"{attribute} {control}"
-            controls[name] = summary(read_report(prompt, run(server, display, name, prompt)))
     seconds = round(time.monotonic() - began, 1)
-
-    report = {"attributes": attributes, "controls": controls, "seconds": seconds}
+    report = {
+        "attributes": attributes, "controls": results, "found": {"presentation": found},
+        "first_look_seconds": first_look_seconds, "seconds": seconds,
+    }  # fmt: skip
     (OUTPUT / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(table(f"Shipped recipes, n = {pictures}", attributes))
-    print(table(f"Controls, n = {pictures}", controls))
+    if controls:
+        print(table(f"Controls, n = {pictures}", results))
     print(table(f"Found just now, n = {found['n']}", {"presentation": found}))
     print("\nbefore, after: distance from a fair mix (Fairness Discrepancy, 0 is fair).")
     print("success: share of pictures that show what they were asked to; kept: share whose other attributes stayed.")
     print(f"{seconds:.0f} s. Pictures, charts and report.json are in {OUTPUT}")
 
 
+def open_window(url: str) -> None:
+    """Open a file or page in the browser, where there is a screen; else `webbrowser` would take over the terminal."""
+    if sys.platform in ("win32", "darwin") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        webbrowser.open(url)
+
+
 def leave_open(server: Server) -> None:
     """Show ComfyUI in the browser until Ctrl+C; the workflows stand in its sidebar and among its templates."""
     print(f"\nComfyUI runs at {server.url} until you press Ctrl+C here.")
     print("The workflows are in the sidebar under Workflows, and under Templates.", flush=True)
-    webbrowser.open(server.url)
+    open_window(server.url)
     try:
         while True:
             time.sleep(1)
@@ -218,17 +275,19 @@ def picture_count(text: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=picture_count, default=SMALLEST_RUN, help="pictures per attribute")
-    parser.add_argument("--open", action="store_true", help="leave ComfyUI running and open it in the browser")
+    parser.add_argument("--open", action="store_true", help="open the first pictures, and ComfyUI at the end")
+    parser.add_argument("--controls", action="store_true", help="run what the recipes are compared with, too")
     options = parser.parse_args()
     try:
         print("Preparing (the first time takes some minutes)", flush=True)
         ensure_environment()
         ensure_comfyui()
         OUTPUT.mkdir(exist_ok=True)
+        began = time.monotonic()
         base = cache_folder() / "comfyui-user" if options.open else None
         print("Starting ComfyUI", flush=True)
         with Server(base=base, args=SERVER_OPTIONS) as server:
-            demo(server, options.pictures)
+            demo(server, options.pictures, options.controls, options.open, began)
             if options.open:
                 copy_workflows(server.base)
                 leave_open(server)

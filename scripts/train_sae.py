@@ -29,7 +29,7 @@ from difflens_core.sae import (  # noqa: E402
     TrainingOptions,
     hold_out,
     measure_sae,
-    save_sae,  # noqa: E402
+    save_sae,
     train_sae,
 )
 

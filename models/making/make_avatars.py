@@ -1,7 +1,7 @@
 """Rebuild every file under models/avatars/ from seeds.
 
-    python models/making/make_avatars.py            all stages, in order; finished stages are skipped
-    python models/making/make_avatars.py denoiser   one stage again
+    python models/making/make_avatars.py            the stages whose files are not there, in order
+    python models/making/make_avatars.py denoiser   one stage again: its files are replaced
 
 A stage that is cut off goes on from its last checkpoint in models/avatars/.work/.
 """
@@ -32,13 +32,13 @@ from stages import (  # noqa: E402
     train_network,
 )
 
-from difflens_core.activations import Activations, save_labels  # noqa: E402
+from difflens_core.activations import Activations, capture, save_labels  # noqa: E402
 from difflens_core.classifiers import load_classifier, save_classifier  # noqa: E402
 from difflens_core.files import fingerprint, load_tensors  # noqa: E402
 from difflens_core.locate import save_probes  # noqa: E402
 from difflens_core.networks import (  # noqa: E402
     Denoiser,
-    capture_pictures,  # noqa: E402
+    DenoiserSampler,
     load_denoiser,
     save_denoiser,
 )
@@ -97,8 +97,8 @@ def train_classifier() -> None:
 def captured() -> tuple[Activations, torch.Tensor]:
     """Activations and pictures (n x H x W x 3 in [0, 1]) of the SAE's seed; sampled once."""
     count = SAE["pictures"]
-    store = capture_pictures(
-        load_denoiser(DENOISER_FILE), count, SAE["seed"], STEPS, folder=WORK / "capture",
+    store = capture(
+        DenoiserSampler(load_denoiser(DENOISER_FILE), STEPS), count, SAE["seed"], folder=WORK / "capture",
         on_batch=lambda done: print(f"capture {done}/{count}", flush=True),
     )  # fmt: skip
     return store.activations(), store.samples().movedim(1, -1) / 2 + 0.5
@@ -202,7 +202,8 @@ seeds. Mode reach draws long hair in full, where shift stops as soon as the prob
 |---|---|---|---|---|---|
 {recipes}
 
-`difflens_probes/` holds the linear probes behind them, one a step and attribute (`difflens_core.probes.load_probes`).
+`difflens_probes/` holds the linear probes behind them, one a step and attribute
+(`difflens_core.locate.probes.load_probes`).
 `difflens_recipes/controls/` holds what the recipes are compared with: random latents of the same count and edit norm,
 and the mean difference of the raw activations.
 
@@ -224,4 +225,4 @@ STAGES = {
 
 
 if __name__ == "__main__":
-    build(STAGES, WORK, sys.argv[1:])
+    build(STAGES, WORK, __doc__)

@@ -1,14 +1,13 @@
 """Rebuild every file under models/prompted_avatars/ from seeds. Needs models/avatars/: training begins from it.
 
-    python models/making/make_prompted_avatars.py            all stages, in order; finished stages are skipped
-    python models/making/make_prompted_avatars.py denoiser   one stage again
+    python models/making/make_prompted_avatars.py            the stages whose files are not there, in order
+    python models/making/make_prompted_avatars.py denoiser   one stage again: its files are replaced
 
 A stage that is cut off goes on from its last checkpoint in models/prompted_avatars/.work/.
 """
 
 from __future__ import annotations
 
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from stages import (
 )
 from torch import nn
 
-from difflens_core.activations import Activations, save_labels
+from difflens_core.activations import Activations, capture, save_labels
 from difflens_core.classifiers import load_classifier, save_classifier
 from difflens_core.files import fingerprint, load_tensors
 from difflens_core.locate import save_probes
@@ -43,9 +42,9 @@ from difflens_core.networks import (
     UNKNOWN,
     Denoiser,
     DenoiserConfig,
+    DenoiserSampler,
     Guidance,
     TextEncoder,
-    capture_pictures,
     load_denoiser,
     load_prompted,
     save_denoiser,
@@ -139,9 +138,9 @@ def captured() -> tuple[Activations, torch.Tensor]:
     prompts = [f"portrait of {phrase([*filter(None, words[:2])], words[2])}" for words in told]
     count = SAE["pictures"]
     context = text.encode(prompts)[torch.arange(count) % len(prompts)]
-    store = capture_pictures(
-        model, count, SAE["seed"], bench.STEPS, folder=WORK / "capture",
-        guidance=Guidance(context, text.encode([""]), CFG),
+    store = capture(
+        DenoiserSampler(model, bench.STEPS, Guidance(context, text.encode([""]), CFG)), count, SAE["seed"],
+        folder=WORK / "capture",
         on_batch=lambda done: print(f"capture {done}/{count}", flush=True),
     )  # fmt: skip
     return store.activations(), store.samples().movedim(1, -1) / 2 + 0.5
@@ -282,4 +281,4 @@ STAGES = {
 }
 
 if __name__ == "__main__":
-    build(STAGES, WORK, sys.argv[1:])
+    build(STAGES, WORK, __doc__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from precision import autocast
 from torch import Tensor, nn
 
 from difflens_core.activations import Activations
@@ -36,7 +38,7 @@ def denoiser_loss(predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor) -> Te
     sigma = torch.rand(len(x0))
     s = sigma[:, None, None, None]
     noisy = (1 - s) * x0 + s * torch.randn_like(x0)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         predicted = predict(noisy, sigma)
     error = (predicted.float() - x0).square().mean(dim=(1, 2, 3))
     return (error / (sigma.square() + 0.02)).mean()
@@ -100,7 +102,7 @@ def fit_classifier(draw: Callable[[int, int], Drawings], heads: Mapping[str, tup
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, c["lr"], total_steps=steps)
     for step in range(steps):
         picks = torch.randint(len(images), (c["batch"],))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             logits = model(augment(to_tensor(images[picks.numpy()])))
         loss = sum(torch.nn.functional.cross_entropy(logits[n].float(), labels[n][picks]) for n in labels)
         optimiser.zero_grad()
@@ -186,10 +188,18 @@ def recipe_rows(recipes: Iterable[Recipe]) -> str:
     return "\n".join(rows)
 
 
-def build(stages: dict[str, tuple[Callable[[], None], Path]], work: Path, asked: list[str]) -> None:
-    """Run the stages asked for by name, or all those whose result is not there yet."""
+def build(stages: dict[str, tuple[Callable[[], None], Path]], work: Path, about: str) -> None:
+    """The command line: run the stages asked for by name, or all those whose result is not there yet."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", nargs="*", help=f"made again though its files are there: {', '.join(stages)}")
+    asked = parser.parse_args().stage
+    unknown = sorted(set(asked) - set(stages))
+    if unknown:
+        parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(stages)}")
     torch.set_flush_denormal(True)  # tiny Adam moments would slow the CPU many times over
     work.mkdir(parents=True, exist_ok=True)
     for name, (make, result) in stages.items():
         if name in asked or (not asked and not result.exists()):
             make()
+        elif not asked:
+            print(f"{name}: {result} is there already")

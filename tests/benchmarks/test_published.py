@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import compare  # noqa: E402
+import debias  # noqa: E402
 from published import (  # noqa: E402
     LatentDirection,
     SemanticGuidance,
@@ -155,8 +156,9 @@ def test_a_direction_is_added_to_every_picture_of_its_class(toys):
 
 def test_all_methods_ask_every_picture_for_the_same_class_in_exact_quotas(model, guidance, toys, monkeypatch):
     """Two batches and a bit, so that a method that numbered the pictures of a batch from 0 would be found out."""
-    monkeypatch.setattr(compare, "BATCH", 5)
-    monkeypatch.setattr(compare, "STEPS", 3)
+    monkeypatch.setattr(debias, "BATCH", 5)
+    for module in (compare, debias):
+        monkeypatch.setattr(module, "STEPS", 3)
     read = torch.eye(3)[torch.tensor([0] * 7 + [1] * 4 + [2])]
     asked = compare.assign(read, seed=4)
     assert Counter(asked.tolist()) == {0: 4, 1: 4, 2: 4} and int((asked != read.argmax(dim=1)).sum()) == 3
