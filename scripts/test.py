@@ -13,7 +13,10 @@ from pathlib import Path
 
 from environment import REPOSITORY, HostError, cache_folder, ensure_comfyui, ensure_environment, ensure_libraries
 
-PACKAGES = ("pytest>=8", "hypothesis>=6", "ruff>=0.9", "diffusers>=0.42", "torchmetrics>=1.8", "kornia>=0.7.1")
+PACKAGES = (
+    "pytest>=8", "hypothesis>=6", "ruff>=0.9", "diffusers>=0.42", "torchmetrics>=1.8", "kornia>=0.7.1",
+    "transformers>=4.50",
+)  # fmt: skip
 HELP = """
   python scripts/test.py               style, format, and all tests that are not slow; the first run makes an
                                        environment in .cache (about 3 GB)
