@@ -58,9 +58,11 @@ def planned_targets(
 def plan_in_words(targets: Sequence[Targets], own: Mapping[str, np.ndarray]) -> str:
     """How many pictures a plan changes, and the mix of every attribute; own: as in `planned_targets`."""
     moved = targets[0].moved
+    assert moved is not None  # these are planned, not dealt
     lines = [f"{moved.sum()} of {len(moved)} pictures change ({moved.mean():.1%}); no plan changes fewer."]
     for part in targets:
-        lines.append(f"{part.attribute}: {np.mean(part.asked != own[part.attribute]):.1%} change")
+        before, after = own[part.attribute], part.first(len(moved))
+        lines.append(f"{part.attribute}: {np.mean(after != before):.1%} change")
         for c, name in enumerate(part.classes):
-            lines.append(f"  {name:14}{(own[part.attribute] == c).sum():6} -> {(part.asked == c).sum()}")
+            lines.append(f"  {name:14}{(before == c).sum():6} -> {(after == c).sum()}")
     return "\n".join(lines)
