@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .deal import balanced, deal_round, whole_counts
+from .deal import deal_round
 from .files import DiffLensError
 
 
@@ -68,9 +68,28 @@ def parse_numbers(text: str, classes: Sequence[str], what: str, kind: type = flo
 
 
 def assign_targets(shares: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Class (int64) of `count` pictures that are all there are: counts and order as even as whole pictures allow."""
-    random = Random(seed)
-    return balanced(whole_counts(np.asarray(shares).tolist(), count, random), random)
+    """Class (int64) of `count` pictures that are all there are, dealt by quota: every prefix is as close as it can be.
+
+    Among the classes that lag enough behind their share of the first i+1 pictures, picture i goes to the one that
+    would fall too far behind soonest. No count of K classes then ever strays from its share by more than
+    1 - 1 / (2K - 2) pictures, the best that any deal can promise (Tijdeman 1980). Ties, and with them the order
+    within a round, are broken by `seed`. Depends on i and not on how the run is cut into batches.
+    """
+    shares = np.asarray(shares, dtype=np.float64)
+    classes = np.flatnonzero(shares)
+    shares = shares[classes]
+    margin = 1 / max(1, 2 * len(shares) - 2)
+    order = np.random.default_rng(seed)
+    given = np.zeros(len(shares))
+    targets = np.empty(count, dtype=np.int64)
+    for i in range(count):
+        lag = shares * (i + 1) - given
+        time_left = np.where(lag > margin - 1e-9, (1 - margin - lag) / shares, np.inf)
+        ties = order.permutation(len(shares))
+        best = ties[np.argmin(np.round(time_left[ties], 9))]
+        targets[i] = classes[best]
+        given[best] += 1
+    return targets
 
 
 def joint_shares(marginals: Sequence[np.ndarray]) -> np.ndarray:
@@ -98,6 +117,23 @@ def deal_for_ever(
     return (*rounds, deal_round(shares, Random(int.from_bytes(digest, "big")), rounds)), start
 
 
+@dataclass
+class Log:
+    """What sampling told of a deal: the pictures' numbers, run by run, and what did not come about in the last run."""
+
+    numbers: list[np.ndarray] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+
+    def last(self, count: int) -> np.ndarray | None:
+        """Numbers (n, int64) of the last `count` pictures, or None if no last runs have drawn just so many."""
+        drawn: list[np.ndarray] = []
+        for numbers in reversed(self.numbers):
+            drawn.insert(0, numbers)
+            if sum(map(len, drawn)) >= count:
+                break
+        return np.concatenate(drawn) if drawn and sum(map(len, drawn)) == count else None
+
+
 @dataclass(frozen=True)
 class Targets:
     """The classes that the pictures of a run are asked to show: `shares` (K) of `classes`, dealt out by `seed`.
@@ -105,8 +141,8 @@ class Targets:
     Picture i of the run is number first_image + i of the deal, so that a run can go on where another ended.
     beside: the targets of another attribute that the run already has, with those beside them. This deal is then
     independent of theirs, which stay as they are. Give both the same first_image.
-    asked: the classes of all pictures (n), if they were planned one by one (`plan_moves`) instead of dealt; moved: n,
-    bool, which of them need steering at all.
+    log: what sampling told. asked: the classes of all pictures (n), if they were planned one by one (`plan_moves`)
+    instead of dealt; moved: n, bool, which of them need steering at all.
     """
 
     attribute: str
@@ -117,6 +153,7 @@ class Targets:
     beside: Targets | None = None
     asked: np.ndarray | None = field(default=None, compare=False)
     moved: np.ndarray | None = field(default=None, compare=False)
+    log: Log = field(default_factory=Log, compare=False, repr=False)
 
     @property
     def deal(self) -> tuple:
@@ -127,6 +164,11 @@ class Targets:
     def first(self, count: int) -> np.ndarray:
         """Class (int64) of the first `count` pictures of the run."""
         return self.at(np.arange(count))
+
+    def shown_last(self, count: int) -> np.ndarray:
+        """Class (int64) that each of the last `count` pictures was asked to show, as far as sampling told which."""
+        numbers = self.log.last(count)
+        return self.first(count) if numbers is None else self.at(numbers)
 
     def at(self, images: np.ndarray) -> np.ndarray:
         """Class (B, int64) of pictures `images` (B) of the run."""

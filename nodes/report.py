@@ -79,9 +79,11 @@ class FairnessReport(io.ComfyNode):
             parse_confusion(confusion, classes) if confusion.strip() else None, undecided_below,
             joint_attributes(joint_with, classifier, attribute),
         )  # fmt: skip
-        assigned = None
+        assigned, said = None, []
         if after is not None and targets is not None:
-            assigned = targets_of(targets, attribute, classes).first(len(after))
+            asked = targets_of(targets, attribute, classes)
+            assigned = asked.shown_last(len(after))
+            said = [f"Steer: {sentence}" for sentence in asked.log.said]
         path = host.new_output(save_as, ".html") if save_as.strip() else None
         embed = None if clip_vision is None else host.image_embedder(clip_vision)
 
@@ -93,7 +95,7 @@ class FairnessReport(io.ComfyNode):
         numbers |= {"size": (before.shape[2], before.shape[1]), "notes": notes.strip()}
         if after is not None:
             found, reasons = what_changed(before, after, perceptual, embed, lambda done: report(2 * count + done))
-            numbers |= {"changes": found, "pixel_change": found["rmse"], "not_measured": reasons}
+            numbers |= {"changes": found, "pixel_change": found["rmse"], "not_measured": said + reasons}
 
         chart, text = share_chart(numbers), report_text(numbers)
         if path:

@@ -12,7 +12,7 @@ from ..difflens_core.experiments import asked_shares
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.sae import SparseAutoencoder
 from ..difflens_core.steer import MODES, Recipe, Steering, at_dose, with_settings
-from ..difflens_core.targets import Targets, parse_target, targets_of
+from ..difflens_core.targets import Log, Targets, parse_target, targets_of
 from . import host
 from .sockets import CATEGORY, SAE, RecipeSocket, TargetsSocket
 
@@ -116,7 +116,18 @@ class Steer(io.ComfyNode):
                     tooltip="From Plan Targets: which class each picture is asked to show; pictures that fit as they "
                     "are stay exactly as they are. target and seed then have no say.",
                 ),
+                io.Int.Input(
+                    "run",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    control_after_generate=io.ControlAfterGenerate.increment,
+                    optional=True,
+                    tooltip="Counts your runs, so that pictures queued one by one, or batch after batch, go on with "
+                    "the mix where the last ones ended. Set it to fixed to compare pictures of the same seed.",
+                ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Model.Output(tooltip="The steered model. The model that came in stays as it was."),
                 TargetsSocket.Output(
@@ -131,7 +142,7 @@ class Steer(io.ComfyNode):
     def execute(
         cls, model: Any, recipe: Recipe, target: str, strength: float, mode: str, start_percent: float,
         end_percent: float, seed: int, first_image: int, conditioning: str = "positive", mask: Tensor | None = None,
-        sae: SparseAutoencoder | None = None, targets: tuple[Targets, ...] | None = None,
+        sae: SparseAutoencoder | None = None, targets: tuple[Targets, ...] | None = None, run: int = 0,
     ) -> io.NodeOutput:  # fmt: skip
         check_model(model, recipe)
         if start_percent > end_percent:
@@ -144,14 +155,19 @@ class Steer(io.ComfyNode):
         )
         if targets is None:
             shares = asked_shares(recipe, parse_target(target, recipe.classes))
-            dealt = Targets(recipe.attribute, recipe.classes, tuple(shares.tolist()), seed, first_image)
+            mix = tuple(shares.tolist())
+            dealt = Targets(recipe.attribute, recipe.classes, mix, seed, first_image, host.dealt(model))
         else:
-            dealt = replace(targets_of(targets, recipe.attribute, recipe.classes), first_image=first_image)
+            dealt = replace(targets_of(targets, recipe.attribute, recipe.classes), first_image=first_image, log=Log())
         if mask is not None:
             mask = mask.reshape(-1, *mask.shape[-2:])  # some nodes put out a single mask without a batch
         steering = Steering(recipe, dealt.of, sae, mask)
-        steered = host.apply_site(model, recipe.site, steering, cls.define_schema().display_name, conditioning)
-        return io.NodeOutput(steered, (dealt,))
+        steered = host.apply_site(
+            model, recipe.site, steering, cls.define_schema().display_name, conditioning,
+            span=(recipe.start, recipe.end), run=run, mark=f"{host.recipe_mark(recipe)} {dealt}", log=dealt.log,
+            node_id=cls.hidden and cls.hidden.unique_id,
+        )  # fmt: skip
+        return io.NodeOutput(host.with_deal(steered, dealt), (dealt,))
 
 
 def check_model(model: Any, recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""Run the checks: style, and tests by themselves and in a real ComfyUI.
+"""Run the checks: style, types, and tests by themselves and in a real ComfyUI.
 
 Standard library only. Exits with 0 if all is well. Nothing is written outside the cache folder but temporary files.
 """
@@ -13,9 +13,12 @@ from pathlib import Path
 
 from environment import REPOSITORY, HostError, cache_folder, ensure_comfyui, ensure_environment, ensure_libraries
 
-PACKAGES = ("pytest>=8", "hypothesis>=6", "ruff>=0.9", "diffusers>=0.42", "torchmetrics>=1.8", "kornia>=0.7.1")
+PACKAGES = (
+    "pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.15", "diffusers>=0.42", "torchmetrics>=1.8", "kornia>=0.7.1",
+    "transformers>=4.50",
+)  # fmt: skip
 HELP = """
-  python scripts/test.py               style, format, and all tests that are not slow; the first run makes an
+  python scripts/test.py               style, format, types, and all tests that are not slow; the first run makes an
                                        environment in .cache (about 3 GB)
   python scripts/test.py --unit        without the tests in ComfyUI, and without getting a ComfyUI
   python scripts/test.py --slow        also the slow tests, and SAEs read by the programs that write such files; the
@@ -33,6 +36,7 @@ def checks(python: Path, libraries: Path | None, pytest_arguments: list[str]) ->
     found = {
         "style": [*run, "ruff", "check", *ruff],
         "format": [*run, "ruff", "format", "--check", *ruff],
+        "types": [*run, "mypy", "--cache-dir", str(cache / "mypy")],
         "tests": [*run, *pytest, *pytest_arguments],
     }
     if libraries:
@@ -43,8 +47,8 @@ def checks(python: Path, libraries: Path | None, pytest_arguments: list[str]) ->
 def main() -> int:
     """Make the environments, run the checks; returns 0, or the exit code of the last that failed."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=HELP, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--unit | --slow] [arguments of pytest]", description=__doc__.splitlines()[0], epilog=HELP,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--unit", action="store_true", help="only what needs no ComfyUI")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -102,7 +103,7 @@ def at_step(
 
             stack.enter_context(edit_site(model, one.site, keep))
         for edit in edits:
-            stack.enter_context(edit_site(model, edit.site, lambda h, edit=edit: edit(h, progress, images)))
+            stack.enter_context(edit_site(model, edit.site, partial(edit, progress=progress, images=images)))
         yield
 
 

@@ -30,9 +30,9 @@ def load_any_classifier(path: str | Path, faces: FaceFinder | None = None) -> tu
     if "kind" in info:
         if faces:
             raise DiffLensError(f"{path.name}: this classifier looks at whole pictures. Set face_detector to none.")
-        model = load_classifier(path)
-        lines = ["format: DiffLens", f"input: whole pictures, {model.size} x {model.size}"]
-        return model, "\n".join([*lines, *attribute_lines(model)])
+        own = load_classifier(path)
+        lines = ["format: DiffLens", f"input: whole pictures, {own.size} x {own.size}"]
+        return own, "\n".join([*lines, *attribute_lines(own)])
     if not {"conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight", "fc.weight", "fc.bias"} <= tensors.keys():
         raise DiffLensError(
             f"{path.name}: not a classifier of a known format. Tensors: {', '.join(list(tensors)[:6]) or 'none'}. "
@@ -41,7 +41,8 @@ def load_any_classifier(path: str | Path, faces: FaceFinder | None = None) -> tu
     try:
         network, name = build_resnet(tensors)
         outputs = tensors["fc.bias"].numel()
-        notes, settings = (), {}
+        notes: tuple[str, ...] = ()
+        settings: dict[str, Any] = {}
         if info:
             readouts, settings = described(info, outputs)
         elif (name, outputs) == ("ResNet-34", FAIRFACE_OUTPUTS):

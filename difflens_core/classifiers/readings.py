@@ -22,7 +22,8 @@ class ImageClassifier(Protocol):
     attributes: every name with its classes, in the order of the probabilities.
     """
 
-    attributes: Mapping[str, tuple[str, ...]]
+    @property
+    def attributes(self) -> Mapping[str, tuple[str, ...]]: ...
 
     def classify(self, images: Tensor) -> dict[str, Tensor]:
         """Probabilities (n x K, fp32, on the CPU) of every attribute for images n x H x W x 3 in [0, 1], of any size.

@@ -77,6 +77,9 @@ class ResNetClassifier(nn.Module):
     size: side of the square that pictures or faces are resized to; mean, std: what each colour is normalised by.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         network: nn.Module,

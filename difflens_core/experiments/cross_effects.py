@@ -55,18 +55,23 @@ def cross_effects(
     sets = [[recipe] for recipe in recipes] + ([list(recipes)] if len(recipes) > 1 else [])
     run = Run(draw, batch, pictures * (1 + len(sets)), on_picture)
 
-    def read(edits: Callable[[Tensor], list[Steering]]) -> dict[str, np.ndarray]:
-        seen = classify(run.draw(torch.arange(pictures), edits))
-        return {name: seen[name].argmax(dim=1).numpy() for name in attributes}
-
-    before, found = read(lambda which: []), []
-    dealt, beside = {}, None
+    dealt: dict[str, Targets] = {}
+    beside = None
     for recipe in recipes:
         beside = Targets(recipe.attribute, recipe.classes, uniform(len(recipe.classes)), beside=beside)
         dealt[recipe.attribute] = beside
+
+    def read(used: Sequence[Recipe]) -> dict[str, np.ndarray]:
+        def edits(which: Tensor) -> list[Steering]:
+            return [steering(recipe, dealt[recipe.attribute], which) for recipe in used]
+
+        seen = classify(run.draw(torch.arange(pictures), edits))
+        return {name: seen[name].argmax(dim=1).numpy() for name in attributes}
+
+    before, found = read([]), []
     asked = {name: targets.first(pictures) for name, targets in dealt.items()}
     for used in sets:
-        after = read(lambda which, used=used: [steering(recipe, dealt[recipe.attribute], which) for recipe in used])
+        after = read(used)
         title = used[0].attribute if len(used) == 1 else TOGETHER
         own = {recipe.attribute for recipe in used}
         moved = np.any([asked[name] != before[name] for name in own], axis=0)

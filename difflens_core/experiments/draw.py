@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..activations import Draw
+from ..activations import Draw, Edit
 from ..files import DiffLensError, load_tensors, save_tensors
 from ..steer import Recipe, Steering, with_settings
 from ..targets import LEFT_ALONE
@@ -47,7 +47,7 @@ class Trials:
         for first in range(0, len(missing), self.batch):
             part = missing[first : first + self.batch]
             which, classes = (torch.tensor([key[i] for key in part]) for i in (0, 1))
-            edit = Steering(recipe, lambda images, classes=classes: classes[images])
+            edit = Steering(recipe, classes.__getitem__)
             drawn = self.classify(self.draw([edit], which)).double().cpu().numpy()
             self.save(part, drawn)
             self.known |= dict(zip(part, drawn, strict=True))
@@ -71,7 +71,7 @@ class Run:
     on_picture: Callable[[int, int], None]
     done: int = field(default=0)
 
-    def draw(self, which: Tensor, edits: Callable[[Tensor], list]) -> Tensor:
+    def draw(self, which: Tensor, edits: Callable[[Tensor], Sequence[Edit]]) -> Tensor:
         """Pictures of noises `which`; `edits(rows)` gives the edits of a batch that holds `rows` of them."""
         parts = []
         for rows in torch.arange(len(which)).split(self.batch):

@@ -126,7 +126,7 @@ def probe_score(recipe: Recipe) -> Tensor:
     The contrastive score of Attribute Features, from what the recipe holds: it does not say by what it was ranked.
     """
     steps = zip(recipe.levels.float().mean(dim=-1), recipe.probe_weight, strict=True)
-    return sum(contrast(level) * contrast(weight @ recipe.decoder.T) for level, weight in steps)
+    return sum((contrast(level) * contrast(weight @ recipe.decoder.T) for level, weight in steps), torch.zeros(()))
 
 
 def ablation(
@@ -137,13 +137,16 @@ def ablation(
     whole: what all features do. The random sets lie in each other, as the best ones do.
     """
     recipe, found = experiment.recipe, []
-    score, most = probe_score(recipe) if recipe.levels.shape[-1] else None, int(recipe.member.sum(dim=1).max())
+    most = int(recipe.member.sum(dim=1).max())
     others = random_features(recipe, sae, seed=0).features if sae else None
     for share in shares:
-        part = recipe if share == 1 else keep_best(recipe, score, max(1, round(share * most)), "contrastive")
-        best = whole if share == 1 else experiment.steered(part)
+        if share == 1:
+            part, best = recipe, whole
+        else:
+            part = keep_best(recipe, probe_score(recipe), max(1, round(share * most)), "contrastive")
+            best = experiment.steered(part)
         random = None
-        if sae:
+        if sae and others is not None:
             rows = torch.isin(recipe.features, part.features)
             random = experiment.steered(with_latents(part, sae, others[rows]))
         found.append(Part(len(part.features), best, random))

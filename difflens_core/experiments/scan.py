@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -85,6 +85,10 @@ class MeanShift:
     def site(self) -> str:
         return self.means.site
 
+    def of_batch(self, rows: Tensor) -> list[MeanShift]:
+        """The edits of a batch that holds `rows` of the pictures."""
+        return [replace(self, own=self.own[rows], target=self.target[rows])]
+
     def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
         if not self.start <= progress <= self.end:
             return h
@@ -140,7 +144,7 @@ def scan_sites(
     base = run.draw(numbers, lambda rows: []) if unsteered is None else unsteered
     labels = classify(base)[attribute].argmax(dim=1).cpu()
     tried = shown_classes(labels, attribute, classes)
-    collections = [({}, {}) for _ in sites]
+    collections: list[tuple[dict[float, Tensor], dict[float, Tensor]]] = [({}, {}) for _ in sites]
 
     def collectors(rows: Tensor) -> list[Collector]:
         pairs = zip(sites, collections, strict=True)
@@ -157,12 +161,8 @@ def scan_sites(
         means = ClassMeans.of(collector)
         for part in parts:
             start, end, sign = PARTS[part]
-            settings = sign * strength, start, end
-
-            def shift(rows: Tensor, means=means, settings=settings) -> list[MeanShift]:
-                return [MeanShift(means, labels[chosen[rows]], target[rows], *settings)]
-
-            after = run.draw(chosen, shift)
+            whole = MeanShift(means, labels[chosen], target, sign * strength, start, end)
+            after = run.draw(chosen, whole.of_batch)
             found.append(site_effect(means.site, part, first, (after, classify(after)), target, attribute, classes))
     return found
 

@@ -192,9 +192,9 @@ def attribute_features(
     weights = torch.ones(len(labels), device=device) if weights is None else weights
     shares = weights / torch.bincount(labels, weights, minlength=classes)[labels]  # of the picture in its class
     positions = activations.positions // sae.kernel**2
-    levels, by_step, by_position = [], [], torch.zeros(classes, size, positions, device=device)
+    levels, sums, by_position = [], [], torch.zeros(classes, size, positions, device=device)
     by_gradient = method in ("integrated gradients", "activation x gradient")
-    worst = None if method != "integrated gradients" else torch.zeros((), device=device)
+    worst = torch.zeros((), device=device)
     for s, progress in enumerate(activations.progress):
         step, level = probes.step_at(float(progress)), torch.zeros_like(by_position)
         part = torch.zeros_like(by_position)
@@ -220,14 +220,14 @@ def attribute_features(
             part = contrast(level) / positions
         if method == "contrastive":
             part *= contrast(probes.weight[step] @ sae.decoder.T)[:, :, None]
-        by_step.append(part.sum(dim=2))
+        sums.append(part.sum(dim=2))
         by_position += part
         levels.append(level.half())
         on_step(s + 1)
-    by_step = torch.stack(by_step)
+    by_step = torch.stack(sums)
     return Attribution(
         by_step.sum(dim=0), by_step, by_position.half(), torch.stack(levels), activations.progress,
-        None if worst is None else float(worst), probes.attribute, probes.classes, method,
+        float(worst) if method == "integrated gradients" else None, probes.attribute, probes.classes, method,
     )  # fmt: skip
 
 

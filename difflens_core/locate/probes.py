@@ -129,4 +129,5 @@ def save_probes(path: str | Path, probes: Probes) -> None:
 
 def load_probes(path: str | Path) -> Probes:
     tensors, info = load_tensors(path, "probes", needs=[*TENSORS, "attribute", "classes"])
-    return Probes(*(tensors[name] for name in TENSORS), info["attribute"], tuple(info["classes"]))
+    weight, bias, progress, accuracy = (tensors[name] for name in TENSORS)
+    return Probes(weight, bias, progress, accuracy, info["attribute"], tuple(info["classes"]))

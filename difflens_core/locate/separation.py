@@ -108,6 +108,6 @@ def auc(x: Tensor, positive: Tensor) -> np.ndarray:
 
     From the sum of ranks (Mann & Whitney 1947).
     """
-    positive = positive.numpy()
-    ranks, ones = rankdata(x.numpy(), axis=0), positive.sum()
-    return (ranks[positive].sum(axis=0) - ones * (ones + 1) / 2) / (ones * (len(positive) - ones))
+    mine = positive.numpy()
+    ranks, ones = rankdata(x.numpy(), axis=0), mine.sum()
+    return (ranks[mine].sum(axis=0) - ones * (ones + 1) / 2) / (ones * (len(mine) - ones))

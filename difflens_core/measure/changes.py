@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from ..files import DiffLensError
 from .fairness import pixel_change
 from .intervals import wilson_interval
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 BATCH = 4  # DISTS takes about 1 GB of memory for a picture of 1024 x 1024
 PERCEPTUAL = ("LPIPS", "DISTS")
@@ -177,7 +180,7 @@ class AsTheyAre(nn.Module):
         return features
 
 
-def fed(metric: nn.Module, before: Tensor, after: Tensor):
+def fed(metric: Metric, before: Tensor, after: Tensor) -> Any:
     """What a metric of torchmetrics computes of features, in float64."""
     metric.update(before.double(), real=True)
     metric.update(after.double(), real=False)

@@ -138,11 +138,11 @@ def prompt_report(
 
     assigned: the class that each picture was steered to (n).
     """
-    probabilities, target, prompts = np.asarray(probabilities), np.asarray(target), np.asarray(prompts)
-    names = tuple(dict.fromkeys(prompts.tolist()))
+    probabilities, target, given = np.asarray(probabilities), np.asarray(target), np.asarray(prompts)
+    names = tuple(dict.fromkeys(given.tolist()))
     reports, again, chance = [], [], []
     for number, name in enumerate(names):
-        own = prompts == name
+        own = given == name
         strata = None if assigned is None else np.asarray(assigned)[own]
         reports.append(measure_fairness(probabilities[own], target, attribute, classes, strata))
         hard, n = one_hot(probabilities[own].argmax(axis=1), len(target)), int(own.sum())
@@ -152,8 +152,8 @@ def prompt_report(
         chance.append(np.linalg.norm(fair - target, axis=1).mean())
     mean, means = float(np.mean([report.fd_hard for report in reports])), np.mean(again, axis=0)
     low, high = np.quantile(means - means.mean(), [0.025, 0.975]) + mean
-    squares = [report.fd_squared for report in reports]
-    squared = None if None in squares else float(np.mean(squares))
+    squares = [report.fd_squared for report in reports if report.fd_squared is not None]
+    squared = float(np.mean(squares)) if len(squares) == len(reports) else None
     return PromptReport(
         names, tuple(reports), mean, (max(0.0, float(low)), float(high)), float(np.mean(chance)), squared
     )

@@ -133,7 +133,7 @@ class Block(nn.ModuleList):
 
     @property
     def out_channels(self) -> int:
-        return self[-1].out_channels
+        return self[-1].out_channels  # type: ignore[return-value]
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for layer in self:
@@ -203,7 +203,7 @@ class Adm(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.out[0].weight.dtype
+        return self.get_parameter("out.0.weight").dtype
 
     def encode(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Input of `middle_block`, noise embedding (B x 4 model_channels) and what the decoder gets past it."""
@@ -247,9 +247,8 @@ def infer_config(weights: Mapping[str, Tensor], heads: int = 0, new_attention_or
         config = _infer(weights)
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise DiffLensError(f"not a complete ADM U-Net (looking for {error}).") from error
-    habit = {"head_channels": 64} if config.resblock_updown else {"head_channels": 0}
-    chosen = {"head_channels": 0, "heads": heads} if heads else habit
-    config = replace(config, new_attention_order=new_attention_order, **chosen)
+    each = 64 if config.resblock_updown and not heads else 0
+    config = replace(config, head_channels=each, heads=heads or config.heads, new_attention_order=new_attention_order)
     for width in {config.channels[-1], *(config.channels[level] for level in config.attention)}:
         if width % (config.head_channels or config.heads):
             raise DiffLensError(

@@ -52,8 +52,8 @@ class Checkpoint:
     def live_values(self) -> float:
         """Numbers that the network holds at once for each pixel, about: what it keeps for the decoder, and what the
         decoder works with at the full size. Measured, it holds 0.8 to 1.2 times as many."""
-        adm, kept = isinstance(self.config, AdmConfig), float(self.widths[0])
-        blocks = self.config.res_blocks if adm else self.config["layers_per_block"]
+        config, kept = self.config, float(self.widths[0])
+        blocks = config.res_blocks if isinstance(config, AdmConfig) else config["layers_per_block"]
         for level, width in enumerate(self.widths):
             kept += width * blocks / 4**level
             if level < len(self.widths) - 1:
@@ -105,6 +105,7 @@ def _read_file(path: Path, heads: int, new_order: bool, notes: list[str]) -> Che
     weights = unwrap(read_content(path), notes)
     refuse_other_kinds(weights)
     schedule = Schedule(linear_betas())
+    config: AdmConfig | dict[str, Any]
     if "output_blocks.0.0.in_layers.0.weight" in weights:
         config = infer_config(weights, heads, new_order)
         preset = " (P2's settings for faces)" if config == P2_FACES else ""
@@ -130,9 +131,9 @@ def _read_file(path: Path, heads: int, new_order: bool, notes: list[str]) -> Che
 
 def _read_folder(folder: Path, notes: list[str]) -> Checkpoint:
     config = read_json(folder / CONFIG)
-    kind = config.get("_class_name")
+    kind = config.get("_class_name") or "model without a name"
     if kind != "UNet2DModel":
-        raise DiffLensError(f"{CONFIG} says that this is a {kind or 'model without a name'}, expected a diffusers "
+        raise DiffLensError(f"{CONFIG} says that this is a {kind}, expected a diffusers "
                             f"UNet2DModel. {NODE_OF_CLASS.get(kind, '')}".strip())  # fmt: skip
     file = next((folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()), None)
     if file is None:

@@ -230,4 +230,4 @@ def load_prompted(path: str | Path) -> tuple[Denoiser, TextEncoder | None]:
     config, weights, text = load_denoiser_weights(path)
     model = Denoiser(config)
     model.load_state_dict(weights)
-    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last), text
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last), text  # type: ignore[call-overload]

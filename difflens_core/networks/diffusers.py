@@ -7,13 +7,16 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..activations import Edit, Kept, at_step
 from ..files import digest, fingerprint
+
+if TYPE_CHECKING:  # sampling needs nothing of diffusers but what it is given
+    from diffusers.models.modeling_utils import ModelMixin
 
 STEP_SEEDS = 2**62  # far from the seeds that users choose, which draw the starting noise
 
@@ -28,13 +31,13 @@ class DiffusersSampler:
     AutoencoderKL, None for a network on pixels.
     """
 
-    network: nn.Module
+    network: ModelMixin
     scheduler: Any
     steps: int = 20
     positive: Mapping[str, Tensor] = field(default_factory=dict)
     negative: Mapping[str, Tensor] | None = None
     cfg: float = 1.0
-    vae: nn.Module | None = None
+    vae: ModelMixin | None = None
     seed: int = 0
 
     @cached_property

@@ -61,7 +61,7 @@ def sample(
     for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         level = sigma.expand(len(x))
         with at_step(model, i, 1 - float(sigma), images, edits, kept):
-            x0 = model(x, level, context(guidance and guidance.context))
+            x0 = model(x, level, context(guidance.context if guidance else None))
         if guidance and guidance.cfg != 1:
             x0 = torch.lerp(model(x, level, context(guidance.empty)), x0, guidance.cfg)
         x = x0 + (x - x0) * (following / sigma)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ def tokenize(text: str, words: Sequence[str]) -> list[int]:
 class TextEncoder(nn.Module):
     """Prompts of up to `length` words as context B x length x width; `words` is the vocabulary."""
 
-    def __init__(self, words: Sequence[str], width: int = 128, length: int = 16, depth: int = 2, **factory):
+    def __init__(self, words: Sequence[str], width: int = 128, length: int = 16, depth: int = 2, **factory: Any):
         super().__init__()
         self.words, self.width, self.length = tuple(words), width, length
         self.token = nn.Embedding(len(words) + 2, width, **factory)

@@ -50,7 +50,7 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises `DiffLensError` if we cannot sample such a model.
     """
-    parameters = inspect.signature(unet2d_class().__init__).parameters
+    parameters = inspect.signature(unet2d_class()).parameters
     config = {name: config.get(name, p.default) for name, p in parameters.items() if p.default is not p.empty}
     if config["time_embedding_type"] == "fourier":
         raise DiffLensError("its time embedding is of a score-based model (SDE). Only DDPM-like models are supported.")

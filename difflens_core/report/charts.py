@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -32,14 +32,16 @@ class Chart:
         self.y0 = MARGIN + TITLE + 24
         self.y0 += self.legend(legend, self.y0) + TEXT  # room for a number above the frame
 
-    def text(self, at: tuple[float, float], text: str, room: float, anchor: str, size: int = TEXT, fill: str = INK):
+    def text(
+        self, at: tuple[float, float], text: str, room: float, anchor: str, size: int = TEXT, fill: str = INK
+    ) -> None:
         """Write one line, cut to `room` pixels."""
         font = ImageFont.load_default(size)
         self.draw.text(at, fitted(text, font, room), fill, font, anchor)
 
     def legend(self, names: Sequence[str], y: int) -> int:
         """Write the names with their colours in lines below the title; returns the height used."""
-        font, x, top = ImageFont.load_default(TEXT), LEFT, y
+        font, x, top = ImageFont.load_default(TEXT), float(LEFT), y
         for i, name in enumerate(names):
             name = fitted(name, font, WIDTH / 3)
             width = 44 + font.getlength(name) + 40
@@ -124,7 +126,7 @@ def bar_chart(
 
 def line_chart(
     title: str,
-    series: dict[str, list[tuple[float, float]]],
+    series: Mapping[str, Sequence[tuple[float, float]]],
     x_label: str,
     y_label: str,
     errors: dict[str, list[tuple[float, float]]] | None = None,
@@ -207,7 +209,7 @@ def colour(index: int) -> str:
     return PALETTE[index % len(PALETTE)]
 
 
-def fitted(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
+def fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: float) -> str:
     """The text in one line, cut with an ellipsis where it is wider than `room` pixels."""
     text = " ".join(text.split())
     if font.getlength(text) <= room:

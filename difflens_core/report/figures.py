@@ -106,11 +106,11 @@ def pair_figures(question: Question, before: Mapping[str, Tensor], after: Mappin
     known = decided(before) & decided(after)
     if not known.any():
         return {"paired": None, "kept": {}, "kept_ci": {}}
-    labels = [read[question.attribute][known].argmax(dim=1).numpy() for read in (before, after)]
+    old, new = (read[question.attribute][known].argmax(dim=1).numpy() for read in (before, after))
     kept, n = kept_attributes(before, after, question.attribute), int(known.sum())
     intervals = {name: wilson_interval(share * n, n) for name, share in kept.items()}
     return {
-        "paired": asdict(paired_test(*labels, question.target)),
+        "paired": asdict(paired_test(old, new, question.target)),
         "kept": kept,
         "kept_ci": {name: (float(low), float(high)) for name, (low, high) in intervals.items()},
     }

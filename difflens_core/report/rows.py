@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ def probability(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def span(ends: Sequence[float], form=decimal) -> str:
+def span(ends: Sequence[float], form: Callable[[float], str] = decimal) -> str:
     return f"{form(ends[0])} to {form(ends[1])}"
 
 
@@ -102,7 +102,7 @@ def fairness_rows(numbers: Mapping[str, Any]) -> list[Row]:
     """The figures of each set: columns as `columns_of`."""
     sides = sides_of(numbers)
 
-    def row(label: str, key: str, form=decimal, meaning: str = "", target: str = "") -> Row:
+    def row(label: str, key: str, form: Callable[[float], str] = decimal, meaning: str = "", target: str = "") -> Row:
         intervals = tuple(span(side[f"{key}_ci"], form) if side.get(f"{key}_ci") else "" for side in sides)
         figures = tuple(form(side[key]) if side[key] is not None else "-" for side in sides)
         return Row(label, (target, *figures), ("", *intervals), MEANINGS[meaning])

@@ -124,8 +124,8 @@ class SparseAutoencoder:
         if self.kernel < 1 or width % self.kernel**2:
             raise DiffLensError(f"SAE: a row of {width} numbers is no map of {self.kernel} x {self.kernel} positions.")
         if (self.threshold is not None) != (self.activation in ("batchtopk", "jumprelu")):
-            found = "none" if self.threshold is None else "one"
-            raise DiffLensError(f"SAE: batchtopk and jumprelu need a threshold, found {found} for {self.activation}.")
+            given = "none" if self.threshold is None else "one"
+            raise DiffLensError(f"SAE: batchtopk and jumprelu need a threshold, found {given} for {self.activation}.")
         steps = len(self.normalisation.progress)
         expected = {"encoder_bias": (n,), "decoder": (n, width), "decoder_bias": (width,)}
         found = {name: tuple(getattr(self, name).shape) for name in expected}
@@ -234,14 +234,14 @@ def save_sae(path: str | Path, sae: SparseAutoencoder, dtype: torch.dtype = torc
 
 def load_sae(path: str | Path) -> SparseAutoencoder:
     """Read an SAE that `save_sae` wrote; weights come back in fp32. Raises `DiffLensError` if it does not fit."""
-    wanted = [*TENSORS, *(f"normalisation.{name}" for name in NORMALISATION)]
-    tensors, info = load_tensors(path, "sae", needs=[*wanted, "k", "site"])
-    parts = [tensors[name].float() for name in wanted]
-    settings = {name: info[name] for name in SETTINGS if name in info}  # files of version 0.1 hold k and site alone
+    statistics = [f"normalisation.{name}" for name in NORMALISATION]
+    tensors, info = load_tensors(path, "sae", needs=[*TENSORS, *statistics, "k", "site"])
+    parts = {name: info[name] for name in SETTINGS if name in info}  # files of version 0.1 hold k and site alone
     if info.get("reads") == "update":  # how version 0.2 told it
-        settings["site"] += UPDATE
-    settings |= {"info": info.get("info", {}), "threshold": tensors.get("threshold")}
+        parts["site"] += UPDATE
+    parts |= {"info": info.get("info", {}), "threshold": tensors.get("threshold")}
+    parts |= {name: tensors[name].float() for name in TENSORS}
     try:
-        return SparseAutoencoder(*parts[:4], Normalisation(*parts[4:]), **settings)
+        return SparseAutoencoder(**parts, normalisation=Normalisation(*(tensors[name].float() for name in statistics)))
     except DiffLensError as error:
         raise DiffLensError(f"{Path(path).name}: {error}") from error

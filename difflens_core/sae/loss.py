@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .autoencoder import TENSORS, SparseAutoencoder
+from .autoencoder import SparseAutoencoder
 from .sparse import Active, decode_active, dots, encode_active, threshold_active, top_k_active
 
 ACTIVATIONS = ("topk", "batchtopk")
@@ -47,8 +47,10 @@ class BatchLoss(nn.Module):
     def __init__(self, sae: SparseAutoencoder, options: TrainingOptions):
         super().__init__()
         self.options = options
-        for name in TENSORS:
-            self.register_parameter(name, nn.Parameter(getattr(sae, name).clone()))
+        self.encoder = nn.Parameter(sae.encoder.clone())
+        self.encoder_bias = nn.Parameter(sae.encoder_bias.clone())
+        self.decoder = nn.Parameter(sae.decoder.clone())
+        self.decoder_bias = nn.Parameter(sae.decoder_bias.clone())
 
     def forward(self, rows: Tensor, dead: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, which latents fired (N, bool) and the smallest active value, for rows B x C; dead: N, bool."""

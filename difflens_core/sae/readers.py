@@ -56,11 +56,13 @@ def build(
     width = encoder.shape[1]
     shift = torch.zeros(width // settings.get("kernel", 1) ** 2) if shift is None else shift
     decoder_bias = torch.zeros(width) if decoder_bias is None else decoder_bias
-    parts = [part.float().contiguous() for part in (encoder, encoder_bias, decoder, decoder_bias)]
+    parts = encoder, encoder_bias, decoder, decoder_bias
+    encoder, encoder_bias, decoder, decoder_bias = (part.float().contiguous() for part in parts)
     normalisation = Normalisation(torch.zeros(1), shift.float()[None], torch.ones(1))
     if "threshold" in settings:
         settings["threshold"] = settings["threshold"].float()
-    return SparseAutoencoder(*parts, normalisation, **{"k": 0, "site": "", **settings})
+    settings = {"k": 0, "site": "", **settings}
+    return SparseAutoencoder(encoder, encoder_bias, decoder, decoder_bias, normalisation, **settings)
 
 
 def agree(config: Config, sae: SparseAutoencoder, width: str, latents: str) -> SparseAutoencoder:
@@ -146,7 +148,8 @@ def dict_class(config: Config) -> str | None:
 
 def read_dictionary(tensors: Tensors, config: Config, notes: list[str]) -> SparseAutoencoder:
     """dictionary_learning. What its trainer divided the activations by is multiplied into what it saves."""
-    kind, trainer, rest = dict_class(config), config["trainer"], {}
+    trainer, rest = config["trainer"], {}
+    kind = trainer["dict_class"]
     if isinstance(trainer.get("submodule_name"), str):
         rest["site"] = trainer["submodule_name"]
     if "k" in tensors:

@@ -76,7 +76,7 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, decoder: Tensor, *active: Tensor) -> Tensor:
         ctx.save_for_backward(decoder, *active)
-        return bag(*active, decoder)
+        return bag(*Active(*active), decoder)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

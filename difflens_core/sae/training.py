@@ -63,18 +63,18 @@ def train_sae(
         state.load(checkpoint)
     every = max(1, options.steps // 20)
     rank = dist.get_rank() if dist.is_initialized() else 0
-    writes = checkpoint and rank == 0
+    file = checkpoint if rank == 0 else None
     try:
         while state.step < options.steps:
             picks = activations.draw(options.batch, options.seed, state.step)[rank :: processes()]
             loss = state.train_on(training_rows(activations, sae, picks).to(device))
-            due = held_out is not None and (state.step % every == 0 or state.step == options.steps)
-            on_step(state.step, loss, measure_sae(state.sae(), held_out) if due else None)
-            if writes and state.step % 200 == 0:
-                state.save(checkpoint)
+            due = state.step % every == 0 or state.step == options.steps
+            on_step(state.step, loss, measure_sae(state.sae(), held_out) if held_out and due else None)
+            if file and state.step % 200 == 0:
+                state.save(file)
     except BaseException:
-        if writes:
-            state.save(checkpoint)
+        if file:
+            state.save(file)
         raise
     return replace(state.sae(), info={"training": {**vars(options), "pictures": activations.pictures}})
 
@@ -107,6 +107,7 @@ class State:
         loss, fired, smallest = self.wrapped(rows, self.idle > options.dead_after)
         self.optimiser.zero_grad()
         loss.backward()
+        assert decoder.grad is not None
         with torch.no_grad():
             # Rows keep their length: what would only change it must not fill the optimiser's memory.
             decoder.grad.addcmul_(decoder, torch.linalg.vecdot(decoder.grad, decoder)[:, None], value=-1)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from random import Random
 
 import numpy as np
 from scipy.optimize import linprog
 
-from ..deal import whole_counts
 from ..targets import Targets, assign_targets, joint_shares
 
 
@@ -16,7 +14,7 @@ def plan_moves(own: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
     """Classes (n x A, int64) for pictures that show the classes `own` (n x A), so that as few as possible change.
 
     shares: K_1 x ... x K_A, the target mix of all combinations of A attributes' classes. The combinations get whole
-    numbers of pictures, each its quota rounded up or down. Which combinations give pictures to which others is the
+    numbers of pictures as `assign_targets` would deal them. Which combinations give pictures to which others is the
     transport problem, solved exactly: the price is a picture that changes, and among equals a class that changes. The
     share of pictures that change is then half the sum of the absolute differences between the two mixes, their total
     variation distance: no plan changes fewer. `seed` says which of equal pictures change.
@@ -25,7 +23,7 @@ def plan_moves(own: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
     count, combinations = len(own), np.stack(np.unravel_index(np.arange(shares.size), sizes), axis=1)
     have = np.ravel_multi_index(tuple(own.T), sizes)
     given = np.bincount(have, minlength=shares.size)
-    wanted = whole_counts(shares.ravel().tolist(), count, Random(seed))
+    wanted = np.bincount(assign_targets(shares.ravel(), count, seed), minlength=shares.size)
     sources, sinks = np.flatnonzero(given), np.flatnonzero(wanted)
     changed = (combinations[sources][:, None] != combinations[sinks]).sum(axis=2)
     price = (changed > 0) + 1e-3 * changed
@@ -60,9 +58,11 @@ def planned_targets(
 def plan_in_words(targets: Sequence[Targets], own: Mapping[str, np.ndarray]) -> str:
     """How many pictures a plan changes, and the mix of every attribute; own: as in `planned_targets`."""
     moved = targets[0].moved
+    assert moved is not None  # these are planned, not dealt
     lines = [f"{moved.sum()} of {len(moved)} pictures change ({moved.mean():.1%}); no plan changes fewer."]
     for part in targets:
-        lines.append(f"{part.attribute}: {np.mean(part.asked != own[part.attribute]):.1%} change")
+        before, after = own[part.attribute], part.first(len(moved))
+        lines.append(f"{part.attribute}: {np.mean(after != before):.1%} change")
         for c, name in enumerate(part.classes):
-            lines.append(f"  {name:14}{(own[part.attribute] == c).sum():6} -> {(part.asked == c).sum()}")
+            lines.append(f"  {name:14}{(before == c).sum():6} -> {(after == c).sum()}")
     return "\n".join(lines)

@@ -129,6 +129,6 @@ def load_recipe(path: str | Path) -> Recipe:
     normalisation = Normalisation(*(tensors.pop(f"normalisation.{name}") for name in NORMALISATION))
     for name in ("encoder", "decoder", "probe_weight"):
         tensors[name] = tensors[name].float()
-    plain = {name: info[name] for name in PLAIN}
-    plain["classes"], plain["strength"] = tuple(plain["classes"]), tuple(plain["strength"])
-    return Recipe(**plain, **{name: tensors[name] for name in TENSORS}, normalisation=normalisation)
+    parts = {name: info[name] for name in PLAIN} | {name: tensors[name] for name in TENSORS}
+    parts["classes"], parts["strength"] = tuple(parts["classes"]), tuple(parts["strength"])
+    return Recipe(**parts, normalisation=normalisation)

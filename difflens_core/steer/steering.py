@@ -81,9 +81,9 @@ class Steering:
         return self.recipe.site
 
     @property
-    def rivals(self) -> bool:
-        """Whether the latents compete with the others of a full SAE; without TopK their own thresholds decide."""
-        return self.sae is not None and self.sae.activation == "topk"
+    def rivals(self) -> SparseAutoencoder | None:
+        """The full SAE whose other latents compete with the recipe's; without TopK their own thresholds decide."""
+        return self.sae if self.sae and self.sae.activation == "topk" else None
 
     def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
         """Edited copy of h (B x C x H x W, any float type); images: B, indices in the run, on the CPU."""
@@ -101,7 +101,7 @@ class Steering:
         rows, change_of = recipe.columns(h), self.map_change if recipe.mode in MAPPED else self.read_change
         change = change_of(rows, target, step, t).unflatten(1, (recipe.channels, -1)).flatten(2)
         if self.mask is not None:
-            change = change * self.resized_mask(h, images)
+            change = change * resized(self.mask, h, images)
         change = change.expand(-1, -1, h.shape[2:].numel()).reshape(h.shape).to(h.dtype)
         return torch.where(steered[:, None, None, None], h + change, h)
 
@@ -166,20 +166,16 @@ class Steering:
     def read(self, rows: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
         """Activity of the recipe's latents (B x F x P) in such rows (B x width x P)."""
         x = (rows.float() - t["mean"][step][:, None]) / t["scale"][step]
-        if not self.rivals:
+        sae = self.rivals
+        if not sae:
             pre = torch.matmul(t["encoder"], x) + t["bias"][:, None]
             return torch.where(pre > t["threshold"][:, None], pre, 0.0)
         parts, count = [], len(self.recipe.features)
-        for chunk in x.transpose(1, 2).flatten(0, 1).split(max(1, CHUNK // self.sae.latents)):
+        for chunk in x.transpose(1, 2).flatten(0, 1).split(max(1, CHUNK // sae.latents)):
             pre = torch.addmm(t["sae_bias"], chunk, t["sae_encoder"].T)
             own = pre[:, :count]
-            parts.append(torch.where((own >= kth_largest(pre, self.sae.k)) & (own > 0), own, 0.0))
+            parts.append(torch.where((own >= kth_largest(pre, sae.k)) & (own > 0), own, 0.0))
         return torch.cat(parts).unflatten(0, (len(x), -1)).transpose(1, 2)
-
-    def resized_mask(self, h: Tensor, images: Tensor) -> Tensor:
-        """The mask at the size of h: B x 1 x P, or 1 x 1 x P if there is one for all."""
-        mask = F.interpolate(self.mask[:, None].to(h.device, torch.float32), h.shape[2:], mode="area").flatten(2)
-        return mask if len(mask) == 1 else mask[images.to(h.device) % len(mask)]
 
     def check(self, h: Tensor) -> None:
         """Raise `DiffLensError` if h is not what the recipe was made on."""
@@ -210,15 +206,21 @@ class Steering:
             moved |= {"mean": self.recipe.means.to(device)}
             moved |= {"scale": self.recipe.normalisation.scale.to(device)}
             moved |= {"strength": torch.tensor(self.recipe.strength, device=device)}
-            if self.rivals:
+            if sae := self.rivals:
                 # The recipe's latents first, so that one product gives them and their rivals for the k places.
-                others = torch.ones(self.sae.latents, dtype=torch.bool)
+                others = torch.ones(sae.latents, dtype=torch.bool)
                 others[self.recipe.features] = False
                 order = torch.cat([self.recipe.features, others.nonzero().flatten()])
-                moved |= {"sae_encoder": self.sae.encoder[order].to(device)}
-                moved |= {"sae_bias": self.sae.encoder_bias[order].to(device)}
+                moved |= {"sae_encoder": sae.encoder[order].to(device)}
+                moved |= {"sae_bias": sae.encoder_bias[order].to(device)}
             self._moved[device] = moved
         return self._moved[device]
+
+
+def resized(mask: Tensor, h: Tensor, images: Tensor) -> Tensor:
+    """The mask (M x height x width) of `images` at the size of h: B x 1 x P, or 1 x 1 x P if there is one for all."""
+    mask = F.interpolate(mask[:, None].to(h.device, torch.float32), h.shape[2:], mode="area").flatten(2)
+    return mask if len(mask) == 1 else mask[images.to(h.device) % len(mask)]
 
 
 def kth_largest(rows: Tensor, k: int) -> Tensor:

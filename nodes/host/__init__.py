@@ -22,7 +22,7 @@ from .files import (
     new_store,
     temporary_file,
 )
-from .marks import model_fingerprint, patches_mark, recipe_mark, training_mark
+from .marks import dealt, model_fingerprint, patches_mark, recipe_mark, training_mark, with_deal
 from .models.avatars import load_prompted, load_unconditional
 from .models.classifiers import HostedClassifier, image_embedder, text_embeddings
 from .models.pixels import pixel_space_vae, unconditional_conditioning
@@ -43,6 +43,8 @@ from .sampling import SAMPLERS, SCHEDULERS, capture, drawer, run_mark
 from .sites import own_name, site_width, some_sites
 
 __all__ = [
+    "dealt",
+    "with_deal",
     "CLASSIFIERS",
     "CONDITIONINGS",
     "HostedClassifier",

@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from ...difflens_core.activations import edit_site as hooked
 from ...difflens_core.files import DiffLensError
+from ...difflens_core.targets import Log
 from .progress import named
 from .runs import Account, Run, part_of, picture_numbers, progress_of
 from .sites import Picture, own_name, run_name, site_width
@@ -48,17 +50,42 @@ def follows_first(run: Run, roles: Sequence[str], uuids: Sequence[Any]) -> list[
     return [role == "positive" and uuid == first for role, uuid in zip(roles, uuids, strict=True)]
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How an edit goes about it.
+
+    node: what errors begin with; span: the part of the sampling in which it changes anything; run: how many runs of as
+    many pictures came before this one, whose numbers go on after theirs; mark: tells the edit from others; log: takes
+    what a run tells; node_id: the node of the page that shows it.
+    """
+
+    node: str
+    span: tuple[float, float] = (0.0, 1.0)
+    run: int = 0
+    mark: str = ""
+    log: Log = field(default_factory=Log)
+    node_id: str | None = None
+
+
+@dataclass(eq=False)
 class SiteEdit:
     """An edit of one site in every run of a MODEL, in the wrappers that carry it."""
 
-    def __init__(self, site: str, edit: Edit, node: str, choose: Choose, span: tuple[float, float], said: list[str]):
-        self.site, self.edit, self.node, self.choose, self.span, self.said = site, edit, node, choose, span, said
-        self.runs: list[Run] = []  # the one under way last; a sampler may sample inside another
+    site: str
+    edit: Edit
+    choose: Choose
+    settings: Settings
+    runs: list[Run] = field(default_factory=list)  # the one under way last; a sampler may sample inside another
+
+    @property
+    def node(self) -> str:
+        return self.settings.node
 
     def around_run(self, executor: WrapperExecutor, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
         """OUTER_SAMPLE."""
         guider, seed = executor.class_obj, kwargs.get("seed", args[6] if len(args) > 6 else None)
-        run = Run(guider, picture_numbers(noise, seed), progress_of(guider.model_patcher), self.span)
+        numbers = picture_numbers(noise, seed) + self.settings.run * len(noise)
+        run = Run(guider, numbers, progress_of(guider.model_patcher), self.settings.span)
         self.runs.append(run)
         try:
             out = executor(noise, *args, **kwargs)
@@ -66,9 +93,11 @@ class SiteEdit:
             self.runs.remove(run)
         with named(self.node):
             check_account(run.account, self.site)
-        for sentence in shortfalls(run.account, self.site, self.span):
-            self.said.append(sentence)
+        self.settings.log.numbers.append(numbers.numpy())
+        self.settings.log.said[:] = shortfalls(run.account, self.site, self.settings.span)
+        for sentence in self.settings.log.said:
             log.warning("%s: %s", self.node, sentence)
+            tell(self.settings.node_id, sentence)
         return out
 
     def around_prediction(
@@ -185,37 +214,30 @@ def uncompiled() -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager")
 
 
-def edit_site(
-    model: ModelPatcher, site: str, edit: Edit, node: str, choose: Choose, span: tuple[float, float] = (0.0, 1.0),
-    mark: str = "", said: list[str] | None = None,
-) -> ModelPatcher:  # fmt: skip
+def edit_site(model: ModelPatcher, site: str, edit: Edit, choose: Choose, settings: Settings) -> ModelPatcher:
     """A clone of the model in which `edit(rows, progress, images)` changes what is read at `site` in the chosen rows.
 
     rows: B x C x H x W; progress: 0 to 1; images: B, numbers of the pictures in their batch. If it gives the rows back,
-    the result is bit-identical. span: the part of the sampling in which it changes anything. Errors that come up while
-    sampling begin with the name `node`. mark: tells the edit from others. said: takes sentences on what did not come
-    about in a run. Raises `DiffLensError` if the model lacks the site.
+    the result is bit-identical. Raises `DiffLensError` if the model lacks the site.
     """
     site_width(model, site)
-    clone = model.clone()
-    carried = SiteEdit(own_name(model, site), edit, node, choose, span, [] if said is None else said)
+    clone, carried = model.clone(), SiteEdit(own_name(model, site), edit, choose, settings)
     for kind, method in (
         (WrappersMP.OUTER_SAMPLE, carried.around_run),
         (WrappersMP.PREDICT_NOISE, carried.around_prediction),
         (WrappersMP.APPLY_MODEL, carried.around_evaluation),
     ):
         wrapper = functools.partial(method)
-        wrapper.difflens_mark = f"{carried.site} {span} {mark}"
+        wrapper.difflens_mark = f"{carried.site} {settings.span} {settings.run} {settings.mark}"
         clone.add_wrapper_with_key(kind, "difflens", wrapper)
     return clone
 
 
 def apply_site(
-    model: ModelPatcher, site: str, edit: Edit, node: str, conditioning: str = "positive",
-    span: tuple[float, float] = (0.0, 1.0), mark: str = "", said: list[str] | None = None,
-) -> ModelPatcher:  # fmt: skip
-    """`edit_site` for the rows of a conditioning (one of CONDITIONINGS)."""
-    return edit_site(model, site, edit, node, follows(conditioning), span, mark, said)
+    model: ModelPatcher, site: str, edit: Edit, node: str, conditioning: str = "positive", **settings: Any
+) -> ModelPatcher:
+    """`edit_site` for the rows of a conditioning (one of CONDITIONINGS); settings: further ones of `Settings`."""
+    return edit_site(model, site, edit, follows(conditioning), Settings(node, **settings))
 
 
 def tell(node_id: str | None, text: str) -> None:

@@ -15,6 +15,7 @@ from ...difflens_core.files import digest, fingerprint
 from ...difflens_core.networks import Denoiser
 from ...difflens_core.sae import TrainingOptions
 from ...difflens_core.steer import Recipe
+from ...difflens_core.targets import Targets
 
 FINGERPRINT = "difflens_fingerprint"  # attachment of a MODEL
 
@@ -86,3 +87,18 @@ def training_mark(options: TrainingOptions, activations: Activations) -> str:
     # Some rows tell captures apart; all of them may be more than one wants to read from the disk.
     some = activations.rows(activations.draw(2**14, options.seed, step=0))
     return digest(f"{options}{activations.site}{activations.model}{shape}", some.view(torch.uint8).numpy().tobytes())
+
+
+DEAL = "difflens_deal"  # attachment of a MODEL
+
+
+def dealt(model: ModelPatcher) -> Targets | None:
+    """The deal of the last Steer that the MODEL went through, with those before it."""
+    return model.get_attachment(DEAL)
+
+
+def with_deal(model: ModelPatcher, targets: Targets) -> ModelPatcher:
+    """The MODEL, a clone, with this deal as its last; of a plan the deals before it stay."""
+    if targets.asked is None:
+        model.set_attachments(DEAL, targets)
+    return model

@@ -22,7 +22,7 @@ from ...difflens_core.activations import Draw, Edit, Kept, Store, noise_batches
 from ...difflens_core.activations import capture as capture_with
 from ...difflens_core.activations import drawer as draw_with
 from ...difflens_core.files import DiffLensError, digest
-from .edits import apply_site, edit_site, follows_first
+from .edits import Settings, apply_site, edit_site, follows_first
 from .marks import conditioning_tensors, content, model_fingerprint, patches_mark
 from .progress import progress_bar
 from .runs import progress_of
@@ -143,7 +143,7 @@ class HostSampler:
             return h
 
         for one in kept:
-            model = edit_site(model, one.site, functools.partial(keep, one), self.node, follows_first)
+            model = edit_site(model, one.site, functools.partial(keep, one), follows_first, Settings(self.node))
         return model
 
     def decode(self, latents: Tensor) -> Tensor:

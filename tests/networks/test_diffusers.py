@@ -45,7 +45,8 @@ def prompts(seed: int, rows: int = 1) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def sampler() -> DiffusersSampler:
-    return DiffusersSampler(conditional(), DDIMScheduler(), STEPS, prompts(3), prompts(4), 3.0, autoencoder())
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)  # as Stable Diffusion's; its pipeline sets them
+    return DiffusersSampler(conditional(), scheduler, STEPS, prompts(3), prompts(4), 3.0, autoencoder())
 
 
 def noise_of(sampler: Sampler, count: int) -> torch.Tensor:
