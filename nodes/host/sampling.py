@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ from .runs import progress_of
 
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
 SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
+ADD_NONE = ("res_multistep", "res_multistep_cfg_pp")  # they could add noise, and do not
 SAME = 2e-6  # difference of progress, which is rounded, up to which two noise levels are one
 
 
@@ -47,6 +49,20 @@ def check_guidance(negative: list | None, cfg: float) -> None:
     if cfg != 1 and not negative:
         raise DiffLensError(
             f"cfg is {cfg:g}, which guides away from a negative, but none is connected. Connect it, or set cfg to 1."
+        )
+
+
+def check_noiseless(sampler_name: str) -> None:
+    """Raise `DiffLensError` for a sampler that adds noise on the way.
+
+    It draws the noise for the whole batch, so that equal pictures differ by their place in it, and an experiment would
+    count chance as effect.
+    """
+    function = comfy.samplers.sampler_object(sampler_name).sampler_function
+    if "noise_sampler" in inspect.signature(function).parameters and sampler_name not in ADD_NONE:
+        raise DiffLensError(
+            f"sampler {sampler_name} adds noise on the way, which is another for every place in a batch, so chance "
+            "would be counted as effect. Choose one that adds none, such as euler or dpmpp_2m."
         )
 
 
@@ -194,7 +210,8 @@ def drawer(
     model: ModelPatcher, positive: list, latent: dict, vae: comfy.sd.VAE, pictures: int, steps: int, sampler_name: str,
     scheduler: str, seed: int, node: str, negative: list | None = None, cfg: float = 1.0,
 ) -> Draw:  # fmt: skip
-    """`Draw` that samples from the noises of a run of `pictures`."""
+    """`Draw` that samples from the noises of a run of `pictures`. Refuses samplers that add noise."""
+    check_noiseless(sampler_name)
     sampler = HostSampler(
         model, positive, latent, steps, sampler_name, scheduler, seed, negative, cfg, vae, node
     )  # fmt: skip

@@ -249,3 +249,17 @@ def test_a_scan_can_be_cancelled(server):
         "DiffLensSiteScan", attribute="age", sites="middle_block", pictures=2000, per_class=2, strength=1.0
     )
     cancel_in(server, graph, scan)
+
+
+def test_experiments_refuse_exactly_the_samplers_that_treat_equal_noises_unlike(inside):
+    """Two equal noises in one batch come out alike, or the sampler is refused."""
+    check = inside.pack_module("nodes.host.sampling").check_noiseless
+    model, positive = inside.model("U-Net"), inside.prompt("U-Net", 1)
+    given = {"latent": inside.latent("U-Net"), "steps": 3, "noise": torch.randn(1, 4, 16, 16).repeat(2, 1, 1, 1)}
+    for sampler in ("euler", "dpmpp_2m", "res_multistep", "uni_pc", "ddim", "euler_ancestral", "dpmpp_sde", "lcm"):
+        drawn = inside.sample(model, positive, sampler=sampler, **given)
+        if (drawn[0] - drawn[1]).abs().max() > 1e-3 * drawn.std():
+            with pytest.raises(inside.DiffLensError, match=f"sampler {sampler} adds noise"):
+                check(sampler)
+        else:
+            check(sampler)
