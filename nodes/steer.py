@@ -78,7 +78,7 @@ class Steer(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**31 - 1,
-                    tooltip="Which picture gets which class. Chained Steers are dealt independently, whatever their seeds.",
+                    tooltip="Which picture gets which class. Chained Steers are independent, whatever their seeds.",
                 ),
                 io.Int.Input(
                     "first_image",
