@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..activations import Draw
 from ..classifiers import NO_CLASS, other_attributes, seen, seen_classes
+from ..files import DiffLensError
 from ..measure import total_variation, wilson_interval
 from ..sae import SparseAutoencoder
 from ..steer import Recipe, Steering
@@ -57,6 +58,11 @@ def cross_effects(
     count. A row for every recipe and attribute, and if there are several recipes, of all together. sae: of the
     recipes that need theirs.
     """
+    if not set(other_attributes(attributes, "")) - {recipes[0].attribute}:
+        raise DiffLensError(
+            f"the classifier knows nothing but {recipes[0].attribute}, so there is nothing else to watch. Use one that "
+            "knows several attributes."
+        )
     sets = [[recipe] for recipe in recipes] + ([list(recipes)] if len(recipes) > 1 else [])
     run = Run(draw, batch, pictures * (1 + len(sets)), on_picture)
 

@@ -9,6 +9,7 @@ from toy import CLASSES, UNIFORM, Toy, recipe
 from difflens_core.classifiers.readings import NO_FACE
 from difflens_core.experiments import cross_effects
 from difflens_core.experiments.cross_effects import TOGETHER
+from difflens_core.files import DiffLensError
 from difflens_core.report import cross_chart, cross_table
 from difflens_core.steer import Steering
 from difflens_core.targets import Targets
@@ -72,3 +73,10 @@ def test_pictures_without_a_face_before_or_after_do_not_count():
     mixes = [torch.bincount(labels, minlength=3) / 42 for labels in tones]
     assert other.drift == pytest.approx(float((mixes[1] - mixes[0]).abs().sum() / 2))
     assert "Without a face, before or after, are up to 8 pictures" in cross_table([own, other])
+
+
+def test_where_nothing_else_can_be_watched_nothing_is_drawn():
+    toy = Toy()
+    with pytest.raises(DiffLensError, match="knows nothing but age"):
+        cross_effects([recipe()], toy, toy.classify, {"age": CLASSES}, 10)
+    assert not toy.drawn
