@@ -5,8 +5,8 @@
     python benchmarks/calibrate.py --json FILE       the same numbers for machines
 
 Every calibration starts from the recipe at strength 1. A start is the model as it is or the noises of a run of which
-some were left out, and a target mix. `reached`: on fresh noises the target lies within the 95 % interval of every
-class's share. Then the recipes that were calibrated for uniform shares of the model as it is draw pictures of a seed
+some were left out, and a target mix. `reached`: on fresh noises the 95 % interval of the counted FD ends below
+0.05. Then the recipes that were calibrated for uniform shares of the model as it is draw pictures of a seed
 that nothing was tuned on, planned so that as few as possible change: each attribute alone, and all three at once
 (24 combinations). `must`: the share that has to change, the total variation distance between the two mixes; `ratio`:
 changed to must.

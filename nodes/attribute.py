@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..difflens_core.activations import Activations as CapturedActivations
+from ..difflens_core.classifiers import faces_missing
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.locate import METHODS, Probes, attribute_features, balancing_weights, train_probes
 from ..difflens_core.report import CHARTED, line_chart, ranking_chart, ranking_table
@@ -59,6 +60,8 @@ class TrainProbes(io.ComfyNode):
             f"{labels.attribute}: balanced accuracy {points[0][1]:.1%} at the first step, {points[-1][1]:.1%} at the "
             f"last, best {best[1]:.1%} at {best[0]:.0%} of the sampling (chance {1 / len(labels.classes):.1%})"
         )
+        if missing := faces_missing(labels.indices):
+            text += f". {missing}"
         return host.drawn(cls, image, probes, image, text, text=text)
 
 
@@ -84,12 +87,13 @@ class AttributeFeatures(io.ComfyNode):
                     options=list(METHODS),
                     default=METHODS[0],
                     tooltip="contrastive: how much more a class uses a latent than the others do, and how much that "
-                    "moves the probe. integrated gradients: what a latent adds to the probe's certainty. activation x "
-                    "gradient: its pull on the probe where the picture is. class mean difference: how much more a "
-                    "class uses it, without the probe.",
+                    "moves the probe towards it. integrated gradients: what a latent adds to the probe's certainty. "
+                    "activation x gradient: its pull on the probe where the picture is. class mean difference: how "
+                    "much more a class uses it, without the probe.",
                 ),
                 io.Int.Input(
-                    "features_per_class", default=60, min=1, max=4096, tooltip="Best latents of each class to keep."
+                    "features_per_class", default=60, min=1, max=4096, tooltip="Best latents of each class to keep; "
+                    "those that do not speak for it are left out."
                 ),
                 Activations.Input(
                     "baseline",

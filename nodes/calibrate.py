@@ -11,17 +11,18 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..difflens_core.classifiers import ImageClassifier
+from ..difflens_core.classifiers import ImageClassifier, seen, seen_classes
 from ..difflens_core.experiments import CalibrationOptions, Doses, asked_shares, calibrate, cross_effects
 from ..difflens_core.files import DiffLensError, digest
 from ..difflens_core.report import calibration_text, cross_chart, cross_table, dose_chart
+from ..difflens_core.sae import SparseAutoencoder
 from ..difflens_core.steer import Recipe, plan_in_words, planned_targets
 from ..difflens_core.targets import parse_target
 from . import host
 from .classify import check_classes, classify
 from .explore import experiment_inputs
 from .inputs import guidance_inputs, schedule_inputs
-from .sockets import CATEGORY, Classifier, RecipeSocket, TargetsSocket
+from .sockets import CATEGORY, SAE, Classifier, RecipeSocket, TargetsSocket
 from .steer import check_model
 
 
@@ -53,7 +54,8 @@ class Calibrate(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.005,
-                    tooltip="Distance from the target mix (FD) that is good enough; 0 is the target itself.",
+                    tooltip="Distance from the target mix (FD) at which no better is sought; 0 is the target itself. "
+                    "The target counts as reached where the distance is surely at most 0.05, or this if it is more.",
                 ),
                 io.Float.Input(
                     "clear",
@@ -73,6 +75,12 @@ class Calibrate(io.ComfyNode):
                 ),
                 *schedule_inputs(),
                 *guidance_inputs(),
+                SAE.Input(
+                    "sae",
+                    optional=True,
+                    tooltip="The SAE that the recipe was made from, if you will steer with it, too. Recipes from Load "
+                    "Feature Files need it in modes that read the features.",
+                ),
             ],
             outputs=[
                 RecipeSocket.Output(display_name="recipe", tooltip="The calibrated recipe, for Steer or Save Recipe."),
@@ -91,6 +99,7 @@ class Calibrate(io.ComfyNode):
         cls, model: Any, positive: list, latent_image: dict, vae: Any, classifier: ImageClassifier, recipe: Recipe,
         target: str, budget: int, tolerance: float, clear: float, only_where_needed: bool, steps: int,
         sampler_name: str, scheduler: str, seed: int, negative: list | None = None, cfg: float = 1.0,
+        sae: SparseAutoencoder | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         check_model(model, recipe)
         check_classes(classifier, recipe)
@@ -102,8 +111,10 @@ class Calibrate(io.ComfyNode):
             negative, cfg,
         )  # fmt: skip
         run = host.run_mark(model, positive, latent_image, negative, cfg, steps, sampler_name, scheduler, seed)
-        grey = classifier.classify(torch.full((1, 64, 64, 3), 0.5))[recipe.attribute]
-        mark = digest(run, host.recipe_mark(recipe), f"{target}{options}", grey.numpy().tobytes())
+        grey = classifier.classify(torch.full((1, 64, 64, 3), 0.5))  # tells classifiers and face detectors apart
+        reads = [grey[name].numpy().tobytes() for name in sorted(grey)]
+        settings = f"{target}{options}{sae is not None}"
+        mark = digest(run, host.recipe_mark(recipe), settings, f"{sorted(grey)}", *reads)
         folder = host.temporary_file(f"difflens_calibration_{mark}")
         report = host.progress_bar(budget)
 
@@ -114,9 +125,9 @@ class Calibrate(io.ComfyNode):
         batch = len(latent_image["samples"])
 
         def read(images: Tensor) -> Tensor:
-            return classifier.classify(images)[recipe.attribute]
+            return seen(classifier.classify(images), recipe.attribute)
 
-        found = calibrate(recipe, draw, read, shares, options, batch, folder, on_batch)
+        found = calibrate(recipe, draw, read, shares, options, batch, folder, on_batch, sae)
         shutil.rmtree(folder, ignore_errors=True)
         record = found.info["calibration"]
         image = host.to_image(dose_chart(recipe.attribute, record["doses"]))
@@ -176,7 +187,7 @@ class PlanTargets(io.ComfyNode):
         for recipe in chosen:
             check_classes(classifier, recipe)
         read = classify(classifier, before, host.progress_bar(len(before)))
-        own = {recipe.attribute: read[recipe.attribute].argmax(dim=1).numpy() for recipe in chosen}
+        own = {recipe.attribute: seen_classes(seen(read, recipe.attribute)).numpy() for recipe in chosen}
         classes = {recipe.attribute: recipe.classes for recipe in chosen}
         shares = {
             recipe.attribute: asked_shares(recipe, parse_target(line, recipe.classes), only_where_needed=True)
@@ -208,6 +219,12 @@ class CrossEffects(io.ComfyNode):
                 ),
                 *schedule_inputs(),
                 *guidance_inputs(),
+                SAE.Input(
+                    "sae",
+                    optional=True,
+                    tooltip="For recipes of which only their SAE tells where the features are active, such as those "
+                    "from Load Feature Files.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="table", tooltip="The matrix in words."),
@@ -225,7 +242,7 @@ class CrossEffects(io.ComfyNode):
     def execute(
         cls, model: Any, positive: list, latent_image: dict, vae: Any, classifier: ImageClassifier,
         recipes: dict[str, Recipe], pictures: int, steps: int, sampler_name: str, scheduler: str, seed: int,
-        negative: list | None = None, cfg: float = 1.0,
+        negative: list | None = None, cfg: float = 1.0, sae: SparseAutoencoder | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         chosen = different_attributes(recipes)
         for recipe in chosen:
@@ -237,7 +254,7 @@ class CrossEffects(io.ComfyNode):
         )  # fmt: skip
         found = cross_effects(
             chosen, draw, classifier.classify, classifier.attributes, pictures, len(latent_image["samples"]),
-            host.progress_of_total(),
+            host.progress_of_total(), sae,
         )  # fmt: skip
         image, text = host.to_image(cross_chart(found)), cross_table(found)
         return host.drawn(cls, image, text, json.dumps([asdict(row) for row in found], indent=2), image, text=text)

@@ -15,6 +15,8 @@ from ..difflens_core.classifiers import (
     label_table,
     other_attributes,
     parse_prompts,
+    seen,
+    seen_classes,
 )
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.steer import Recipe
@@ -57,8 +59,8 @@ class ClassifyImages(io.ComfyNode):
         classes = classes_of(classifier, attribute)
         report = host.progress_bar(len(images))
         read = classify(classifier, images, report)
-        others = tuple(read[name].argmax(dim=1) for name in other_attributes(classifier.attributes, attribute))
-        labels = Labels(attribute, classes, read[attribute].argmax(dim=1), others)
+        others = tuple(seen_classes(seen(read, name)) for name in other_attributes(classifier.attributes, attribute))
+        labels = Labels(attribute, classes, seen_classes(seen(read, attribute)), others)
         return io.NodeOutput(labels, label_table(read, classifier.attributes, attribute))
 
 

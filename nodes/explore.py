@@ -8,7 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..difflens_core.classifiers import ImageClassifier
+from ..difflens_core.classifiers import ImageClassifier, seen
 from ..difflens_core.experiments import EFFECTS, causal_effect, keep_effective, scan_sites
 from ..difflens_core.report import CHARTED, effect_chart, effect_table, scan_chart, scan_table
 from ..difflens_core.steer import Recipe
@@ -16,6 +16,7 @@ from . import host
 from .classify import check_classes, classes_of
 from .inputs import guidance_inputs, sampling_inputs, schedule_inputs
 from .sockets import CATEGORY, Classifier, RecipeSocket
+from .steer import check_model
 
 
 def experiment_inputs() -> list[io.Input]:
@@ -152,14 +153,15 @@ class RankByEffect(io.ComfyNode):
         change: str, strength: float, pictures: int, features_per_class: int, steps: int, sampler_name: str,
         scheduler: str, seed: int, negative: list | None = None, cfg: float = 1.0,
     ) -> io.NodeOutput:  # fmt: skip
+        check_model(model, recipe)
         check_classes(classifier, recipe)
         draw = host.drawer(
             model, positive, latent_image, vae, pictures, steps, sampler_name, scheduler, seed,
             cls.define_schema().display_name, negative, cfg,
         )  # fmt: skip
         effects = causal_effect(
-            recipe, draw, lambda images: classifier.classify(images)[recipe.attribute], pictures, change, strength,
-            len(latent_image["samples"]), host.progress_of_total(),
+            recipe, draw, lambda images: seen(classifier.classify(images), recipe.attribute), pictures, change,
+            strength, len(latent_image["samples"]), host.progress_of_total(),
         )  # fmt: skip
         image = host.to_image(effect_chart(effects, recipe))
         text = effect_table(effects, recipe)

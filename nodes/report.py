@@ -209,7 +209,7 @@ def size_of(images: Tensor) -> str:
 
 def to_bytes(images: Tensor) -> np.ndarray:
     """Pictures (n x H x W x 3, uint8) of an IMAGE."""
-    return (images[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    return (images[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def joint_attributes(text: str, classifier: ImageClassifier, attribute: str) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ from torch import Tensor
 class Labels:
     """The class that a classifier sees in each picture.
 
-    indices: n, int64, into `classes`; others: the same for the classifier's other attributes.
+    indices: n, int64, into `classes`, NO_CLASS for a picture without a face; others: the same for the classifier's
+    other attributes.
     """
 
     attribute: str

@@ -3,17 +3,31 @@
 from .convolutional import AttributeClassifier, load_classifier, save_classifier
 from .faces import load_face_finder
 from .loading import load_any_classifier
-from .readings import ImageClassifier, decided, join_readings, label_table, labels_of, other_attributes, shares_left_out
+from .readings import (
+    NO_CLASS,
+    ImageClassifier,
+    decided,
+    faces_missing,
+    join_readings,
+    label_table,
+    labels_of,
+    other_attributes,
+    seen,
+    seen_classes,
+    shares_left_out,
+)
 from .resnets import ResNetClassifier
 from .zero_shot import ZeroShotClassifier, class_directions, parse_prompts
 
 __all__ = [
     "AttributeClassifier",
     "ImageClassifier",
+    "NO_CLASS",
     "ResNetClassifier",
     "ZeroShotClassifier",
     "class_directions",
     "decided",
+    "faces_missing",
     "join_readings",
     "label_table",
     "labels_of",
@@ -23,5 +37,7 @@ __all__ = [
     "other_attributes",
     "parse_prompts",
     "save_classifier",
+    "seen",
+    "seen_classes",
     "shares_left_out",
 ]

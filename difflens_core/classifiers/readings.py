@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..files import DiffLensError
 
+NO_CLASS = -1  # instead of a class: the picture shows none that counts, because no face was found
 NO_FACE = "no face"  # a reading beside the attributes: n, 1 for a picture in which no face was found, else 0
 MISTAKE = "_reference_mistake"  # ending of an attribute that reads another one as the reference's evaluation does
 
@@ -53,6 +54,25 @@ def decided(read: Mapping[str, Tensor]) -> Tensor:
     if NO_FACE in read:
         return read[NO_FACE] < 0.5
     return torch.ones(len(next(iter(read.values()))), dtype=torch.bool)
+
+
+def seen(read: Mapping[str, Tensor], attribute: str) -> Tensor:
+    """Class probabilities (n x K) of `attribute`; a row of NaN for a picture without a face, which does not count.
+
+    The one way in which experiments, plans and labels look at readings, so that all leave out the same pictures.
+    """
+    return torch.where(decided(read)[:, None], read[attribute].float(), torch.nan)
+
+
+def seen_classes(probabilities: Tensor) -> Tensor:
+    """The likeliest class (n, int64) by what `seen` gives, or NO_CLASS."""
+    return torch.where(probabilities.isnan().any(dim=1), NO_CLASS, probabilities.argmax(dim=1))
+
+
+def faces_missing(classes: Tensor) -> str:
+    """A sentence on the pictures of `seen_classes` that do not count; "" if all do."""
+    missing = int((classes == NO_CLASS).sum())
+    return f"No face was found in {missing} of {len(classes)} pictures; they do not count." if missing else ""
 
 
 def labels_of(read: Mapping[str, Tensor], attribute: str, classes: tuple[str, ...]) -> list[str | None]:

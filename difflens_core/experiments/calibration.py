@@ -8,15 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from ..activations import Draw
+from ..classifiers import NO_CLASS, seen_classes
 from ..files import DiffLensError
-from ..measure import fairness_discrepancy, measure_fairness, paired_test, solve_shares
+from ..measure import (
+    MISSED,
+    REACHED,
+    SMALL_FD,
+    fairness_discrepancy,
+    measure_fairness,
+    outcome,
+    paired_test,
+    pictures_for_fd,
+    solve_shares,
+)
+from ..sae import SparseAutoencoder
 from ..steer import Recipe, plan_moves
 from ..targets import LEFT_ALONE, assign_targets
 from .draw import Trials
+from .outcomes import mean_seen
 
 ROUNDS = 4  # strengths tried for every class
 WEAKEST, STRONGEST = 0.2, 3.0  # times the recipe's own strength
@@ -29,7 +43,7 @@ PARTS = 5  # of the budget: unsteered, dose-response, two for the search, fresh 
 class CalibrationOptions:
     """What a calibration may cost and what it must reach.
 
-    budget: pictures to draw at most; tolerance: FD at which the mix is good enough; clear: mean probability that the
+    budget: pictures to draw at most; tolerance: FD at which the search is content; clear: mean probability that the
     classifier must give the class asked for, in pictures that showed another, unless most pictures that show it
     by themselves get less (`clear_enough`); only_where_needed: pictures that fit
     the target mix as they are stay as they are (`plan_moves`); seed: of the deal.
@@ -46,6 +60,11 @@ class CalibrationOptions:
         """Noises on which the mix is measured."""
         return self.budget // PARTS
 
+    @property
+    def margin(self) -> float:
+        """FD that the mix must surely stay below for the target to be reached (`measure.outcome`)."""
+        return max(SMALL_FD, self.tolerance)
+
 
 Doses = dict[str, list[tuple[float, float]]]  # of every class: strength, mean probability of the class asked for
 
@@ -59,6 +78,7 @@ def calibrate(
     batch: int = 32,
     folder: Path | None = None,
     on_batch: Callable[[int, Doses], None] = lambda done, doses: None,
+    sae: SparseAutoencoder | None = None,
 ) -> Recipe:
     """The recipe with strengths, and shares to ask for, under which the pictures' mix meets `target` (K, sum 1).
 
@@ -71,18 +91,23 @@ def calibrate(
     4. The result is drawn once more from noises that nothing was tuned on.
 
     All on common random numbers: noises 0 to n - 1 of `draw` for 1 to 3, n to 2n - 1 for 4 (n = options.pictures).
+    classify(images) gives the class probabilities (B x K), as `seen`: pictures without a face do not count anywhere.
     The record of it all is info["calibration"] of the recipe that comes back. It says whether the target was reached
-    and if not, why. on_batch(pictures drawn, doses) may raise to cancel.
+    (`measure.outcome`) and if not, why, and for which settings of the recipe it holds. A strength below 0 stays below.
+    sae: as for `Steering`. on_batch(pictures drawn, doses) may raise to cancel.
     """
     options = options or CalibrationOptions()
     check(recipe, target, options)
     doses: Doses = {name: [] for name in recipe.classes}
-    trials = Trials(recipe, draw, classify, batch, lambda done: on_batch(done, doses), folder)
+    trials = Trials(recipe, draw, classify, batch, lambda done: on_batch(done, doses), folder, sae=sae)
     tuning = np.arange(options.pictures)
     unsteered = trials.read(tuning, np.full_like(tuning, LEFT_ALONE), np.zeros(len(target)))
+    tuning = np.flatnonzero(shown(unsteered) != NO_CLASS)
+    no_face, unsteered = 1 - len(tuning) / len(unsteered), unsteered[tuning]
+    check_faces(recipe, target, options, len(tuning))
     enough = clear_enough(unsteered, options.clear)
-    strength = find_strengths(trials, unsteered, target, enough, doses)
-    rounds = search(trials, unsteered, target, options, enough, strength)
+    strength = find_strengths(trials, tuning, unsteered, target, enough, doses)
+    rounds = search(trials, tuning, unsteered, target, options, enough, strength)
     good = [tried for tried in rounds if tried["fd"] <= options.tolerance / 2]
     best = good[-1] if good else min(rounds, key=lambda tried: tried["fd"])
     strength, ask = np.array(best["strength"]), np.array(best["ask"])
@@ -90,10 +115,12 @@ def calibrate(
     start = measure_fairness(unsteered, target, recipe.attribute, recipe.classes)
     record = {
         "target": target.tolist(), "ask": ask.tolist(), "only_where_needed": options.only_where_needed,
-        "reached": fresh["within"], "why": reason(best, fresh, options),
-        "start": {"shares": start.shares, "fd": start.fd}, "doses": doses, "rounds": rounds, "fresh": fresh | moved,
+        "reached": fresh["outcome"] == REACHED, "why": reason(best, fresh, target, options),
+        "start": {"shares": start.shares, "fd": start.fd, "no_face": no_face}, "doses": doses, "rounds": rounds,
+        "fresh": fresh | moved,
         "pictures": options.pictures, "drawn": len(trials.known), "tolerance": options.tolerance,
-        "clear": enough.tolist(),
+        "clear": enough.tolist(), "margin": options.margin, "mode": recipe.mode, "strength": strength.tolist(),
+        "range": [recipe.start, recipe.end],
     }  # fmt: skip
     return replace(recipe, strength=tuple(strength.tolist()), info={**recipe.info, "calibration": record})
 
@@ -113,26 +140,47 @@ def check(recipe: Recipe, target: np.ndarray, options: CalibrationOptions) -> No
         )
 
 
+def check_faces(recipe: Recipe, target: np.ndarray, options: CalibrationOptions, faces: int) -> None:
+    """Raise `DiffLensError` unless enough of the unsteered pictures show a face."""
+    needed = 8 * int(np.count_nonzero(target))
+    if faces < needed:
+        raise DiffLensError(
+            f"calibration of {recipe.attribute}: a face was found in {faces} of {options.pictures} unsteered pictures, "
+            f"at least {needed} are needed. Look at them, allow a larger budget, or set face_detector to none in Load "
+            "Attribute Classifier."
+        )
+
+
+def shown(read: np.ndarray) -> np.ndarray:
+    """The likeliest class of every picture (n), or NO_CLASS, from what `Trials` read (n x K)."""
+    return seen_classes(torch.from_numpy(read)).numpy()
+
+
 def find_strengths(
-    trials: Trials, unsteered: np.ndarray, target: np.ndarray, enough: np.ndarray, doses: Doses
+    trials: Trials, tuning: np.ndarray, unsteered: np.ndarray, target: np.ndarray, enough: np.ndarray, doses: Doses
 ) -> np.ndarray:
-    """The weakest strength (K) at which each class of the target is clear `enough` (K); fills `doses`."""
+    """The weakest strength (K) at which each class of the target is clear `enough` (K); fills `doses`.
+
+    tuning: n, the noises; unsteered: n x K, what they show. Strengths keep the sign of the recipe's own.
+    """
     own = unsteered.argmax(axis=1)
     recipe, (usual, strongest) = trials.recipe, strength_limits(trials.recipe)
+    sign, usual = np.sign(usual), np.abs(usual)
     wanted = [c for c in np.flatnonzero(target) if (own != c).sum() >= 2]  # of two classes or more, one at least
     each = max(4, len(own) // (ROUNDS * len(wanted)))
     pictures = {c: np.flatnonzero(own != c)[:each] for c in wanted}
-    strength, low, high = np.minimum(usual, strongest), usual * WEAKEST, strongest.copy()
+    size, low, high = np.minimum(usual, strongest), usual * WEAKEST, strongest.copy()
     for c in wanted:
         doses[recipe.classes[c]].append((0.0, float(unsteered[pictures[c], c].mean())))
     for _ in range(ROUNDS):
         asked = np.repeat(wanted, [len(pictures[c]) for c in wanted])
-        read = trials.read(np.concatenate([pictures[c] for c in wanted]), asked, strength)
+        read = trials.read(tuning[np.concatenate([pictures[c] for c in wanted])], asked, sign * size)
         for c in wanted:
-            seen = float(read[asked == c, c].mean())
-            doses[recipe.classes[c]].append((float(strength[c]), seen))
-            low[c], high[c] = (low[c], strength[c]) if seen >= enough[c] else (strength[c], high[c])
-            strength[c] = round(float(np.sqrt(low[c] * high[c])), 3)
+            probability = mean_seen(read[asked == c, c])
+            doses[recipe.classes[c]].append((float(sign[c] * size[c]), probability))
+            low[c], high[c] = (low[c], size[c]) if probability >= enough[c] else (size[c], high[c])
+            size[c] = round(float(np.sqrt(low[c] * high[c])), 3)
+    strength = sign * size
     for c in wanted:
         strength[c] = weakest_clear(doses[recipe.classes[c]], enough[c])
     return strength
@@ -148,43 +196,48 @@ def clear_enough(unsteered: np.ndarray, clear: float) -> np.ndarray:
 
 
 def strength_limits(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
-    """The recipe's own strengths (K), where it has none 1, and the strongest to try."""
+    """The recipe's own strengths (K), where it has none 1, and the strongest to try, whatever their sign."""
     usual = np.array([s or 1.0 for s in recipe.strength])
-    return usual, np.minimum(usual * STRONGEST, 1.0) if recipe.mode in AT_MOST_ONE else usual * STRONGEST
+    strongest = np.abs(usual) * STRONGEST
+    capped = (usual > 0) & (recipe.mode in AT_MOST_ONE)
+    return usual, np.where(capped, np.minimum(strongest, 1.0), strongest)
 
 
 def weakest_clear(doses: list[tuple[float, float]], clear: float) -> float:
     """The weakest strength tried whose probability by the monotone fit is `clear`, or else as high as it gets."""
-    strengths, seen = np.array(sorted(doses)).T
+    strengths, seen = np.array(sorted(doses, key=lambda dose: abs(dose[0]))).T
     fitted = isotonic_regression(seen).x
     return float(strengths[np.argmax(fitted >= (clear if fitted[-1] >= clear else fitted[-1] - 0.005))])
 
 
 def search(
-    trials: Trials, unsteered: np.ndarray, target: np.ndarray, options: CalibrationOptions, enough: np.ndarray,
-    strength: np.ndarray,
+    trials: Trials, tuning: np.ndarray, unsteered: np.ndarray, target: np.ndarray, options: CalibrationOptions,
+    enough: np.ndarray, strength: np.ndarray,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Draw the mix on the tuning noises, mend strengths and shares, and again. What each round tried and saw."""
+    """Draw the mix on the `tuning` noises, mend strengths and shares, and again. What each round tried and saw."""
     ask, rounds, own = target, [], unsteered.argmax(axis=1)
     names, strongest = trials.recipe.classes, strength_limits(trials.recipe)[1]
     while True:
         asked, moved = deal(own, ask, options)
-        read = trials.read(np.arange(len(own)), np.where(moved, asked, LEFT_ALONE), strength)
+        read = trials.read(tuning, np.where(moved, asked, LEFT_ALONE), strength)
+        known = shown(read) != NO_CLASS
         clear = np.array(
-            [read[chosen, c].mean() if (chosen := moved & (asked == c)).any() else 1 for c in range(len(ask))]
+            [mean_seen(read[chosen, c]) if (chosen := moved & (asked == c)).any() else 1 for c in range(len(ask))]
         )
-        fd = fairness_discrepancy(read, target)
+        fd = fairness_discrepancy(read[known], target) if known.any() else 2**0.5  # the largest there is
         told = {name: float(p) for name, p in zip(names, clear, strict=True)}
         rounds.append({"strength": strength.tolist(), "ask": ask.tolist(), "fd": fd, "clear": told})
         # What is left must pay for another round and for the fresh noises, where the unsteered ones count too.
         cost = (2 if options.only_where_needed else 1) * int(moved.sum()) + len(own)
-        failing = (clear < np.minimum(enough, FAILED)) & (strength < strongest)
+        failing = (clear < np.minimum(enough, FAILED)) & (np.abs(strength) < strongest)
         if (fd <= options.tolerance / 2 and not failing.any()) or options.budget - len(trials.known) < cost:
             return rounds
-        stronger = np.where(clear < enough, np.minimum(strength * 1.25, strongest), strength)
+        size = np.minimum(np.abs(strength) * 1.25, strongest)
+        stronger = np.where(clear < enough, np.sign(strength) * size, strength)
         # Which shares to ask for: as if a class asked for were the truth, and what is shown a reading with errors.
         answers = [
-            read[asked == c].mean(axis=0) if (asked == c).any() else np.eye(len(ask))[c] for c in range(len(ask))
+            read[mine].mean(axis=0) if (mine := known & (asked == c)).any() else np.eye(len(ask))[c]
+            for c in range(len(ask))
         ]
         again = solve_shares(target, np.stack(answers))
         if np.allclose(again, ask, atol=1e-3) and np.allclose(stronger, strength):
@@ -203,13 +256,25 @@ def deal(own: np.ndarray, ask: np.ndarray, options: CalibrationOptions) -> tuple
 def fresh_report(
     trials: Trials, target: np.ndarray, options: CalibrationOptions, strength: np.ndarray, ask: np.ndarray
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Fairness on noises that nothing was tuned on; and, where only some pictures change, how many."""
+    """Fairness on noises that nothing was tuned on; and, where only some pictures change, how many.
+
+    Pictures without a face do not count. Where it must be known what they show unsteered, those without one then are
+    left alone.
+    """
     recipe, noises = trials.recipe, np.arange(options.pictures, 2 * options.pictures)
     own, changes = np.zeros(len(noises), dtype=np.int64), {}
     if options.only_where_needed:
-        own = trials.read(noises, np.full_like(noises, LEFT_ALONE), strength).argmax(axis=1)
+        own = shown(trials.read(noises, np.full_like(noises, LEFT_ALONE), strength))
+        noises, own = noises[own != NO_CLASS], own[own != NO_CLASS]
     asked, moved = deal(own, ask, options)
     read = trials.read(noises, np.where(moved, asked, LEFT_ALONE), strength)
+    known = shown(read) != NO_CLASS
+    if not known.any():
+        raise DiffLensError(
+            f"calibration of {recipe.attribute}: no face was found in any of {len(read)} steered pictures. Use a "
+            "recipe that changes them less."
+        )
+    own, asked, read = own[known], asked[known], read[known]
     labels = read.argmax(axis=1)
     if options.only_where_needed:
         pairs = paired_test(own, labels, target)
@@ -221,15 +286,28 @@ def fresh_report(
     }
     found = {
         "shares": report.shares, "intervals": report.shares_ci, "within": within, "fd": report.fd,
-        "fd_ci": report.fd_ci, "fd_hard": report.fd_hard, "success": report.success, "success_by_class": by_class,
+        "fd_ci": report.fd_ci, "fd_hard": report.fd_hard, "fd_hard_ci": report.fd_hard_ci,
+        "outcome": outcome(report, options.margin), "counted": len(read), "no_face": 1 - len(read) / options.pictures,
+        "success": report.success, "success_by_class": by_class,
     }  # fmt: skip
     return found, changes
 
 
-def reason(best: dict[str, Any], fresh: dict[str, Any], options: CalibrationOptions) -> str:
+def reason(best: dict[str, Any], fresh: dict[str, Any], target: np.ndarray, options: CalibrationOptions) -> str:
     """In a sentence, how it ended, and if the target was not reached, why."""
-    if fresh["within"]:
-        return f"reached: on fresh noises FD {fresh['fd']:.3f}, and every class's 95 % interval holds its share."
+    highest, counted = fresh["fd_hard_ci"][1], f"{fresh['counted']} fresh noises"
+    if fresh["outcome"] == REACHED:
+        return (
+            f"reached: on {counted} the counted FD is {fresh['fd_hard']:.3f}, with 95 % certainty at most "
+            f"{highest:.3f}; up to {options.margin:g} counts as reached."
+        )
+    if fresh["outcome"] != MISSED:
+        needed = pictures_for_fd(options.margin, target)
+        return (
+            f"not excluded, too few pictures to tell: on {counted} the counted FD is {fresh['fd_hard']:.3f}, but may "
+            f"be up to {highest:.3f}, where {options.margin:g} counts as reached. {needed} would tell: a budget of "
+            f"{PARTS * needed}."
+        )
     weak = {name: p for name, p in best["clear"].items() if p < FAILED}
     if weak:
         parts = ", ".join(f"{name} {p:.0%}" for name, p in weak.items())
@@ -246,8 +324,28 @@ def reason(best: dict[str, Any], fresh: dict[str, Any], options: CalibrationOpti
 
 
 def asked_shares(recipe: Recipe, target: np.ndarray, only_where_needed: bool = False) -> np.ndarray:
-    """Shares (K) to ask for so that the pictures' mix is `target`: those of the recipe's calibration for it, if any."""
+    """Shares (K) to ask for so that the pictures' mix is `target`.
+
+    Those of the recipe's calibration, if it was for this target and for the recipe as it is now.
+    """
     record = recipe.info.get("calibration")
-    if record and record["only_where_needed"] == only_where_needed and np.allclose(record["target"], target, atol=1e-6):
+    if (
+        record
+        and record["only_where_needed"] == only_where_needed
+        and np.allclose(record["target"], target, atol=1e-6)
+        and calibrated_as_is(recipe, record)
+    ):
         return np.array(record["ask"])
     return target
+
+
+def calibrated_as_is(recipe: Recipe, record: dict[str, Any]) -> bool:
+    """Whether the recipe still has the settings that its calibration found.
+
+    Records of older versions name no mode and no range; the strengths are those of a round with these shares.
+    """
+    if "mode" not in record:
+        tried = [own for own in record.get("rounds", ()) if np.allclose(own["ask"], record["ask"])]
+        return not tried or any(np.allclose(own["strength"], recipe.strength) for own in tried)
+    same = np.allclose(record["strength"], recipe.strength) and np.allclose(record["range"], [recipe.start, recipe.end])
+    return same and record["mode"] == recipe.mode

@@ -15,7 +15,7 @@ from ..locate import measure_separation
 from ..sae import SparseAutoencoder, hold_out, measure_sae
 from ..steer import Recipe
 from .draw import shown_classes
-from .outcomes import DOSES, Experiment, Outcome, Part, paired_interval
+from .outcomes import DOSES, Experiment, Outcome, Part, mean_seen, paired_interval
 from .scan import scan_sites
 
 GOOD, DOUBTFUL, BAD, NOT_CHECKED = "good", "doubtful", "bad", "not checked"
@@ -222,11 +222,12 @@ def dose_figures(doses: dict[float, Outcome]) -> dict[str, Any]:
     ordered, slope = sorted(doses), doses[1.5].probability - doses[0.5].probability
     return {
         "strength": ordered,
-        "probability": [float(doses[dose].probability.mean()) for dose in ordered],
+        "probability": [mean_seen(doses[dose].probability) for dose in ordered],
         "interval": [paired_interval(doses[dose].probability) for dose in ordered],
         "success": [doses[dose].success for dose in ordered],
         "per_class": [doses[dose].per_class for dose in ordered],
         "change": [doses[dose].change for dose in ordered],
-        "slope": float(slope.mean()),
+        "no_face": [doses[dose].no_face for dose in ordered],
+        "slope": mean_seen(slope),
         "slope_interval": paired_interval(slope),
     }

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..activations import Draw
-from ..classifiers import other_attributes
+from ..classifiers import NO_CLASS, other_attributes, seen, seen_classes
+from ..files import DiffLensError
 from ..measure import total_variation, wilson_interval
+from ..sae import SparseAutoencoder
 from ..steer import Recipe, Steering
 from ..targets import Targets
 from .draw import Run
@@ -25,7 +27,8 @@ class CrossEffect:
 
     If the recipe is about it, share: of pictures that show the class asked for; else share: of pictures that change
     their class. interval: its 95 % Wilson interval. drift: total variation distance between the attribute's mix
-    before and after; a large share with a small drift is chance, a large drift a trend.
+    before and after; a large share with a small drift is chance, a large drift a trend. uncounted: pictures of the run
+    without a face before or after, which do not count.
     """
 
     steered: str
@@ -35,6 +38,7 @@ class CrossEffect:
     interval: tuple[float, float]
     drift: float
     pictures: int
+    uncounted: int = 0
 
 
 def cross_effects(
@@ -45,13 +49,20 @@ def cross_effects(
     pictures: int = 96,
     batch: int = 32,
     on_picture: Callable[[int, int], None] = lambda done, total: None,
+    sae: SparseAutoencoder | None = None,
 ) -> list[CrossEffect]:
     """Steer the first `pictures` noises of `draw` by every recipe alone, then by all at once, and read everything.
 
     classify(images) gives the class probabilities (B x K) of every one of `attributes`. Each recipe asks for its
     classes in equal shares, the attributes independent of one another; only pictures that do not show the class asked
-    for count. A row for every recipe and attribute, and if there are several recipes, of all together.
+    for count. A row for every recipe and attribute, and if there are several recipes, of all together. sae: of the
+    recipes that need theirs.
     """
+    if not set(other_attributes(attributes, "")) - {recipes[0].attribute}:
+        raise DiffLensError(
+            f"the classifier knows nothing but {recipes[0].attribute}, so there is nothing else to watch. Use one that "
+            "knows several attributes."
+        )
     sets = [[recipe] for recipe in recipes] + ([list(recipes)] if len(recipes) > 1 else [])
     run = Run(draw, batch, pictures * (1 + len(sets)), on_picture)
 
@@ -63,10 +74,10 @@ def cross_effects(
 
     def read(used: Sequence[Recipe]) -> dict[str, np.ndarray]:
         def edits(which: Tensor) -> list[Steering]:
-            return [steering(recipe, dealt[recipe.attribute], which) for recipe in used]
+            return [steering(recipe, dealt[recipe.attribute], which, sae) for recipe in used]
 
-        seen = classify(run.draw(torch.arange(pictures), edits))
-        return {name: seen[name].argmax(dim=1).numpy() for name in attributes}
+        readings = classify(run.draw(torch.arange(pictures), edits))
+        return {name: seen_classes(seen(readings, name)).numpy() for name in attributes}
 
     before, found = read([]), []
     asked = {name: targets.first(pictures) for name, targets in dealt.items()}
@@ -78,7 +89,9 @@ def cross_effects(
         for name in [*dealt, *(name for name in other_attributes(attributes, "") if name not in dealt)]:
             mine = moved & (asked[name] != before[name]) if name in own else moved
             hit = after[name] == asked[name] if name in own else after[name] != before[name]
-            found.append(effect(title, name, name in own, hit[mine], before[name], after[name], len(attributes[name])))
+            known = (before[name] != NO_CLASS) & (after[name] != NO_CLASS)
+            mixes = before[name][known], after[name][known]
+            found.append(effect(title, name, name in own, hit[mine & known], *mixes, len(attributes[name]), pictures))
     return found
 
 
@@ -86,16 +99,20 @@ def uniform(classes: int) -> tuple[float, ...]:
     return (1 / classes,) * classes
 
 
-def steering(recipe: Recipe, targets: Targets, which: Tensor) -> Steering:
-    """The recipe on a batch that holds pictures `which` of the run."""
-    return Steering(recipe, lambda images: targets.of(which[images]))
+def steering(recipe: Recipe, targets: Targets, which: Tensor, sae: SparseAutoencoder | None) -> Steering:
+    """The recipe on a batch that holds pictures `which` of the run, without the SAE if it can."""
+    return Steering(recipe, lambda images: targets.of(which[images]), sae if recipe.needs_sae else None)
 
 
 def effect(
-    steered: str, watched: str, asked: bool, hit: np.ndarray, before: np.ndarray, after: np.ndarray, classes: int
-) -> CrossEffect:
-    mixes = [np.bincount(labels, minlength=classes) / len(labels) for labels in (before, after)]
+    steered: str, watched: str, asked: bool, hit: np.ndarray, before: np.ndarray, after: np.ndarray, classes: int,
+    pictures: int,
+) -> CrossEffect:  # fmt: skip
+    """A row from the pictures that were asked to change (`hit`) and the classes of all that count, of `pictures`."""
+    mixes = [np.bincount(labels, minlength=classes) / max(1, len(labels)) for labels in (before, after)]
     share = float(hit.mean()) if len(hit) else 0.0
     low, high = wilson_interval(int(hit.sum()), len(hit)) if len(hit) else (0.0, 1.0)
     drift = total_variation(mixes[0], mixes[1])
-    return CrossEffect(steered, watched, asked, share, (float(low), float(high)), drift, len(hit))
+    return CrossEffect(
+        steered, watched, asked, share, (float(low), float(high)), drift, len(hit), pictures - len(before)
+    )

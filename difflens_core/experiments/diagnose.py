@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from ..activations import Activations, Draw
+from ..classifiers import faces_missing
 from ..sae import SparseAutoencoder
 from ..steer import Recipe, at_dose
 from .checks import BAD, DOUBTFUL, Check, check_choice, check_dose, check_features, check_site
@@ -23,12 +24,16 @@ OTHER_SITES = 4  # a few tell whether the recipe's site is the odd one out
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The verdict in one sentence, and the checks in causal order. pictures: how many were steered, the same by all."""
+    """The verdict in one sentence, and the checks in causal order.
+
+    pictures: how many were steered, the same by all; left_out: a sentence on those without a face, if there are any.
+    """
 
     attribute: str
     pictures: int
     verdict: str
     checks: tuple[Check, ...]
+    left_out: str = ""
 
 
 def diagnose(
@@ -71,7 +76,11 @@ def diagnose(
         check_choice(doses, parts),
         check_dose(doses),
     )
-    return Diagnosis(recipe.attribute, len(experiment.numbers), overall(checks), checks)
+    left_out = [faces_missing(experiment.labels)]
+    if lost := doses[1.0].no_face:
+        left_out.append(f"At the recipe's strength {lost} of the steered pictures show none.")
+    said = " ".join(filter(None, left_out))
+    return Diagnosis(recipe.attribute, len(experiment.numbers), overall(checks), checks, said)
 
 
 def evenly(names: Sequence[str], count: int) -> list[str]:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ..activations import Draw, Edit
+from ..classifiers import NO_CLASS, faces_missing
 from ..files import DiffLensError, load_tensors, save_tensors
+from ..sae import SparseAutoencoder
 from ..steer import Recipe, Steering, with_settings
 from ..targets import LEFT_ALONE
 
@@ -20,8 +22,9 @@ from ..targets import LEFT_ALONE
 class Trials:
     """Draws pictures under a recipe and keeps what the classifier read, so that none is ever drawn twice.
 
-    classify(images) gives the class probabilities (B x K). known: by picture, class asked for and its strength.
-    With `folder` they are kept there too, a file a batch: a calibration that was cut off goes on where it stopped.
+    classify(images) gives the class probabilities (B x K), as `seen`: NaN for pictures that do not count. known: by
+    picture, class asked for and its strength. With `folder` they are kept there too, a file a batch: a calibration
+    that was cut off goes on where it stopped.
     """
 
     recipe: Recipe
@@ -31,6 +34,7 @@ class Trials:
     on_batch: Callable[[int], None]
     folder: Path | None = None
     known: dict[tuple[int, int, float], np.ndarray] = field(default_factory=dict)
+    sae: SparseAutoencoder | None = None
 
     def __post_init__(self) -> None:
         for file in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
@@ -47,8 +51,8 @@ class Trials:
         for first in range(0, len(missing), self.batch):
             part = missing[first : first + self.batch]
             which, classes = (torch.tensor([key[i] for key in part]) for i in (0, 1))
-            edit = Steering(recipe, classes.__getitem__)
-            drawn = self.classify(self.draw([edit], which)).double().cpu().numpy()
+            edit = Steering(recipe, classes.__getitem__, self.sae)
+            drawn = self.classify(self.draw([edit], which)).cpu().double().numpy()
             self.save(part, drawn)
             self.known |= dict(zip(part, drawn, strict=True))
             self.on_batch(len(self.known))
@@ -82,13 +86,16 @@ class Run:
 
 
 def shown_classes(labels: Tensor, attribute: str, classes: tuple[str, ...]) -> list[int]:
-    """Classes that at least two pictures show. Raises `DiffLensError` if there are not two of them."""
-    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    """Classes that at least two pictures show. Raises `DiffLensError` if there are not two of them.
+
+    labels: n, NO_CLASS for a picture that does not count.
+    """
+    counts = torch.bincount(labels[labels != NO_CLASS], minlength=len(classes)).tolist()
     shown = [c for c, count in enumerate(counts) if count >= 2]
     if len(shown) < 2:
         seen = ", ".join(f"{name} {count}" for name, count in zip(classes, counts, strict=True))
         raise DiffLensError(
             f"{attribute}: among {len(labels)} pictures are {seen}; two classes must be shown by at least 2 pictures "
-            "each. Draw more pictures."
+            f"each. Draw more pictures. {faces_missing(labels)}".rstrip()
         )
     return shown

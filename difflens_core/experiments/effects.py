@@ -59,7 +59,8 @@ class Effects:
     """What changing each latent of a recipe does: F latents, K classes, `pictures` paired pictures each.
 
     effect: F x K, mean change of the probability of each class; error: F x K, its standard error; mode: how the
-    latents were changed.
+    latents were changed; uncounted: pairs of all F x `pictures` in which a face is missing, which do not count. A
+    latent with fewer than two pairs left has effect 0 and error 1: nothing is known.
     """
 
     features: Tensor
@@ -67,6 +68,7 @@ class Effects:
     error: Tensor
     mode: str
     pictures: int
+    uncounted: int = 0
 
     @property
     def carried(self) -> Tensor:
@@ -86,8 +88,8 @@ def causal_effect(
 ) -> Effects:
     """Change each latent of `recipe` alone while `draw` samples the same `pictures` noises, and read the class.
 
-    classify(images) gives the attribute's class probabilities (B x K). Pictures are paired by their noise, so that
-    the standard error is that of the difference. All latents and noises form one long run, cut into batches of
+    classify(images) gives the attribute's class probabilities (B x K), as `seen`. Pictures are paired by their noise,
+    so that the standard error is that of the difference. All latents and noises form one long run, cut into batches of
     `batch`, whatever latent they belong to. on_picture(done, total) may raise to cancel.
     """
     if mode not in EFFECTS:
@@ -107,9 +109,20 @@ def causal_effect(
         read.append(classify(drawn).float().cpu())
         on_picture(int(job[-1]) + 1, len(jobs))
     probability = torch.cat(read).unflatten(0, (-1, pictures))
+    if int((~probability[0].isnan().any(dim=1)).sum()) < 2:
+        raise DiffLensError(
+            f"causal effect: fewer than two of {pictures} unsteered pictures show a face. Draw more pictures, look at "
+            "them, or set face_detector to none in Load Attribute Classifier."
+        )
     change = probability[1:] - probability[0]
-    error = change.std(dim=1) / pictures**0.5
-    return Effects(recipe.features, change.mean(dim=1), error, mode, pictures)
+    counted = ~change.isnan().any(dim=2)  # F x pictures
+    n = counted.sum(dim=1)[:, None].clamp(min=1)
+    change = change.where(counted[:, :, None], 0.0)
+    effect = change.sum(dim=1) / n
+    spread = ((change - effect[:, None]) * counted[:, :, None]).square().sum(dim=1) / (n - 1).clamp(min=1)
+    enough = counted.sum(dim=1)[:, None] >= 2
+    effect, error = effect.where(enough, 0.0), (spread / n).sqrt().where(enough, 1.0)
+    return Effects(recipe.features, effect, error, mode, pictures, int((~counted).sum()))
 
 
 def keep_effective(recipe: Recipe, effects: Effects, count: int) -> Recipe:
@@ -127,5 +140,6 @@ def keep_best(recipe: Recipe, score: Tensor, count: int, ranking: str) -> Recipe
     member = torch.zeros_like(recipe.member).scatter_(1, best.indices, best.values > -torch.inf)
     kept = member.any(dim=0)
     rows = {name: getattr(recipe, name)[kept] for name in ("features", "encoder", "bias", "threshold", "decoder")}
-    info = {**recipe.info, "ranking": ranking}
+    info = {name: value for name, value in recipe.info.items() if name != "calibration"}  # of other features
+    info["ranking"] = ranking
     return replace(recipe, **rows, member=member[:, kept], levels=recipe.levels[:, :, kept], info=info)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..classifiers import decided
+from ..classifiers import NO_CLASS, seen, seen_classes
 from ..files import DiffLensError
 from ..locate import contrast
 from ..measure import pixel_change
@@ -30,8 +30,8 @@ SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
 class Outcome:
     """What one edit did to the same n pictures of other classes.
 
-    probability: n, of the class asked for; hit: n, whether the picture shows it; change: mean pixel difference, of 1;
-    per_class: share of hits by the class asked for.
+    probability: n, of the class asked for; hit: n, whether the picture shows it; both NaN where no face was found:
+    these pictures do not count. change: mean pixel difference, of 1; per_class: share of hits by the class asked for.
     """
 
     probability: np.ndarray
@@ -41,7 +41,12 @@ class Outcome:
 
     @property
     def success(self) -> float:
-        return float(self.hit.mean())
+        return mean_seen(self.hit)
+
+    @property
+    def no_face(self) -> int:
+        """Pictures in which the edit left no face."""
+        return int(np.isnan(self.hit).sum())
 
     @property
     def in_words(self) -> str:
@@ -58,6 +63,12 @@ class Part:
     random: Outcome | None
 
 
+def mean_seen(values: np.ndarray) -> float:
+    """Mean of the pictures that count, those without NaN; 0 if there are none."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else 0.0
+
+
 Read = Callable[[Tensor], dict[str, Tensor]]
 
 
@@ -65,7 +76,8 @@ Read = Callable[[Tensor], dict[str, Tensor]]
 class Experiment:
     """The pictures that are steered: from noises `numbers` (n), each to class `target` (n), which it does not show.
 
-    unsteered: the pictures of all noises as they are; probability: their class probabilities; labels: their classes.
+    unsteered: the pictures of all noises as they are; probability: their class probabilities, as `seen`; labels: their
+    classes, as `seen_classes`.
     """
 
     run: Run
@@ -81,9 +93,9 @@ class Experiment:
     def begin(cls, run: Run, read: Read, recipe: Recipe, sae: SparseAutoencoder | None, pictures: int) -> Experiment:
         """Draw the unsteered pictures and choose up to `pictures` for each class."""
         unsteered = run.draw(torch.arange(UNSTEERED * pictures), lambda rows: [])
-        readings = read(unsteered)
-        probability = readings[recipe.attribute].cpu()
-        labels, known = probability.argmax(dim=1), decided(readings).cpu()
+        probability = seen(read(unsteered), recipe.attribute).cpu()
+        labels = seen_classes(probability)
+        known = labels != NO_CLASS
         others = [(known & (labels != c)).nonzero().flatten()[:pictures] for c in range(len(recipe.classes))]
         numbers = torch.cat(others)
         if len(numbers) < 2:
@@ -96,7 +108,7 @@ class Experiment:
 
     @property
     def labels(self) -> Tensor:
-        return self.probability.argmax(dim=1)
+        return seen_classes(self.probability)
 
     def before(self) -> Outcome:
         """The pictures without steering: none shows the class that it will be asked for."""
@@ -110,20 +122,23 @@ class Experiment:
             return [Steering(recipe, lambda images: self.target[rows[images]], sae)]
 
         after = self.run.draw(self.numbers, edits)
-        return self.outcome(self.read(after)[recipe.attribute].cpu(), after)
+        return self.outcome(seen(self.read(after), recipe.attribute).cpu(), after)
 
     def outcome(self, probability: Tensor, after: Tensor) -> Outcome:
         own = probability.gather(1, self.target[:, None])[:, 0].double()
-        hit = (probability.argmax(dim=1) == self.target).double()
-        per_class = {self.recipe.classes[c]: float(hit[self.target == c].mean()) for c in self.target.unique().tolist()}
-        before = self.unsteered[self.numbers]
-        return Outcome(own.numpy(), hit.numpy(), pixel_change(before.numpy(), after.numpy()), per_class)
+        hit = (seen_classes(probability) == self.target).double().where(~own.isnan(), torch.nan)
+        per_class = {
+            self.recipe.classes[c]: mean_seen(hit[self.target == c].numpy()) for c in self.target.unique().tolist()
+        }
+        change = pixel_change(self.unsteered[self.numbers].cpu().numpy(), after.cpu().numpy())
+        return Outcome(own.numpy(), hit.numpy(), change, per_class)
 
 
 def probe_score(recipe: Recipe) -> Tensor:
     """How much each latent speaks for each class (K x F) by the recipe's own levels and probes.
 
-    The contrastive score of Attribute Features, from what the recipe holds: it does not say by what it was ranked.
+    The product in the contrastive score of Attribute Features, from what the recipe holds: it does not say by what it
+    was ranked, and `member` says whose the latents are.
     """
     steps = zip(recipe.levels.float().mean(dim=-1), recipe.probe_weight, strict=True)
     return sum((contrast(level) * contrast(weight @ recipe.decoder.T) for level, weight in steps), torch.zeros(()))
@@ -154,7 +169,13 @@ def ablation(
 
 
 def paired_interval(difference: np.ndarray, draws: int = 2000, level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean, over pictures, of a difference (n) between two edits of the same."""
+    """Percentile bootstrap interval of the mean, over pictures, of a difference (n) between two edits of the same.
+
+    Pictures with NaN do not count; with none left the interval is that of no knowledge, -1 to 1.
+    """
+    difference = difference[~np.isnan(difference)]
+    if len(difference) == 0:
+        return -1.0, 1.0
     rows = np.random.default_rng(0).integers(len(difference), size=(draws, len(difference)))
     low, high = np.quantile(difference[rows].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

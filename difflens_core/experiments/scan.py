@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..activations import Draw
+from ..classifiers import NO_CLASS, seen, seen_classes
 from ..files import DiffLensError
 from ..measure import kept_attributes, pixel_change
 from ..sae import nearest_step
@@ -28,7 +29,8 @@ PARTS = {
 class Collector:
     """Edit that changes nothing and sums what the site puts out, by progress and by the picture's class.
 
-    labels: B, the classes of the batch's pictures. sums: K x C x H x W and counts: K for every progress met.
+    labels: B, the classes of the batch's pictures; those of NO_CLASS are left out. sums: K x C x H x W and counts: K
+    for every progress met.
     """
 
     site: str
@@ -42,8 +44,9 @@ class Collector:
             raise DiffLensError(f"{self.site} puts out {h.ndim} dimensions, expected 4. Leave this site out.")
         own = self.labels[images]
         total = self.sums.setdefault(progress, h.new_zeros(self.classes, *h.shape[1:], dtype=torch.float32))
-        total.index_add_(0, own.to(h.device), h.float())
-        self.counts[progress] = self.counts.get(progress, 0) + torch.bincount(own, minlength=self.classes)
+        known = own != NO_CLASS
+        total.index_add_(0, own[known].to(h.device), h[known.to(h.device)].float())
+        self.counts[progress] = self.counts.get(progress, 0) + torch.bincount(own[known], minlength=self.classes)
         return h
 
 
@@ -105,7 +108,8 @@ class SiteEffect:
 
     success: share that shows the class asked for (none did before), the mean over classes; per_class: of each class,
     None for one that was too rare to have means; kept: share that keeps its class, mean over the other attributes,
-    None if there are none; change: mean pixel difference, of 1.
+    None if there are none; change: mean pixel difference, of 1; no_face: share of the steered pictures in which no face
+    was found, which do not count for success and kept.
     """
 
     site: str
@@ -114,6 +118,7 @@ class SiteEffect:
     per_class: tuple[float | None, ...]
     kept: float | None
     change: float
+    no_face: float = 0.0
 
 
 def scan_sites(
@@ -132,17 +137,17 @@ def scan_sites(
 ) -> list[SiteEffect]:
     """Try every site and part of the sampling (some of PARTS): one row each, site by site.
 
-    classify(images) gives the class probabilities (B x K) of every attribute. The `pictures` first noises of `draw`
-    are sampled twice, to read their classes and then to take each site's class means (all sites at once; a site
-    takes steps x K x C x H x W numbers). Then up to `per_class` pictures that do not show a class are steered to it.
-    Classes that fewer than two pictures show are left out. unsteered: the pictures of those noises, if they were
-    drawn before. on_picture(done, total) may raise to cancel.
+    classify(images) gives the class probabilities (B x K) of every attribute. The `pictures` first noises of `draw` are
+    sampled twice, to read their classes and then to take each site's class means (all sites at once; a site takes steps
+    x K x C x H x W numbers). Then up to `per_class` pictures that do not show a class are steered to it. Classes that
+    fewer than two pictures show are left out, and so are pictures without a face. unsteered: the pictures of those
+    noises, if they were drawn before. on_picture(done, total) may raise to cancel.
     """
     first_draws = (1 if unsteered is not None else 2) * pictures
     run = Run(draw, batch, first_draws + len(sites) * len(parts) * len(classes) * per_class, on_picture)
     numbers = torch.arange(pictures)
     base = run.draw(numbers, lambda rows: []) if unsteered is None else unsteered
-    labels = classify(base)[attribute].argmax(dim=1).cpu()
+    labels = seen_classes(seen(classify(base), attribute)).cpu()
     tried = shown_classes(labels, attribute, classes)
     collections: list[tuple[dict[float, Tensor], dict[float, Tensor]]] = [({}, {}) for _ in sites]
 
@@ -151,7 +156,7 @@ def scan_sites(
         return [Collector(site, labels[rows], *kept, len(classes)) for site, kept in pairs]
 
     run.draw(numbers, collectors)
-    others = {c: (labels != c).nonzero().flatten()[:per_class] for c in tried}
+    others = {c: ((labels != c) & (labels != NO_CLASS)).nonzero().flatten()[:per_class] for c in tried}
     chosen, before = torch.cat([*others.values()]), base[torch.cat([*others.values()])]
     target = torch.cat([torch.full_like(pictures, c) for c, pictures in others.items()])
     run.total = run.done + len(sites) * len(parts) * len(chosen)
@@ -174,8 +179,12 @@ def site_effect(
     site: str, part: str, before: Read, after: Read, target: Tensor, attribute: str, classes: tuple[str, ...]
 ) -> SiteEffect:
     """What steering pictures to `target` (B, classes) at `site` did, from the pictures before and after."""
-    hit = (after[1][attribute].argmax(dim=1).cpu() == target).float()
-    rates = {c: float(hit[target == c].mean()) for c in target.unique().tolist()}
+    shown = seen_classes(seen(after[1], attribute)).cpu()
+    counted = shown != NO_CLASS
+    rates = {
+        c: float((shown[mine] == c).float().mean()) if (mine := counted & (target == c)).any() else 0.0
+        for c in target.unique().tolist()
+    }
     kept = kept_attributes(before[1], after[1], attribute)
     return SiteEffect(
         site,
@@ -183,5 +192,6 @@ def site_effect(
         sum(rates.values()) / len(rates),
         tuple(rates.get(c) for c in range(len(classes))),
         sum(kept.values()) / len(kept) if kept else None,
-        pixel_change(before[0].numpy(), after[0].numpy()),
+        pixel_change(before[0].cpu().numpy(), after[0].cpu().numpy()),
+        float(1 - counted.float().mean()),
     )

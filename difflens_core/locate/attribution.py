@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..activations import Activations
+from ..classifiers import NO_CLASS
 from ..files import DiffLensError
 from ..sae import Latents, SparseAutoencoder, nearest_step
 from .probes import Probes, check_labels
@@ -48,6 +49,11 @@ class Attribution:
         return self.scores.topk(count, dim=1).indices
 
 
+def precise(x: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has none."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
+
+
 def path_integral(start: Tensor, change: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
     """Integral over a in [0, 1] of the gradient of softmax(l(a) / temperature)_target with respect to l.
 
@@ -55,8 +61,8 @@ def path_integral(start: Tensor, change: Tensor, target: Tensor, temperature: fl
     Gauss-Legendre quadrature (the integrand is analytic) on as many equal panels of [0, 1] as the steepest picture
     needs, exact to float64 rounding.
     """
+    start, change = precise(start) / temperature, precise(change) / temperature
     nodes, weights = (torch.from_numpy(x).to(start.device) for x in np.polynomial.legendre.leggauss(QUADRATURE_POINTS))
-    start, change = start.double() / temperature, change.double() / temperature
     delta = F.one_hot(target, change.shape[1])[:, None]
     panels = max(1, math.ceil(float((change.amax(dim=1) - change.amin(dim=1)).max()) / PANEL_RANGE))
     total = torch.zeros_like(change)
@@ -86,17 +92,19 @@ def integrated_gradients(
     Returns IG of the entries of `latents` (B x P x k) and the completeness error of every picture (B).
     """
     pictures, positions, _ = latents.values.shape
-    index, values = latents.indices.flatten(1), latents.values.flatten(1).double() / positions
-    weight = probes.weight[step].double()
+    values = precise(latents.values).flatten(1) / positions
+    index, target = (x.to(values.device) for x in (latents.indices.flatten(1), target))
+    weight = precise(probes.weight[step])
     # N x K, what a unit of each latent adds to the logits. In parts: a whole map's decoder is large.
-    read = torch.cat([part.double() @ weight.T for part in sae.decoder.split(1024)])
+    read = torch.cat([precise(part) @ weight.T for part in sae.decoder.split(1024)])
 
     def logits_of(index: Tensor, values: Tensor) -> Tensor:
         return values.new_zeros(pictures, sae.latents).scatter_add_(1, index, values) @ read
 
-    start = (weight @ sae.decoder_bias.double() + probes.bias[step].double()).expand(pictures, -1)
+    start = (weight @ precise(sae.decoder_bias) + precise(probes.bias[step])).expand(pictures, -1)
     if baseline:
-        start = start + logits_of(baseline.indices.flatten(1), baseline.values.flatten(1).double() / positions)
+        origin = baseline.indices.flatten(1).to(values.device)
+        start = start + logits_of(origin, precise(baseline.values).flatten(1) / positions)
     change = logits_of(index, values)
     v = path_integral(start, change, target, temperature)
     ig = (values * (v @ read.T).gather(1, index)).view(latents.values.shape)
@@ -105,7 +113,8 @@ def integrated_gradients(
         return (logits / temperature).softmax(dim=-1).gather(1, target[:, None])[:, 0]
 
     gain = probability(start + change) - probability(start)
-    return ig.float(), (ig.sum(dim=(1, 2)) - gain).abs()
+    device = latents.values.device
+    return ig.float().to(device), (ig.sum(dim=(1, 2)) - gain).abs().float().to(device)
 
 
 def activation_gradient(
@@ -137,11 +146,13 @@ def class_sum(rows: Tensor, latents: Latents, labels: Tensor, classes: int, size
 def balancing_weights(labels: Tensor, others: Iterable[Tensor], rounds: int = 20, limit: float = 4.0) -> Tensor:
     """Weights (B) under which every class of `labels` shows the same mix of each other attribute.
 
-    labels and each of `others`: B, int64. Without them a rare class lends its pictures' chance features to its
-    levels: if most of the seniors captured happen to be light-skinned, steering to senior would lighten the skin.
-    Raking (Deming & Stephan 1940): the weights are scaled to one attribute's overall shares after the other.
-    No picture weighs more than `limit` times the mean.
+    labels and each of `others`: B, int64; pictures of NO_CLASS weigh nothing. Without them a rare class lends its
+    pictures' chance features to its levels: if most of the seniors captured happen to be light-skinned, steering to
+    senior would lighten the skin. Raking (Deming & Stephan 1940): the weights are scaled to one attribute's overall
+    shares after the other. No picture weighs more than `limit` times the mean.
     """
+    known = labels != NO_CLASS
+    labels, others = labels[known], [other[known] for other in others]
     classes = int(labels.max()) + 1
     weights = torch.ones(len(labels))
     for _ in range(rounds):
@@ -152,7 +163,7 @@ def balancing_weights(labels: Tensor, others: Iterable[Tensor], rounds: int = 20
             wanted = found.sum(dim=1, keepdim=True) * overall
             weights = weights * (wanted / found.clamp(min=1e-12)).flatten()[cells]
             weights = weights.clamp(max=limit * float(weights.mean()))
-    return weights
+    return torch.zeros(len(known)).masked_scatter_(known, weights)
 
 
 METHODS = ("contrastive", "integrated gradients", "activation x gradient", "class mean difference")
@@ -176,7 +187,10 @@ def attribute_features(
     activation x gradient: the same with `activation_gradient`.
     class mean difference: mean activity in the class minus in the others.
     contrastive: that, times (probe weight of the class minus the others' mean, through the decoder): it also ranks
-    latents of a class that the probe already predicts without any latent, where IG from zero says nothing.
+    latents of a class that the probe already predicts without any latent, where IG from zero says nothing. Where a
+    class uses a latent less than the others do, it speaks against the class: two differences below 0 do not make it
+    one of the class's (`own_only`).
+    labels: B, int64, NO_CLASS for a picture that does not count.
     weights: B, how much each picture counts in its class's mean activity (`balancing_weights`); all alike if None.
     baseline: where the path of integrated gradients begins instead of at no latents: the same noises drawn under
     another prompt, such as that of another class (the DiffLens paper's way for Stable Diffusion).
@@ -187,12 +201,14 @@ def attribute_features(
     if baseline:
         check_baseline(baseline, activations, method)
     classes, size = len(probes.classes), sae.latents
-    counts = torch.bincount(labels, minlength=classes).float()
+    known, labels = labels != NO_CLASS, labels.clamp(min=0)
+    counts = torch.bincount(labels, known.float(), minlength=classes)
     device = labels.device
-    weights = torch.ones(len(labels), device=device) if weights is None else weights
+    weights = known.float() if weights is None else weights * known
     shares = weights / torch.bincount(labels, weights, minlength=classes)[labels]  # of the picture in its class
     positions = activations.positions // sae.kernel**2
     levels, sums, by_position = [], [], torch.zeros(classes, size, positions, device=device)
+    used = torch.zeros(classes, size, device=device)
     by_gradient = method in ("integrated gradients", "activation x gradient")
     worst = torch.zeros((), device=device)
     for s, progress in enumerate(activations.progress):
@@ -215,6 +231,7 @@ def attribute_features(
                 worst = torch.maximum(worst, error.max())
             else:
                 rows = activation_gradient(latents, sae, probes, step, labels[own], temperature)
+            rows = rows * known[own, None, None]
             part += class_sum(rows, latents, labels[own], classes, size) / counts[:, None, None]
         if not by_gradient:
             part = contrast(level) / positions
@@ -223,12 +240,24 @@ def attribute_features(
         sums.append(part.sum(dim=2))
         by_position += part
         levels.append(level.half())
+        used += level.sum(dim=2)
         on_step(s + 1)
     by_step = torch.stack(sums)
+    if method == "contrastive":
+        sign = own_only(by_step.sum(dim=0), used)
+        by_step, by_position = by_step * sign, by_position * sign[:, :, None]
     return Attribution(
         by_step.sum(dim=0), by_step, by_position.half(), torch.stack(levels), activations.progress,
         float(worst) if method == "integrated gradients" else None, probes.attribute, probes.classes, method,
     )  # fmt: skip
+
+
+def own_only(scores: Tensor, used: Tensor) -> Tensor:
+    """1, or -1 (K x N) where a class has a score above 0 for a latent that it uses less than the others do.
+
+    scores: K x N, products of two differences, which for two classes are the same for both; used: K x N, activity.
+    """
+    return torch.where((contrast(used) <= 0) & (scores > 0), -1.0, 1.0)
 
 
 def check_baseline(baseline: Activations, activations: Activations, method: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..activations import Activations
+from ..classifiers import NO_CLASS
 from ..files import DiffLensError, load_tensors, save_tensors
 from ..sae import SparseAutoencoder, nearest_step
 
@@ -41,7 +42,10 @@ class Probes:
 
 
 def check_labels(labels: Tensor, classes: tuple[str, ...], pictures: int, attribute: str) -> None:
-    """Raise `DiffLensError` unless there is one label a picture and each class is seen at least four times."""
+    """Raise `DiffLensError` unless there is one label a picture and each class is seen at least four times.
+
+    Pictures of NO_CLASS do not count.
+    """
     if len(labels) != pictures:
         raise DiffLensError(
             f"{attribute}: got {len(labels)} labels for {pictures} captured pictures. "
@@ -52,7 +56,7 @@ def check_labels(labels: Tensor, classes: tuple[str, ...], pictures: int, attrib
             f"{attribute}: a label says class number {int(labels.max()) + 1}, but there are {len(classes)} classes. "
             "These seem to be the labels of another attribute."
         )
-    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    counts = torch.bincount(labels[labels != NO_CLASS], minlength=len(classes)).tolist()
     rare = [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < 4]
     if rare:
         raise DiffLensError(
@@ -72,11 +76,11 @@ def train_probes(
 ) -> Probes:
     """Fit one class-balanced logistic regression per step by L-BFGS.
 
-    labels: B, integer class of every picture. Every fourth picture of a class is held out to measure accuracy;
-    the probe that is kept is fitted on all of them.
+    labels: B, integer class of every picture, NO_CLASS for one that does not count. Every fourth picture of a class is
+    held out to measure accuracy; the probe that is kept is fitted on all of them.
     """
     check_labels(labels, classes, activations.pictures, attribute)
-    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    held_out, known = torch.zeros(len(labels), dtype=torch.bool), labels != NO_CLASS
     for index in range(len(classes)):
         held_out[(labels == index).nonzero().flatten()[::4]] = True
     fitted = []
@@ -85,9 +89,10 @@ def train_probes(
         pooled = torch.empty(activations.pictures, sae.width)
         for first, values in activations.batches(s):
             pooled[first : first + len(values)] = sae.decode(sae.encode(values, step)).mean(dim=1)
-        trial = fit_logistic(pooled[~held_out], labels[~held_out], len(classes), weight_decay)
+        fitting = known & ~held_out
+        trial = fit_logistic(pooled[fitting], labels[fitting], len(classes), weight_decay)
         accuracy = balanced_accuracy(F.linear(pooled[held_out], *trial).argmax(dim=1), labels[held_out])
-        fitted.append((*fit_logistic(pooled, labels, len(classes), weight_decay), accuracy))
+        fitted.append((*fit_logistic(pooled[known], labels[known], len(classes), weight_decay), accuracy))
         on_step(s + 1)
     weight, bias, accuracy = (torch.stack(parts) for parts in zip(*fitted, strict=True))
     return Probes(weight, bias, activations.progress.float(), accuracy, attribute, classes)

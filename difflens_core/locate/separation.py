@@ -11,6 +11,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from ..activations import Activations
+from ..classifiers import NO_CLASS
 from ..sae import SparseAutoencoder
 from .probes import check_labels
 
@@ -44,11 +45,13 @@ def measure_separation(
 ) -> Separation:
     """Separation of labelled pictures; labels: B, int64; features: F, the recipe's latents.
 
-    Every picture counts as its mean over positions and steps. on_step() is called after each step and may raise to
-    cancel. Raises `DiffLensError` if a class has fewer than four pictures.
+    Every picture with a class counts as its mean over positions and steps. on_step() is called after each step and may
+    raise to cancel. Raises `DiffLensError` if a class has fewer than four pictures.
     """
     check_labels(labels, classes, activations.pictures, attribute)
-    raw, latents = pooled(sae, activations, on_step)
+    known = labels != NO_CLASS
+    raw, latents = (means[known] for means in pooled(sae, activations, on_step))
+    labels = labels[known]
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randperm(sae.latents, generator=generator)[: len(features)] for _ in range(DRAWS)]
     return Separation(

@@ -3,12 +3,17 @@
 from .changes import PERCEPTUAL, feature_changes, measure_changes, perceptual_network
 from .correction import Correction, confusion_counts, correct_for_errors, parse_confusion, solve_shares
 from .fairness import (
+    MISSED,
+    OPEN,
+    REACHED,
+    SMALL_FD,
     Report,
     fairness_discrepancy,
     kept_attributes,
     kl_divergence,
     measure_fairness,
     one_hot,
+    outcome,
     pixel_change,
     total_variation,
     unbiased_squared_fd,
@@ -27,10 +32,14 @@ from .significance import (
 
 __all__ = [
     "Correction",
+    "MISSED",
+    "OPEN",
     "PERCEPTUAL",
     "PairedTest",
     "PromptReport",
+    "REACHED",
     "Report",
+    "SMALL_FD",
     "clear_pictures",
     "confusion_counts",
     "correct_for_errors",
@@ -44,6 +53,7 @@ __all__ = [
     "measure_changes",
     "measure_fairness",
     "one_hot",
+    "outcome",
     "paired_test",
     "parse_confusion",
     "perceptual_network",

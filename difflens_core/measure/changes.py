@@ -52,8 +52,9 @@ def measure_changes(
 
 
 def pairs_of(before: Tensor, after: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pictures' red, green and blue, in batches."""
-    return zip(before[..., :3].split(BATCH), after[..., :3].split(BATCH), strict=True)
+    """The pictures' red, green and blue, in batches, on the CPU: a host may keep them on another device."""
+    for a, b in zip(before[..., :3].split(BATCH), after[..., :3].split(BATCH), strict=True):
+        yield a.cpu(), b.cpu()
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ def perceptual_distance(network: nn.Module, before: Tensor, after: Tensor) -> Te
 
 def clip_similarity(before: Tensor, after: Tensor) -> float:
     """CLIP-I: mean of (cos + 1) / 2 of the CLIP features (n x d) of pictures paired by seed; 1 for equal pictures."""
-    return float((F.cosine_similarity(before.double(), after.double(), dim=1) + 1).mean() / 2)
+    return float((F.cosine_similarity(before.cpu().double(), after.cpu().double(), dim=1) + 1).mean() / 2)
 
 
 def feature_changes(before: Tensor, after: Tensor) -> tuple[dict[str, float], list[str]]:
@@ -182,6 +183,6 @@ class AsTheyAre(nn.Module):
 
 def fed(metric: Metric, before: Tensor, after: Tensor) -> Any:
     """What a metric of torchmetrics computes of features, in float64."""
-    metric.update(before.double(), real=True)
-    metric.update(after.double(), real=False)
+    metric.update(before.cpu().double(), real=True)
+    metric.update(after.cpu().double(), real=False)
     return metric.compute()

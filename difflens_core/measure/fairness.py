@@ -13,6 +13,10 @@ from ..classifiers import decided, other_attributes
 from .intervals import by_stratum, fd_interval, share_intervals
 from .significance import fd_threshold, target_p_value
 
+SMALL_FD = 0.05  # a discrepancy that few would mind: 46 to 54 % of two classes
+# What pictures say about a target. OPEN: the target is not excluded, but there are too few to tell that it is met.
+REACHED, OPEN, MISSED = "reached", "not excluded", "missed"
+
 
 def fairness_discrepancy(probabilities: np.ndarray, target: np.ndarray) -> float:
     """FD = sqrt(sum_c (mean_i p_c(x_i) - target_c)^2) (Choi et al. 2020). 0 is perfect.
@@ -100,6 +104,18 @@ class Report:
     worst_off_ratio: float
     success: float | None = None
     success_ci: tuple[float, float] | None = None
+
+
+def outcome(report: Report, margin: float = SMALL_FD) -> str:
+    """REACHED, OPEN or MISSED.
+
+    A target is reached where the 95 % interval of the counted FD ends below `margin`: it is not enough that the
+    interval is so wide that it holds the target. It is missed where chance is a poor explanation of the distance.
+    """
+    low, high = report.fd_hard_ci
+    if high <= margin:
+        return REACHED
+    return MISSED if low > 0 or report.p_value < 0.05 else OPEN
 
 
 def measure_fairness(

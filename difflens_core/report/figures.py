@@ -12,19 +12,19 @@ from torch import Tensor
 from ..classifiers import decided, labels_of, shares_left_out
 from ..files import DiffLensError
 from ..measure import (
+    SMALL_FD,
     clear_pictures,
     correct_for_errors,
     joint_report,
     kept_attributes,
     measure_fairness,
+    outcome,
     paired_test,
     pictures_for_fd,
     undecided_bounds,
     wilson_interval,
 )
 from .charts import bar_chart
-
-SMALL_FD = 0.05  # a discrepancy that few would mind: 46 to 54 % of two classes
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def side_figures(question: Question, read: Mapping[str, Tensor], assigned: np.nd
     """Figures of one set of n pictures, as `read` by the classifier; assigned: the class each was steered to (n).
 
     The fields of `fairness.Report` but the question's, of the pictures that show a face where one is looked for, and
-    left_out (by reason), labels (a picture each; None without a face), corrected, undecided, joint (None if not asked
-    for). Raises `DiffLensError` if no picture shows anything to measure.
+    outcome (`measure.outcome`), left_out (by reason), labels (a picture each; None without a face), corrected,
+    undecided, joint (None if not asked for). Raises `DiffLensError` if no picture shows anything to measure.
     """
     attribute, classes = question.attribute, question.classes
     known = decided(read).numpy()
@@ -65,7 +65,8 @@ def side_figures(question: Question, read: Mapping[str, Tensor], assigned: np.nd
         )
     probabilities = {name: read[name].numpy()[known] for name in (attribute, *question.joint_with)}
     assigned = None if assigned is None else np.asarray(assigned)[known]
-    found = asdict(measure_fairness(probabilities[attribute], question.target, attribute, classes, assigned))
+    report = measure_fairness(probabilities[attribute], question.target, attribute, classes, assigned)
+    found = asdict(report) | {"outcome": outcome(report)}
     for name in ("attribute", "classes", "target"):
         del found[name]
     corrected, undecided, joint = None, None, None
@@ -124,15 +125,17 @@ def summary(
 ) -> dict[str, Any]:
     """The figures of a report as plain values, ready for JSON; what only a comparison tells is None without `after`.
 
-    resolution: how many pictures it takes to tell a small discrepancy (fd) from chance. notes, changes (what else
+    resolution: how many pictures it takes to tell a small discrepancy (fd) from chance, None where a single class is
+    asked for: any other picture is one too many. notes, changes (what else
     changed, of `measure_changes`), pixel_change and not_measured (sentences) are for the caller to fill.
     """
     pair = {"paired": None, "kept": None, "kept_ci": None} if after is None else pair_figures(question, before, after)
     first = side_figures(question, before)
+    several = np.count_nonzero(question.target) > 1
     return {
         "attribute": question.attribute, "classes": question.classes, "target": question.target.tolist(),
         "n": first["n"], "undecided_below": question.undecided_below,
-        "resolution": {"fd": SMALL_FD, "pictures": pictures_for_fd(SMALL_FD, question.target)},
+        "resolution": {"fd": SMALL_FD, "pictures": pictures_for_fd(SMALL_FD, question.target) if several else None},
         "before": first, "after": after and side_figures(question, after, assigned), **pair,
         "notes": "", "changes": None, "pixel_change": None, "not_measured": [],
     }  # fmt: skip

@@ -27,6 +27,8 @@ def cross_table(found: Sequence[CrossEffect]) -> str:
             if row.steered == steered
         ]
         lines.append(f"{steered:16.15}" + "".join(f"{cell:>16}" for cell in cells))
+    if most := max(row.uncounted for row in found):
+        lines.append(f"Without a face, before or after, are up to {most} pictures; they do not count.")
     return "\n".join(lines)
 
 
@@ -45,7 +47,8 @@ def cross_chart(found: Sequence[CrossEffect]) -> np.ndarray:
 
 def diagnosis_text(found: Diagnosis) -> str:
     """The verdict, then each check with its evidence and what to do next."""
-    lines = [f"{found.attribute}: {found.verdict}", f"Steered: {found.pictures} pictures of other classes.", ""]
+    steered = f"Steered: {found.pictures} pictures of other classes. {found.left_out}".rstrip()
+    lines = [f"{found.attribute}: {found.verdict}", steered, ""]
     for check in found.checks:
         lines.append(f"{check.name}: {check.verdict}. {check.evidence}")
         lines += [f"    Next: {check.advice}"] if check.advice else []
@@ -95,9 +98,12 @@ def calibration_text(attribute: str, classes: tuple[str, ...], record: dict[str,
         success = fresh["success_by_class"].get(name)
         row = f"{name:14.14}{record['target'][c]:8.1%}{record['start']['shares'][c]:8.1%}{fresh['shares'][c]:8.1%}"
         lines.append(f"{row}  {low:.1%} to {high:.1%}   {'-' if success is None else f'{success:.1%}'}")
-    lines.append(
-        f"FD {record['start']['fd']:.3f} before, {fresh['fd']:.3f} after, on {record['pictures']} fresh noises."
-    )
+    lines.append(f"FD {record['start']['fd']:.3f} before, {fresh['fd']:.3f} after, on {fresh['counted']} fresh noises.")
+    if fresh["no_face"] or record["start"]["no_face"]:
+        lines.append(
+            f"No face was found in {fresh['no_face']:.1%} of the fresh pictures and {record['start']['no_face']:.1%} "
+            "of the unsteered ones; they do not count."
+        )
     if record["only_where_needed"]:
         lines.append(f"Pictures that changed their class: {fresh['changed']:.1%}; at least {fresh['needed']:.1%} must.")
     asked = ", ".join(f"{name} {share:.3f}" for name, share in zip(classes, record["ask"], strict=True))
@@ -118,6 +124,8 @@ def scan_table(found: Sequence[SiteEffect], attribute: str, classes: tuple[str, 
         lines.append(
             f"{row.site:{width}}  {row.part:12}  {100 * row.success:7.0f}  {kept:>11}  {row.change:6.3f}  {hits}"
         )
+    if most := max(row.no_face for row in found):
+        lines.append(f"Steered pictures without a face, up to {most:.0%} of a row, do not count.")
     return "\n".join(lines)
 
 
@@ -180,4 +188,7 @@ def effect_table(effects: Effects, recipe: Recipe) -> str:
         pairs = zip((100 * effects.effect[f]).tolist(), (100 * effects.error[f]).tolist(), strict=True)
         cells = [f"{effect:+.2f} ({error:.2f})" for effect, error in pairs]
         lines.append(f"#{int(effects.features[f]):<7}" + "".join(f"{cell:>18}" for cell in cells))
+    if effects.uncounted:
+        pairs = len(effects.features) * effects.pictures
+        lines.append(f"In {effects.uncounted} of {pairs} pairs of pictures a face is missing; they do not count.")
     return "\n".join(lines)

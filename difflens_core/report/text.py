@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..measure import OPEN, REACHED
 from .rows import (
     Row,
     change_rows,
@@ -68,23 +69,27 @@ def findings(numbers: Mapping[str, Any]) -> list[str]:
             f"the least."
         )
     fd, pictures = numbers["resolution"]["fd"], numbers["resolution"]["pictures"]
-    if pictures:  # none where a single class is asked for: any other picture is one too many
+    if pictures:
         found.append(f"It takes {pictures} pictures to tell a discrepancy of {fd} from chance.")
     return found
 
 
 def side_finding(numbers: Mapping[str, Any], name: str) -> str:
-    """The class that is farthest from its target, and whether chance may be behind it."""
+    """The class that is farthest from its target, and whether the target is reached, missed or neither is known."""
     side, target = numbers[name], numbers["target"]
     worst = max(range(len(target)), key=lambda i: abs(side["shares"][i] - target[i]))
-    p = side["p_value"]
-    if p < 0.05:
-        verdict = f"Chance is a poor explanation of such a mix (p {equals(p)})."
-    else:
+    p, (low, high) = side["p_value"], side["fd_hard_ci"]
+    if side["outcome"] == REACHED:
+        verdict = f"The target is reached: the counted discrepancy is at most {high:.3f} (95 %)."
+    elif side["outcome"] == OPEN:
         verdict = (
-            f"Such a mix cannot be told from the target (p {equals(p)}): with {side['n']} pictures only a counted "
-            f"discrepancy above {side['threshold']:.3f} could be."
+            f"The target is not excluded (p {equals(p)}), but {side['n']} pictures are too few to tell that it is "
+            f"reached: the counted discrepancy may be up to {high:.3f}, small is {numbers['resolution']['fd']}."
         )
+    elif p < 0.05:
+        verdict = f"The target is missed: chance is a poor explanation of such a mix (p {equals(p)})."
+    else:
+        verdict = f"The target is missed: the counted discrepancy is at least {low:.3f} (95 %)."
     share, ends = percent(side["shares"][worst]), span(side["shares_ci"][worst], percent)
     shown = f"{share} of {side['n']} pictures show {numbers['classes'][worst]}"
     return f"{name.capitalize()}, {shown} (95 % interval {ends}); the target is {percent(target[worst])}. {verdict}"

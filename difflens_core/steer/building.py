@@ -26,13 +26,18 @@ def build_recipe(
     count: int = 60,
     model: str = "",
 ) -> Recipe:
-    """Recipe from the `count` best latents of every class.
+    """Recipe from the `count` best latents of every class, as far as they speak for it (a score above 0).
 
     It has one row a step of `attribution`; SAE and probes may come from captures of other steps: the nearest serve.
     """
-    top = attribution.top(count)
-    chosen = top.unique()
-    member = torch.stack([torch.isin(chosen, per_class) for per_class in top])
+    own = [latents[row[latents] > 0] for latents, row in zip(attribution.top(count), attribution.scores, strict=True)]
+    chosen = torch.cat(own).unique()
+    if len(chosen) == 0:
+        raise DiffLensError(
+            f"{attribution.attribute}: no latent speaks for any class by {attribution.method}. Capture more pictures, "
+            "or train the SAE longer."
+        )
+    member = torch.stack([torch.isin(chosen, per_class) for per_class in own])
     encoder, bias = sae.encoder[chosen], sae.encoder_bias[chosen]
     threshold, agreement = fit_thresholds(activations, sae, chosen)
     classes = attribution.classes

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from scipy.optimize import linprog
 
-from ..targets import Targets, assign_targets, joint_shares
+from ..classifiers import NO_CLASS, faces_missing
+from ..files import DiffLensError
+from ..targets import LEFT_ALONE, Targets, assign_targets, joint_shares
 
 
 def plan_moves(own: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
@@ -45,10 +48,17 @@ def planned_targets(
     own: of every attribute the class (n) that each picture shows unsteered; classes: its classes; shares: its target
     mix (K). The attributes are asked to be independent of one another. Pictures that already show all that is asked
     of them are left alone; of the others every attribute is steered, so that those that fit are held where they are.
+    Pictures of NO_CLASS in any attribute do not count: they are asked for nothing, and the others alone are planned.
     """
     labels = np.stack([own[name] for name in shares], axis=1)
-    asked = plan_moves(labels, joint_shares([*shares.values()]), seed)
-    moved = (asked != labels).any(axis=1)
+    known, asked = (labels != NO_CLASS).all(axis=1), np.full_like(labels, LEFT_ALONE)
+    if not known.any():
+        raise DiffLensError(
+            f"no face was found in any of the {len(labels)} pictures, so nothing can be planned. Look at them, or set "
+            "face_detector to none in Load Attribute Classifier."
+        )
+    asked[known] = plan_moves(labels[known], joint_shares([*shares.values()]), seed)
+    moved = known & (asked != labels).any(axis=1)
     return tuple(
         Targets(name, classes[name], tuple(mix.tolist()), seed, asked=asked[:, i].copy(), moved=moved)
         for i, (name, mix) in enumerate(shares.items())
@@ -56,12 +66,20 @@ def planned_targets(
 
 
 def plan_in_words(targets: Sequence[Targets], own: Mapping[str, np.ndarray]) -> str:
-    """How many pictures a plan changes, and the mix of every attribute; own: as in `planned_targets`."""
+    """How many pictures a plan changes, and the mix of every attribute; own: as in `planned_targets`.
+
+    Shares are of the pictures that count.
+    """
     moved = targets[0].moved
     assert moved is not None  # these are planned, not dealt
-    lines = [f"{moved.sum()} of {len(moved)} pictures change ({moved.mean():.1%}); no plan changes fewer."]
+    asked = {part.attribute: part.first(len(moved)) for part in targets}
+    known = asked[targets[0].attribute] != LEFT_ALONE
+    count = int(known.sum())
+    lines = [f"{moved.sum()} of {count} pictures change ({moved.sum() / count:.1%}); no plan changes fewer."]
+    if count < len(known):
+        lines.append(faces_missing(torch.from_numpy(asked[targets[0].attribute])))
     for part in targets:
-        before, after = own[part.attribute], part.first(len(moved))
+        before, after = own[part.attribute][known], asked[part.attribute][known]
         lines.append(f"{part.attribute}: {np.mean(after != before):.1%} change")
         for c, name in enumerate(part.classes):
             lines.append(f"  {name:14}{(before == c).sum():6} -> {(after == c).sum()}")

@@ -7,7 +7,16 @@ import io
 
 import torch
 
-from difflens_core.classifiers import decided, label_table, other_attributes, shares_left_out
+from difflens_core.classifiers import (
+    NO_CLASS,
+    decided,
+    faces_missing,
+    label_table,
+    other_attributes,
+    seen,
+    seen_classes,
+    shares_left_out,
+)
 from difflens_core.classifiers.readings import MISTAKE, NO_FACE, left_out
 
 READ = {
@@ -32,6 +41,14 @@ def test_labels_travel_as_csv():
     assert (
         label_table({"age": READ["age"]}, {"age": CLASSES["age"]}, "age").splitlines()[2] == '2,"o,""ld",0.4000,0.6000'
     )
+
+
+def test_a_picture_without_a_face_has_no_class():
+    probabilities = seen(READ, "age")
+    assert probabilities[0].tolist() == READ["age"][0].tolist() and probabilities[1].isnan().all()
+    assert seen_classes(probabilities).tolist() == [0, NO_CLASS]
+    assert seen_classes(seen({"age": READ["age"]}, "age")).tolist() == [0, 1], "no face was looked for"
+    assert faces_missing(seen_classes(probabilities)).startswith("No face was found in 1 of 2 pictures")
 
 
 def test_other_readings_of_an_attribute_are_no_other_attributes():

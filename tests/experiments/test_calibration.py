@@ -13,9 +13,11 @@ from toy import CLASSES, UNIFORM, Toy, recipe
 from difflens_core.experiments import CalibrationOptions, asked_shares, calibrate
 from difflens_core.experiments.calibration import weakest_clear
 from difflens_core.files import DiffLensError
-from difflens_core.measure import solve_shares
+from difflens_core.measure import pictures_for_fd, solve_shares
 from difflens_core.report import calibration_text, dose_chart
-from difflens_core.steer import Recipe, load_recipe, save_recipe
+from difflens_core.sae import SparseAutoencoder
+from difflens_core.steer import Recipe, at_dose, load_recipe, save_recipe, with_settings
+from difflens_core.steer.recipes import UNKNOWN
 
 
 def run(toy: Toy, steered: Recipe, target=UNIFORM, **options):
@@ -115,6 +117,73 @@ def test_the_record_travels_with_the_recipe(tmp_path):
     assert asked_shares(loaded, UNIFORM, only_where_needed=True).tolist() == UNIFORM.tolist()
     assert asked_shares(loaded, np.array([0.5, 0.3, 0.2])).tolist() == [0.5, 0.3, 0.2]
     assert asked_shares(recipe(), UNIFORM).tolist() == UNIFORM.tolist()
+
+
+def test_calibrated_shares_count_only_for_what_was_calibrated():
+    found, ask = run(Toy(), recipe()), [0.3, 0.3, 0.4]
+    record = found.info["calibration"]
+    found = replace(found, info={"calibration": record | {"ask": ask}})
+    assert asked_shares(found, UNIFORM).tolist() == asked_shares(at_dose(found, 1.0), UNIFORM).tolist() == ask
+    others = [with_settings(found, **other) for other in ({"mode": "add"}, {"start": 0.3}, {"end": 0.8})]
+    for other in (*others, at_dose(found, 0.5)):
+        assert asked_shares(other, UNIFORM).tolist() == UNIFORM.tolist()
+    # A record of an older version holds only the strengths, in its rounds.
+    rounds = [one | {"ask": ask} for one in record["rounds"]]
+    old = {name: record[name] for name in ("target", "only_where_needed")} | {"ask": ask, "rounds": rounds}
+    found = replace(found, info={"calibration": old})
+    assert asked_shares(found, UNIFORM).tolist() == ask
+    assert asked_shares(at_dose(found, 1.1), UNIFORM).tolist() == UNIFORM.tolist()
+
+
+def test_a_target_that_is_not_excluded_is_not_reached_yet():
+    found = run(Toy(), recipe(), budget=120).info["calibration"]
+    assert found["fresh"]["within"] and not found["reached"] and found["fresh"]["outcome"] == "not excluded"
+    needed = pictures_for_fd(0.05, UNIFORM)
+    assert f"{needed} would tell: a budget of {5 * needed}" in found["why"]
+    assert run(Toy(), recipe()).info["calibration"]["reached"], "256 fresh pictures tell"
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_strength_keeps_its_sign(sign):
+    found = run(Toy(), replace(recipe(sign), strength=(sign,) * 3))
+    assert found.info["calibration"]["reached"] and all(sign * own > 0.1 for own in found.strength)
+    for points in found.info["calibration"]["doses"].values():
+        assert all(sign * dose >= 0 for dose, _ in points)
+
+
+def ages_of_faces(pictures: torch.Tensor) -> torch.Tensor:
+    """The classes of age; NaN for the few pictures with a dark corner, which says nothing of the class."""
+    dark = pictures[:, 0, 0, 0] - pictures[:, 0].mean(dim=(1, 2)) < -0.15
+    return torch.where(dark[:, None], torch.nan, Toy.ages(pictures))
+
+
+@pytest.mark.parametrize("only_where_needed", [False, True])
+def test_pictures_without_a_face_do_not_count(only_where_needed):
+    toy, options = Toy(), CalibrationOptions(only_where_needed=only_where_needed)
+    found = calibrate(recipe(), toy, ages_of_faces, UNIFORM, options, 50)
+    record, fresh = found.info["calibration"], found.info["calibration"]["fresh"]
+    seen = [ages_of_faces(toy.h[first : first + 256]) for first in (0, 256)]
+    known = [~p.isnan().any(dim=1) for p in seen]
+    assert 0.04 < record["start"]["no_face"] < 0.15 and record["start"]["no_face"] == (~known[0]).sum() / 256
+    mix = torch.bincount(seen[0][known[0]].argmax(dim=1), minlength=3) / known[0].sum()
+    assert record["start"]["shares"] == pytest.approx(mix.tolist())
+    assert fresh["counted"] == known[1].sum() and fresh["no_face"] == 1 - fresh["counted"] / 256
+    assert np.isfinite(found.strength).all() and fresh["success"] > 0.95 and record["reached"], record["why"]
+    assert "No face was found in" in calibration_text("age", CLASSES, record)
+
+
+def test_a_model_that_draws_no_faces_cannot_be_calibrated():
+    with pytest.raises(DiffLensError, match="a face was found in 0 of 256"):
+        calibrate(recipe(), Toy(), lambda pictures: torch.full((len(pictures), 3), torch.nan), UNIFORM)
+
+
+def test_a_recipe_that_needs_its_sae_is_calibrated_with_it():
+    needs = replace(recipe(), mode="reach", threshold=torch.full((3,), UNKNOWN))
+    axes, none = torch.eye(6), torch.zeros(6)
+    sae = SparseAutoencoder(axes, none, axes, none, needs.normalisation, 2, "site")
+    with pytest.raises(DiffLensError, match="only their SAE can tell"):
+        run(Toy(), needs)
+    assert calibrate(needs, Toy(), Toy.ages, UNIFORM, batch=50, sae=sae).info["calibration"]["reached"]
 
 
 def test_the_record_in_words_and_its_chart():

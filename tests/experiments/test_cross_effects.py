@@ -6,8 +6,10 @@ import pytest
 import torch
 from toy import CLASSES, UNIFORM, Toy, recipe
 
+from difflens_core.classifiers.readings import NO_FACE
 from difflens_core.experiments import cross_effects
 from difflens_core.experiments.cross_effects import TOGETHER
+from difflens_core.files import DiffLensError
 from difflens_core.report import cross_chart, cross_table
 from difflens_core.steer import Steering
 from difflens_core.targets import Targets
@@ -46,3 +48,35 @@ def test_cross_effects_count_as_by_hand_and_tell_their_progress():
     assert other.share == pytest.approx(float((tones[0] != tones[1])[moved].float().mean()))
     mixes = [torch.bincount(labels, minlength=3) / 50 for labels in tones]
     assert other.drift == pytest.approx(float((mixes[1] - mixes[0]).abs().sum() / 2))
+
+
+def test_pictures_without_a_face_before_or_after_do_not_count():
+    attributes, rounds = {"age": CLASSES, "tone": CLASSES}, []
+
+    def classify(pictures):
+        """Of the 50 pictures as they are the first 5 have no face, of the steered ones the last 3."""
+        gone = torch.zeros(len(pictures))
+        gone[slice(0, 5) if not rounds else slice(47, 50)] = 1
+        rounds.append(len(pictures))
+        return Toy.classify(pictures) | {NO_FACE: gone}
+
+    toy = Toy()
+    own, other = cross_effects([recipe(leak=0.9)], toy, classify, attributes, 50, 50)
+    targets = Targets("age", CLASSES, tuple(UNIFORM))
+    before = toy([], torch.arange(50))
+    after = toy([Steering(recipe(leak=0.9), targets.of)], torch.arange(50))
+    ages, tones = ([toy.classify(p)[name].argmax(1)[5:47] for p in (before, after)] for name in ("age", "tone"))
+    asked = torch.from_numpy(targets.first(50))[5:47]
+    moved = ages[0] != asked
+    assert own.uncounted == other.uncounted == 8 and own.pictures == other.pictures == int(moved.sum())
+    assert own.share == pytest.approx(float((ages[1] == asked)[moved].float().mean()))
+    mixes = [torch.bincount(labels, minlength=3) / 42 for labels in tones]
+    assert other.drift == pytest.approx(float((mixes[1] - mixes[0]).abs().sum() / 2))
+    assert "Without a face, before or after, are up to 8 pictures" in cross_table([own, other])
+
+
+def test_where_nothing_else_can_be_watched_nothing_is_drawn():
+    toy = Toy()
+    with pytest.raises(DiffLensError, match="knows nothing but age"):
+        cross_effects([recipe()], toy, toy.classify, {"age": CLASSES}, 10)
+    assert not toy.drawn

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from difflens_core.activations import Activations
+from difflens_core.classifiers.readings import NO_FACE
 from difflens_core.experiments import UNSTEERED, Diagnosis, diagnose
 from difflens_core.experiments.checks import BAD, DOUBTFUL, GOOD, NOT_CHECKED
 from difflens_core.experiments.diagnose import evenly, overall
@@ -204,3 +206,20 @@ def test_pictures_without_a_face_cannot_be_steered():
 
 def test_names_are_taken_evenly():
     assert evenly(list("abcdefg"), 3) == ["a", "d", "g"] and evenly(["a", "b"], 4) == ["a", "b"] and evenly([], 4) == []
+
+
+def test_pictures_without_a_face_do_not_count():
+    """Every ninth noise shows no face; at a reversed strength none does."""
+
+    def faces(images):
+        red = images[..., 0].mean(dim=(1, 2))
+        gone = red < 0.3 if len(images) < UNSTEERED * PICTURES else torch.arange(len(images)) % 9 == 0
+        return read(images) | {NO_FACE: gone.float()}
+
+    found = diagnose(RIGHT, draw, faces, PICTURES)
+    assert found.pictures == 8 + 7, "of eight light ones, one has no face"
+    assert "No face was found in 4 of 32 pictures" in diagnosis_text(found)
+    dose = found.checks[DOSE].figures
+    lost = dict(zip(dose["strength"], dose["no_face"], strict=True))
+    assert lost[1.0] == 0 and dose["success"][dose["strength"].index(1.0)] == 1 and lost[-1.0] > 0
+    assert np.isfinite(dose["slope"]) and np.isfinite(dose["probability"]).all()

@@ -13,6 +13,7 @@ from difflens_core.experiments import EFFECTS, Effects, causal_effect, keep_effe
 from difflens_core.experiments.effects import OneLatent
 from difflens_core.files import DiffLensError
 from difflens_core.networks import DenoiserSampler, start_noise
+from difflens_core.report import effect_table
 from difflens_core.steer import Steering
 
 PICTURES = 5
@@ -83,6 +84,37 @@ def test_the_recipes_part_of_the_sampling_is_kept_to(toys):
     recipe, h = toys.recipe(start=0.5), toys.activations(pictures=2).values[1]
     edit = OneLatent(recipe, torch.tensor([0, 1]), "amplify")
     assert edit(h, 0.4, torch.arange(2)) is h and edit(h, 0.5, torch.arange(2)) is not h
+
+
+def test_pairs_without_a_face_do_not_count(setup):
+    """In pictures 1 and 3 as they are, and in picture 0 with latent 2 changed, no face is found."""
+    recipe, draw = setup
+    calls = []
+
+    def classify_faces(images):
+        missing = (1, 3) if not calls else (0,) if len(calls) == 3 else ()
+        calls.append(len(images))
+        return classify(images).index_fill(0, torch.tensor(missing, dtype=torch.int64), torch.nan)
+
+    found = causal_effect(recipe, draw, classify_faces, PICTURES, "ablate", batch=PICTURES)
+    everything = torch.arange(PICTURES)
+    plain = classify(draw([], everything))
+    for f in range(5):
+        counted = [2, 4] if f == 2 else [0, 2, 4]
+        after = classify(draw([OneLatent(recipe, torch.full((PICTURES,), f), "ablate")], everything))
+        change = (after - plain).double().numpy()[counted]
+        np.testing.assert_allclose(found.effect[f].numpy(), change.mean(axis=0), atol=1e-5)
+        np.testing.assert_allclose(found.error[f].numpy(), change.std(axis=0, ddof=1) / len(counted) ** 0.5, atol=1e-5)
+    assert found.uncounted == 5 * 2 + 1 and "In 11 of 25 pairs" in effect_table(found, recipe)
+    with pytest.raises(DiffLensError, match="fewer than two of 5 unsteered pictures show a face"):
+        causal_effect(recipe, draw, lambda images: classify(images) * torch.nan, PICTURES)
+
+
+def test_a_recipe_with_fewer_features_is_not_the_one_that_was_calibrated(toys):
+    recipe = replace(toys.recipe(), info={"calibration": {"ask": [1, 0, 0]}, "pictures": 3})
+    effect = torch.rand(5, 3)
+    kept = keep_effective(recipe, Effects(recipe.features, effect, effect, "amplify", 8), 1)
+    assert kept.info == {"pictures": 3, "ranking": "amplify, 8 pictures a feature"}
 
 
 def test_only_the_most_effective_members_of_each_class_are_kept(toys):

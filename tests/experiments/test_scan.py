@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from difflens_core.activations import drawer
-from difflens_core.classifiers.readings import NO_FACE, left_out
+from difflens_core.classifiers.readings import NO_CLASS, NO_FACE, left_out
 from difflens_core.experiments import SiteEffect, scan_sites
 from difflens_core.experiments.scan import PARTS, ClassMeans, Collector, MeanShift
 from difflens_core.files import DiffLensError
@@ -58,6 +58,29 @@ def test_readings_beside_the_attributes_change_nothing(found):
 
     rows = scan_sites(["decides", "idle"], draw, classify_more, "tone", CLASSES, 40, 6, 1.0, 16)
     assert {(row.site, row.part): row for row in rows} == found
+
+
+def test_pictures_without_a_face_are_in_no_mean_and_in_no_share():
+    """Every fifth picture has no face, and it would be read as light: its code is that of a dark one."""
+
+    def classify_faces(images):
+        gone = (images[..., 2].mean(dim=(1, 2)) * 1000).long() % 5 == 0
+        read = classify(images)
+        read["tone"][gone] = torch.tensor([0.0, 1.0, 0.0])
+        return read | {NO_FACE: gone.float()}
+
+    base = classify_faces(draw([], torch.arange(40)))
+    known = base[NO_FACE] == 0
+    assert 4 <= (~known).sum() <= 14
+    (row,) = scan_sites(["decides"], draw, classify_faces, "tone", CLASSES, 40, 6, 1.0, 40, parts=("whole",))
+    assert row.success == 1 and 0 < row.no_face < 0.5
+    assert "Steered pictures without a face, up to" in scan_table([row], "tone", CLASSES)
+    labels = torch.where(known, base["tone"].argmax(dim=1), NO_CLASS)
+    collector = Collector("decides", labels, {}, {}, 3)
+    draw([collector], torch.arange(40))
+    for c in (0, 1):
+        own = known & (base["tone"].argmax(dim=1) == c)
+        torch.testing.assert_close(ClassMeans.of(collector).means[0][c], codes()[own].mean(dim=0))
 
 
 def test_some_parts_and_pictures_drawn_before_give_the_same_rows(found):

@@ -8,10 +8,20 @@ import torch
 from scipy.integrate import quad
 
 from difflens_core.activations import Activations
+from difflens_core.classifiers import NO_CLASS
 from difflens_core.files import DiffLensError
-from difflens_core.locate import METHODS, attribute_features, balancing_weights, contrast, integrated_gradients
+from difflens_core.locate import (
+    METHODS,
+    attribute_features,
+    balancing_weights,
+    contrast,
+    integrated_gradients,
+    measure_separation,
+    train_probes,
+)
 from difflens_core.locate.attribution import activation_gradient, class_sum, difference, path_integral
 from difflens_core.sae import Latents
+from difflens_core.steer import build_recipe
 
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0, 0, 1, 2, 0, 1, 2])
 
@@ -192,7 +202,10 @@ def test_scores_by_step_and_by_position_add_up_to_the_scores(toys, method):
     torch.testing.assert_close(found.by_step.sum(dim=0), found.scores)
     torch.testing.assert_close(found.by_position.float().sum(dim=2), found.scores, atol=1e-2, rtol=1e-2)
     alone = Activations(activations.values[1:2], activations.progress[1:2], activations.site)
-    torch.testing.assert_close(found.by_step[1], attribute_features(alone, sae, probes, LABELS, method).scores)
+    own, step = found.by_step[1], attribute_features(alone, sae, probes, LABELS, method).scores
+    if method == "contrastive":  # its sign tells whose a latent is, which all steps decide together
+        own, step = own.abs(), step.abs()
+    torch.testing.assert_close(own, step)
     twice = activations.values.repeat_interleave(2, dim=4)  # each position
     at = Activations(twice, activations.progress, activations.site)
     doubled = attribute_features(at, sae, probes, LABELS, method)
@@ -217,7 +230,7 @@ def test_class_mean_difference_is_the_contrast_of_the_mean_activity(toys):
 
 def test_contrastive_scores_multiply_probe_and_activity_contrasts(toys):
     activations, sae, probes = toys.activations(), toys.sae(), toys.probes()
-    expected = torch.zeros(3, 20)
+    expected, more = torch.zeros(3, 20), torch.zeros(3, 20)
     for s in range(3):
         latents = sae.encode(activations.values[s], s)
         level = class_sum(latents.values, latents, LABELS, 3, 20).mean(dim=2) / torch.bincount(LABELS)[:, None]
@@ -226,9 +239,75 @@ def test_contrastive_scores_multiply_probe_and_activity_contrasts(toys):
             read = [float(probes.weight[s, i] @ sae.decoder[n]) for i in range(3)]
             weight = read[c] - sum(read[i] for i in others) / 2
             expected[c, n] += weight * float(level[c, n] - level[others, n].mean())
+            more[c, n] += level[c, n] - level[others, n].mean()
+    expected = torch.where(more > 0, expected, -expected.abs())  # a latent is not of a class that uses it less
     found = attribute_features(activations, sae, probes, LABELS)
     torch.testing.assert_close(found.scores, expected)
     assert (found.top(5)[1] == expected[1].argsort(descending=True)[:5]).all()
+
+
+def test_of_two_classes_a_latent_belongs_to_the_one_that_uses_it_more(toys):
+    """The product of two signed differences is the same for both classes, so that both would get one list."""
+    sae, labels, draw = toys.sae(), torch.arange(40) % 2, toys.random(9)
+    values = draw(3, 40, 6, 2, 2) + 2 * (labels - 0.5)[:, None, None, None] * draw(6)[:, None, None]
+    activations = Activations(values, torch.arange(3) / 3, "middle")
+    probes = train_probes(activations, sae, labels, "look", ("one", "other"))
+    found = attribute_features(activations, sae, probes, labels)
+    use, pull = torch.zeros(2, 20), torch.zeros(20)
+    for s in range(3):
+        latents = sae.encode(values[s], s)
+        dense = torch.zeros(40, 4, 20).scatter_(-1, latents.indices, latents.values).mean(dim=1)
+        use += torch.stack([dense[labels == c].mean(dim=0) for c in (0, 1)])
+        pull += (probes.weight[s, 1] - probes.weight[s, 0]) @ sae.decoder.T
+    for c, n in found.scores.gt(0).nonzero().tolist():
+        assert use[c, n] > use[1 - c, n] and found.scores[1 - c, n] < 0
+    agree = (use[1] - use[0]) * pull > 0.1
+    assert agree.sum() >= 6 and (found.scores.amax(dim=0)[agree] > 0).all(), "what both tell is somebody's"
+    recipe = build_recipe(found, sae, probes, activations, 20)
+    assert (recipe.member.sum(dim=0) == 1).all() and (recipe.member.sum(dim=1) > 0).all()
+    for c, n in recipe.member.nonzero().tolist():
+        assert use[c, recipe.features[n]] > use[1 - c, recipe.features[n]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pictures_without_a_face_count_nowhere(toys, method):
+    whole, sae = toys.activations(pictures=15), toys.sae()
+    labels, other = torch.cat([LABELS, LABELS[:3]]), torch.arange(15) % 2
+    labels[[1, 5, 14]] = other[[1, 5, 14]] = NO_CLASS  # one of each class: four are left
+    kept = labels != NO_CLASS
+    part = Activations(whole.values[:, kept], whole.progress, whole.site)
+    given = [(whole, labels, other), (part, labels[kept], other[kept])]
+    weights = [balancing_weights(own, [others]) for _, own, others in given]
+    assert (weights[0][~kept] == 0).all() and torch.equal(weights[0][kept], weights[1])
+    probes = [train_probes(some, sae, own, "age", toys.classes) for some, own, _ in given]
+    torch.testing.assert_close(probes[0].weight, probes[1].weight, atol=1e-4, rtol=1e-3)
+    found, expected = (
+        attribute_features(some, sae, probes[1], own, method, weight)
+        for (some, own, _), weight in zip(given, weights, strict=True)
+    )
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.levels, expected.levels)
+    told, hoped = (measure_separation(sae, some, own, "age", toys.classes, torch.arange(5)) for some, own, _ in given)
+    assert told == hoped
+
+
+class WithoutFloat64(torch.Tensor):
+    """A tensor as on Apple's GPUs, which know no float64, as far as Python sees."""
+
+    device = torch.device("mps")
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_no_float64_is_asked_of_a_device_that_has_none():
+    start, change = torch.zeros(1, 3), torch.tensor([[1.0, -2.0, 0.5]])
+    expected = path_integral(start, change, torch.tensor([1]))
+    there = [x.as_subclass(WithoutFloat64) for x in (start, change)]
+    assert torch.equal(path_integral(*there, torch.tensor([1])), expected)
 
 
 def test_what_cannot_be_attributed_is_refused(toys):

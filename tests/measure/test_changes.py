@@ -51,6 +51,22 @@ def test_changes_of_pictures_are_those_of_the_formulas():
     assert found["changed_ci"][0] < 14 / 19 < found["changed_ci"][1]
 
 
+class OnDevice(torch.Tensor):
+    """A tensor that is not on the CPU, as far as numpy is asked for it."""
+
+    def numpy(self):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy.")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_pictures_may_lie_on_another_device():
+    before, after = pictures(5), pictures(5, seed=1)
+    there = [images.as_subclass(OnDevice) for images in (before, after)]
+    assert measure_changes(*there) == measure_changes(before, after)
+
+
 def test_equal_pictures_did_not_change():
     found = measure_changes(pictures(3), pictures(3))
     low, high = found.pop("changed_ci")

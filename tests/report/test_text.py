@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from made_up import ATTRIBUTES, full, numbers_of
 
-from difflens_core.measure import pictures_for_fd
-from difflens_core.report import report_text
+from difflens_core.measure import OPEN, pictures_for_fd
+from difflens_core.report import Question, report_text, summary
 from difflens_core.report.rows import fairness_rows
 
 
@@ -29,6 +29,22 @@ def test_chance_is_named_only_where_it_is_a_poor_explanation():
     text = report_text(numbers_of({"age": skewed}, {"age": fair}, attributes={"age": ATTRIBUTES["age"]}))
     first, second = text.splitlines()[1:3]
     assert first.startswith("Before, 100.0% of 40 pictures show senior") and "poor explanation" in first
-    assert second.startswith("After, ") and "cannot be told from the target (p = 1.000): with 40 pictures" in second
+    assert second.startswith("After, ") and "not excluded (p = 1.000), but 40 pictures are too few to tell" in second
     assert f"It takes {pictures_for_fd(0.05, np.array([0.5, 0.25, 0.25]))} pictures" in text
     assert "knows no other attribute" in text
+
+
+def test_the_target_is_reached_only_where_the_interval_is_narrow_enough():
+    attributes, many = {"age": ATTRIBUTES["age"]}, torch.eye(3)[[0, 0, 1, 2] * 1000]
+    text = report_text(numbers_of({"age": many}, attributes=attributes))
+    assert "The target is reached: the counted discrepancy is at most 0.0" in text
+    asked = np.array([0, 0, 1, 2] * 50)
+    dealt = {"age": torch.eye(3)[np.where(np.arange(200) % 20 == 0, 2, asked)]}
+    after = report_text(numbers_of(dealt, dealt, asked, attributes=attributes)).splitlines()[2]
+    assert after.startswith("After, ") and "The target is missed: the counted discrepancy is at least 0.0" in after
+
+
+def test_of_a_single_class_no_number_of_pictures_is_told():
+    question = Question("age", {"age": ATTRIBUTES["age"]}, np.array([0.0, 1.0, 0.0]))
+    found = summary(question, {"age": torch.eye(3)[[1] * 8]})
+    assert found["resolution"]["pictures"] is None and found["before"]["outcome"] == OPEN

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from difflens_core.classifiers import NO_CLASS
 from difflens_core.files import DiffLensError
 from difflens_core.steer import plan_in_words, plan_moves, planned_targets
 from difflens_core.targets import LEFT_ALONE, assign_targets, joint_shares
@@ -75,3 +76,20 @@ def test_a_plan_is_read_in_parts_and_says_when_it_ends():
     assert later.of(torch.arange(3)).tolist() == targets.of(torch.arange(6, 9)).tolist()
     with pytest.raises(DiffLensError, match="holds 9 pictures, the run has 10"):
         targets.first(10)
+
+
+def test_pictures_without_a_face_are_left_alone_and_not_planned_for():
+    own = own_labels(60, 5)
+    faces = np.arange(60) % 4 != 1
+    read = {"look": np.where(faces, own[:, 0], NO_CLASS), "age": np.where(faces, own[:, 1], NO_CLASS)}
+    classes, shares = {"look": ("one", "other"), "age": CLASSES}, {"look": np.full(2, 1 / 2), "age": np.full(3, 1 / 3)}
+    targets = planned_targets(read, classes, shares, 1)
+    only = planned_targets({name: labels[faces] for name, labels in read.items()}, classes, shares, 1)
+    for part, expected in zip(targets, only, strict=True):
+        assert (part.asked[faces] == expected.asked).all() and not part.moved[~faces].any()
+        assert (part.of(torch.arange(60))[~faces] == LEFT_ALONE).all()
+    words = plan_in_words(targets, read)
+    assert words.startswith(f"{only[0].moved.sum()} of 45 pictures change")
+    assert "No face was found in 15 of 60 pictures; they do not count." in words
+    with pytest.raises(DiffLensError, match="no face was found in any of the 60"):
+        planned_targets({name: np.full(60, NO_CLASS) for name in read}, classes, shares, 1)
