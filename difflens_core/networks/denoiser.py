@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..files import DiffLensError, load_tensors, save_tensors
+from ..files import DiffLensError, as_half, load_tensors, refuse_whole_numbers, save_tensors
 from .text import TextEncoder
 
 
@@ -194,7 +194,7 @@ def save_denoiser(path: str | Path, model: Denoiser, info: Mapping[str, Any], te
     settings = {"config": asdict(model.config), "info": dict(info)}
     if text:
         settings["text"] = {"words": text.words, "width": text.width, "length": text.length, "depth": len(text.layers)}
-    save_tensors(path, "denoiser", {name: tensor.half() for name, tensor in weights.items()}, settings)
+    save_tensors(path, "denoiser", {name: as_half(tensor) for name, tensor in weights.items()}, settings)
 
 
 def load_denoiser_weights(path: str | Path) -> tuple[DenoiserConfig, dict[str, Tensor], TextEncoder | None]:
@@ -203,6 +203,10 @@ def load_denoiser_weights(path: str | Path) -> tuple[DenoiserConfig, dict[str, T
     Raises `DiffLensError` if the file does not fit.
     """
     tensors, info = load_tensors(path, "denoiser", needs=["config"])
+    try:
+        refuse_whole_numbers(tensors)
+    except DiffLensError as error:
+        raise DiffLensError(f"{Path(path).name}: {error}") from error
     config = DenoiserConfig(**info["config"])
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in Denoiser(config).state_dict().items()}

@@ -22,7 +22,7 @@ from .files import (
     new_store,
     temporary_file,
 )
-from .marks import model_fingerprint, patches_mark, recipe_mark, training_mark
+from .marks import belongs, content_mark, model_fingerprint, patches_mark, recipe_mark, training_mark
 from .models.avatars import load_prompted, load_unconditional
 from .models.classifiers import HostedClassifier, image_embedder, text_embeddings
 from .models.pixels import pixel_space_vae, unconditional_conditioning
@@ -51,9 +51,11 @@ __all__ = [
     "SAMPLERS",
     "SCHEDULERS",
     "apply_site",
+    "belongs",
     "capture",
     "class_conditioning",
     "clear_errors",
+    "content_mark",
     "ddim_sigmas",
     "drawer",
     "drawn",

@@ -39,7 +39,7 @@ def test_a_scheduler_is_read_as_diffusers_reads_it(settings):
         ({"_class_name": "ScoreSdeVeScheduler"}, "ScoreSdeVeScheduler. has no betas. Expected that of a DDPM or DDIM"),
         ({"beta_schedule": "cubic"}, "beta_schedule cubic is not known"),
         ({"beta_schedule": "linear", "prediction_type": "flow"}, "prediction_type flow is none of epsilon"),
-        ({"beta_schedule": "linear", "thresholding": True}, "asks for thresholding, which is not supported"),
+        ({"beta_schedule": "linear", "thresholding": True}, "asks for thresholding .True., which is not supported"),
     ],
 )
 def test_schedulers_of_other_kinds_are_refused(config, words):
