@@ -65,5 +65,6 @@ def load_classifier(path: str | Path) -> AttributeClassifier:
     except DiffLensError as error:
         raise DiffLensError(f"{Path(path).name}: {error}") from error
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:  # or what the file says of them is damaged
-        raise DiffLensError(f"{Path(path).name}: its weights do not fit a DiffLens classifier. {error}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise DiffLensError(f"{Path(path).name}: its weights do not fit a DiffLens classifier. {reason}") from error
     return model.eval().requires_grad_(False)

@@ -205,13 +205,15 @@ def load_denoiser_weights(path: str | Path) -> tuple[DenoiserConfig, dict[str, T
     tensors, info = load_tensors(path, "denoiser", needs=["config"])
     try:
         refuse_whole_numbers(tensors)
+        with torch.device("meta"):
+            config = DenoiserConfig(**info["config"])
+            expected = {name: tensor.shape for name, tensor in Denoiser(config).state_dict().items()}
+            if config.context_width:
+                expected |= {f"{TEXT}{n}": t.shape for n, t in TextEncoder(**info["text"]).state_dict().items()}
     except DiffLensError as error:
         raise DiffLensError(f"{Path(path).name}: {error}") from error
-    config = DenoiserConfig(**info["config"])
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in Denoiser(config).state_dict().items()}
-        if config.context_width:
-            expected |= {f"{TEXT}{n}": t.shape for n, t in TextEncoder(**info["text"]).state_dict().items()}
+    except (TypeError, ValueError, KeyError, RuntimeError, ArithmeticError) as error:  # sizes that are none
+        raise DiffLensError(f"{Path(path).name}: its sizes are damaged ({error}). Copy or download it again.") from error
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != expected:
         wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
