@@ -213,7 +213,9 @@ def load_denoiser_weights(path: str | Path) -> tuple[DenoiserConfig, dict[str, T
     except DiffLensError as error:
         raise DiffLensError(f"{Path(path).name}: {error}") from error
     except (TypeError, ValueError, KeyError, RuntimeError, ArithmeticError) as error:  # sizes that are none
-        raise DiffLensError(f"{Path(path).name}: its sizes are damaged ({error}). Copy or download it again.") from error
+        raise DiffLensError(
+            f"{Path(path).name}: its sizes are damaged ({error}). Copy or download it again."
+        ) from error
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != expected:
         wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))

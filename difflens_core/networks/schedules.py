@@ -47,12 +47,13 @@ BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 
 
 # diffusers' schedulers of models that were trained on a list of betas. They differ in the steps they take while
-# sampling, which ComfyUI's samplers take here. CLIPPING ones clip the clean picture unless they are told otherwise.
+# sampling, which ComfyUI's samplers take here. Unless they are told otherwise, those in CLIPPING clip the clean
+# picture, and those in FLAT have the betas of Stable Diffusion.
 CLIPPING = ("DDPM", "DDPMParallel", "DDIM", "DDIMParallel")
+FLAT = ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
 SCHEDULERS = (
-    *CLIPPING, "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete", "KDPM2Discrete",
-    "KDPM2AncestralDiscrete", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE",
-    "UniPCMultistep",
+    *CLIPPING, *FLAT, "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "DEISMultistep",
+    "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep",
 )  # fmt: skip
 # Their options that are read here, or that only say how they sample.
 OPTIONS = {
@@ -70,13 +71,13 @@ def read_scheduler(config: Mapping[str, Any]) -> Schedule:
 
     Keys that are absent have the defaults of diffusers.
     """
-    name = config.get("_class_name")
+    name = str(config.get("_class_name") or "DDPMScheduler").removesuffix("Scheduler")
     if "beta_schedule" not in config and "num_train_timesteps" not in config:
-        raise DiffLensError(f"the scheduler ({name or 'without a name'}) has no betas. Expected that of a DDPM or DDIM "
-                            "model.")  # fmt: skip
-    if name is not None and str(name).removesuffix("Scheduler") not in SCHEDULERS:
+        kind = config.get("_class_name", "without a name")
+        raise DiffLensError(f"the scheduler ({kind}) has no betas. Expected that of a DDPM or DDIM model.")
+    if name not in SCHEDULERS:
         raise DiffLensError(
-            f"its scheduler is a {name}, which is not supported. Known are those of models with a list of betas: "
+            f"its scheduler is a {config['_class_name']}, which is not supported. Known are those of models with a list of betas: "
             f"{', '.join(SCHEDULERS)}."
         )
     for option, value in config.items():
@@ -85,7 +86,8 @@ def read_scheduler(config: Mapping[str, Any]) -> Schedule:
     if config.get("timestep_type", "discrete") != "discrete":
         raise DiffLensError(f"the scheduler's timestep_type {config['timestep_type']} is not supported, only discrete.")
     kind, timesteps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
-    first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    default = (8.5e-4, 0.012) if name in FLAT else (1e-4, 0.02)
+    first, last = config.get("beta_start", default[0]), config.get("beta_end", default[1])
     if config.get("trained_betas") is not None:
         betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
     elif kind == "linear":
@@ -102,7 +104,7 @@ def read_scheduler(config: Mapping[str, Any]) -> Schedule:
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise DiffLensError(f"the scheduler's prediction_type {prediction} is none of {', '.join(PREDICTIONS)}.")
-    clips = config.get("clip_sample", name is None or name.removesuffix("Scheduler") in CLIPPING)
+    clips = config.get("clip_sample", name in CLIPPING)
     clip = config.get("clip_sample_range", 1.0) if clips else None
     return Schedule(betas, prediction, clip)
 
