@@ -40,22 +40,23 @@ def digest(*parts: bytes | str) -> str:
     return found.hexdigest()[:12]
 
 
-# Steps of a mark's second part for each octave: a tensor grown by a tenth is three of them.
-LEVELS = 24
+# Steps of a mark's second part for each octave: a tensor grown by a tenth is three of them. Of smaller tensors than
+# MANY the rounding of single numbers would be seen.
+LEVELS, MANY = 24, 512
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
     """A mark that tells one set of weights from another, and is the same in fp32, fp16, bf16 and fp8.
 
-    Twelve hex digits of what rounding leaves alone, names, shapes and signs; after a "-" the logarithms of the root
-    mean squares, added up. Rounding may move that by one, where it lies between two steps: compare by `same_weights`.
-    "" if there are no weights.
+    Twelve hex digits of what rounding leaves alone, names, shapes and signs; after a "-" the logarithms of the larger
+    tensors' root mean squares, added up. Rounding may move that by one, where it lies between two steps: compare by
+    `same_weights`. "" if there are no weights.
     """
     parts, level = [], 0.0
     for name, weight in sorted(weights.items()):
         values = weight.detach().cpu().float().contiguous()
         parts += [f"{name}{tuple(values.shape)}", np.packbits(values.signbit().numpy()).tobytes()]
-        square = float(values.double().square().mean()) if values.numel() else 0.0
+        square = float(values.double().square().mean()) if values.numel() >= MANY else 0.0
         level += math.log2(square) / 2 if square else 0.0
     return f"{digest(*parts)}-{round(LEVELS * level)}" if parts else ""
 

@@ -77,8 +77,8 @@ def read_scheduler(config: Mapping[str, Any]) -> Schedule:
         raise DiffLensError(f"the scheduler ({kind}) has no betas. Expected that of a DDPM or DDIM model.")
     if name not in SCHEDULERS:
         raise DiffLensError(
-            f"its scheduler is a {config['_class_name']}, which is not supported. Known are those of models with a list "
-            f"of betas: {', '.join(SCHEDULERS)}."
+            f"its scheduler is a {config['_class_name']}, which is not supported. Known are those of models with a "
+            f"list of betas: {', '.join(SCHEDULERS)}."
         )
     for option, value in config.items():
         if value and option not in OPTIONS and not option.startswith("_"):
