@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import uuid
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -63,8 +64,10 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 def same_weights(mark: str, other: str) -> bool:
     """Whether two marks of `fingerprint` or of `sums_mark` are of the same weights."""
-    (digits, _, level), (others, _, there) = mark.partition("-"), other.partition("-")
-    return digits == others and abs(int(level or 0) - int(there or 0)) <= 1
+    one, two = (re.fullmatch(r"([0-9a-f]{12})-(-?\d+)", text) for text in (mark, other))
+    if not one or not two:
+        return mark == other
+    return one[1] == two[1] and abs(int(one[2]) - int(two[2])) <= 1
 
 
 def made_by(mark: str, weights: Mapping[str, Tensor]) -> bool:

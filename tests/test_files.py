@@ -309,3 +309,5 @@ def test_weights_have_one_mark_in_every_precision(toys):
     others = [toys.denoiser(7).state_dict(), grown, {f"a.{name}": w for name, w in weights.items()}, {}]
     assert not any(same_weights(marks[0], fingerprint(other)) for other in others)
     assert made_by(sums_mark(weights), weights) and not made_by(sums_mark(weights), grown)
+    assert not made_by("my-model", weights) and same_weights("my-model", "my-model")
+    assert not same_weights("my-model", "my-other")
