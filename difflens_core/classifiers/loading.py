@@ -58,7 +58,7 @@ def load_any_classifier(path: str | Path, faces: FaceFinder | None = None) -> tu
         elif (name, outputs) == ("ResNet-34", FAIRFACE_OUTPUTS):
             races, note = races_of_fairface(network.fc.weight, path.name)
             readouts, notes = (FAIRFACE, FAIRFACE_NOTES) if races == 7 else (FAIRFACE_4, FAIRFACE_4_NOTES)
-            notes, name = notes + ((note,) if note else ()), f"FairFace with {races} races, ResNet-34"
+            notes, name = notes + ((note,) if note else ()), "FairFace, ResNet-34"
         else:
             raise DiffLensError(
                 f"a {name} with {outputs} outputs, and nothing says what they mean. Put {path.name}.json beside it: "
