@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import pickle
+import re
 import uuid
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -23,6 +29,10 @@ class DiffLensError(ValueError):
     """Something the user gave does not fit. The message says what was found, what was expected and what to do."""
 
 
+class NotWritten(DiffLensError):
+    """A file could not be written. The message says why and what to do."""
+
+
 def digest(*parts: bytes | str) -> str:
     """Twelve hex digits that tell one sequence of bytes from another, however it is cut into parts."""
     found = sha256()
@@ -31,11 +41,83 @@ def digest(*parts: bytes | str) -> str:
     return found.hexdigest()[:12]
 
 
+# Steps of a mark's second part for each octave: a tensor grown by a tenth is three of them. Of smaller tensors than
+# MANY the rounding of single numbers would be seen.
+LEVELS, MANY = 24, 512
+
+
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Twelve hex digits that tell one set of weights from another (names, shapes and rounded sums)."""
+    """A mark that tells one set of weights from another, and is the same in fp32, fp16, bf16 and fp8.
+
+    Twelve hex digits of what rounding leaves alone, names, shapes and signs; after a "-" the logarithms of the larger
+    tensors' root mean squares, added up. Rounding may move that by one, where it lies between two steps: compare by
+    `same_weights`. "" if there are no weights.
+    """
+    parts, level = [], 0.0
+    for name, weight in sorted(weights.items()):
+        values = weight.detach().cpu().float().contiguous()
+        parts += [f"{name}{tuple(values.shape)}", np.packbits(values.signbit().numpy()).tobytes()]
+        square = float(values.double().square().mean()) if values.numel() >= MANY else 0.0
+        level += math.log2(square) / 2 if square else 0.0
+    return f"{digest(*parts)}-{round(LEVELS * level)}" if parts else ""
+
+
+def same_weights(mark: str, other: str) -> bool:
+    """Whether two marks of `fingerprint` or of `sums_mark` are of the same weights."""
+    one, two = (re.fullmatch(r"([0-9a-f]{12})-(-?\d+)", text) for text in (mark, other))
+    if not one or not two:
+        return mark == other
+    return one[1] == two[1] and abs(int(one[2]) - int(two[2])) <= 1
+
+
+def made_by(mark: str, weights: Mapping[str, Tensor]) -> bool:
+    """Whether the mark in a file is that of these weights, in any precision, or the one that version 0.4 gave them."""
+    return same_weights(mark, fingerprint(weights)) or mark == sums_mark(weights)
+
+
+def sums_mark(tensors: Mapping[str, Tensor]) -> str:
+    """Twelve hex digits of names, shapes and rounded sums: the mark of weights in files of version 0.4 and before."""
     return digest(
-        *(f"{name}{tuple(w.shape)}{float(w.detach().double().sum()):.3e}" for name, w in sorted(weights.items()))
+        *(f"{name}{tuple(t.shape)}{float(t.detach().cpu().double().sum()):.3e}" for name, t in sorted(tensors.items()))
     )
+
+
+def finite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those of fp8 in fp32, because hardly anything can be computed in it.
+
+    Raises `DiffLensError` if one holds NaN or infinite numbers, or none that can be read.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        try:
+            small = tensor.is_floating_point() and tensor.element_size() == 1
+            found[name] = tensor.float() if small else tensor
+            fine = not tensor.is_floating_point() or bool(torch.isfinite(found[name]).all())
+        except (NotImplementedError, RuntimeError) as error:  # sparse, packed, or without any content
+            raise DiffLensError(
+                f"tensor {name} is of a kind that cannot be read here ({tensor.dtype}, {tensor.layout}, on "
+                f"{tensor.device}). Save it as an ordinary tensor."
+            ) from error
+        if not fine:
+            raise DiffLensError(f"tensor {name} holds NaN or infinite numbers. The file is damaged.")
+    return found
+
+
+def refuse_whole_numbers(tensors: Mapping[str, Tensor], counts: Collection[str] = ()) -> None:
+    """Raise `DiffLensError` if a tensor holds whole numbers, unless the last part of its name is one of `counts`."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() and name.rpartition(".")[2] not in counts:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise DiffLensError(
+                f"tensor {name} holds whole numbers ({kind}), so its weights are quantised in a way that is not known "
+                "here. Use the file in fp32, fp16, bf16 or fp8."
+            )
+
+
+def as_half(tensor: Tensor) -> Tensor:
+    """The tensor in fp16, or in fp32 if its numbers are too large or too small for that."""
+    largest, limits = float(tensor.detach().abs().max()) if tensor.numel() else 0.0, torch.finfo(torch.float16)
+    return tensor.half() if not largest or limits.smallest_normal <= largest <= limits.max else tensor.float()
 
 
 def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -48,16 +130,98 @@ def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], inf
     write_whole(path, save(contiguous, {METADATA_KEY: json.dumps({"kind": kind, **info})}))
 
 
-def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file through a temporary name, so that nobody ever finds half of it. Its folder is made if need be."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+REMEDIES = {
+    errno.ENOSPC: "Make room on the disk",
+    errno.EDQUOT: "Make room on the disk",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.EISDIR: "Choose another name",
+    errno.EEXIST: "Choose another name",
+    errno.ENOTDIR: "Choose another name",
+    errno.EROFS: "Choose a folder that can be written to",
+}  # fmt: skip
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Let an `OSError` inside become a `NotWritten` that says what could not be written, why and what to do."""
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        remedy = REMEDIES.get(error.errno or 0, "See that its folder can be written to and no program has it open")
+        raise NotWritten(f"{path} could not be written: {error.strerror or error}. {remedy}.") from error
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Write a file through a temporary name, so that nobody ever finds half of it. Its folder is made if need be.
+
+    A file that holds just that is left alone, so that its time says when it changed. Raises `NotWritten`.
+    """
+    path = Path(path)
+    with written(path):
+        if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}.tmp")
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):  # else this would hide what went wrong before
+                temporary.unlink(missing_ok=True)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    The tensors are copies: safetensors maps them from the file, and whoever wrote over it would change or end us.
+    """
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+# What files begin with that are taken for weights.
+BEGINNINGS = {
+    b"\x80": "a PyTorch file or another pickle", b"\xff\xd8\xff": "a JPEG", b"\x89PNG": "a PNG",
+    b"GIF8": "a GIF", b"RIFF": "a WebP or another RIFF file", b"%PDF": "a PDF", b"GGUF": "a GGUF file",
+    b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "a NumPy file", b"\x1f\x8b": "a gzip archive", b"Rar!": "a RAR archive",
+    b"7z\xbc\xaf": "a 7z archive", b"version https://git-lfs": "a pointer of Git LFS in place of the file",
+}  # fmt: skip
+
+
+def kind_of_file(path: Path) -> str:
+    """What a file is that is not safetensors, "" if that cannot be told."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    if head.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError):
+            return ""  # cut off or damaged
+        return "a PyTorch file" if any(name.endswith("data.pkl") for name in names) else "a zip archive"
+    if found := next((kind for start, kind in BEGINNINGS.items() if head.startswith(start)), ""):
+        return found
+    try:
+        text = head.decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 3:  # else a letter was cut in two
+            return ""
+        text = head[: error.start].decode()
+    if len(head) < 16 or not all(letter.isprintable() or letter.isspace() for letter in text):
+        return ""
+    return "a web page" if text.lstrip().lower().startswith(("<!doctype html", "<html")) else "a text file"
+
+
+def not_readable(path: Path, wanted: str, error: Exception) -> DiffLensError:
+    """What to say of a file that could not be read as `wanted`."""
+    kind = "" if isinstance(error, OSError) else kind_of_file(path)
+    if kind and not ("PyTorch" in kind and "PyTorch" in wanted):
+        return DiffLensError(f"{path.name}: not a readable {wanted} file, but {kind}. Choose another file.")
+    plain = isinstance(error, (SafetensorError, OSError, RuntimeError, ValueError))
+    reason = (plain and str(error).partition("\n")[0]) or "it ends too soon or is damaged"
+    return DiffLensError(
+        f"{path.name}: not a readable {wanted} file ({reason}). It may be cut off: copy or download it again."
+    )
 
 
 def load_tensors(path: str | Path, kind: str, needs: Iterable[str] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -70,21 +234,18 @@ def load_tensors(path: str | Path, kind: str, needs: Iterable[str] = ()) -> tupl
     if not path.is_file():
         raise DiffLensError(f"{path}: no such file. Expected a DiffLens {kind} file (.safetensors).")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors, metadata = read_safetensors(path)
         info = json.loads(metadata.get(METADATA_KEY, "{}"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise DiffLensError(
-            f"{path.name}: not a readable safetensors file ({error}). It may be cut off: copy or download it again."
-        ) from error
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise not_readable(path, "safetensors", error) from error
     found = info.pop("kind", None) if isinstance(info, dict) else None
     if found != kind:
         what = f"a DiffLens {found} file" if found else "a safetensors file without DiffLens metadata"
         raise DiffLensError(f"{path.name}: this is {what}, expected a DiffLens {kind} file.")
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise DiffLensError(f"{path.name}: tensor {name} holds NaN or infinite numbers. The file is damaged.")
+    try:
+        tensors = finite(tensors)
+    except DiffLensError as error:
+        raise DiffLensError(f"{path.name}: {error}") from error
     missing = [name for name in needs if name not in tensors and name not in info]
     if missing:
         raise DiffLensError(f"{path.name}: lacks {', '.join(missing)}. Expected a {kind} file written by DiffLens.")
@@ -109,29 +270,31 @@ def read_content(path: str | Path) -> Any:
     try:
         with path.open("rb") as file:
             if file.read(9)[8:] == b"{":
-                with safe_open(path, framework="pt") as tensors:
-                    return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+                return read_safetensors(path)[0]
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's own message advises to load it unsafely
-        raise DiffLensError(
-            f"{path.name}: holds pickled objects that are not plain tensors, or is damaged. Such objects can run code "
-            "and are never loaded. Save the state_dict alone."
-        ) from None
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0] or "it ends too soon"
-        raise DiffLensError(
-            f"{path.name}: not a readable safetensors or PyTorch file ({reason}). It may be cut off: copy or download "
-            "it again."
-        ) from error
+    except Exception as error:  # damaged files bring up anything: IndexError, KeyError, TypeError, MemoryError, ...
+        # torch's own message advises to load it unsafely
+        if isinstance(error, pickle.UnpicklingError) and looks_pickled(path):
+            raise DiffLensError(
+                f"{path.name}: holds pickled objects that are not plain tensors, or is damaged. Such objects can run "
+                "code and are never loaded. Save the state_dict alone."
+            ) from None
+        raise not_readable(path, "safetensors or PyTorch", error) from error
+
+
+def looks_pickled(path: Path) -> bool:
+    """Whether a file begins as those of torch.save do, or another pickle."""
+    with path.open("rb") as file:
+        return file.read(2).startswith((b"PK", b"\x80"))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors or PyTorch file, told apart by content; nothing in it is run."""
     content = read_content(path)
     if isinstance(content, Tensor):
-        return {"": content}
+        return {"": content.detach()}
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     items = content.items() if isinstance(content, dict) else ()
-    return {name: value for name, value in items if isinstance(value, Tensor)}
+    return {str(name): value.detach() for name, value in items if isinstance(value, Tensor)}

@@ -147,9 +147,8 @@ def check_sae(sae: SparseAutoencoder, activations: CapturedActivations) -> None:
 
 def check_model_of(activations: CapturedActivations, model: Any) -> None:
     """Raise `DiffLensError` if the activations were captured on other weights than the model's."""
-    fingerprint = host.model_fingerprint(model)
-    if activations.model not in ("", fingerprint):
+    if not host.belongs(activations.model, model):
         raise DiffLensError(
             f"the activations were captured on another model (mark {activations.model}, this one has "
-            f"{fingerprint}). Connect the model that Capture Activations got."
+            f"{host.model_fingerprint(model)}). Connect the model that Capture Activations got."
         )

@@ -127,6 +127,14 @@ class LoadActivations(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, store_name: str | None = None) -> bool | str:
+        return host.check_name(store_name, host.list_stores())
+
+    @classmethod
+    def fingerprint_inputs(cls, store_name: str | None = None, **_: Any) -> str:
+        return host.name_state(host.STORES, store_name)
+
+    @classmethod
     @host.clear_errors
     def execute(cls, store_name: str, site: str) -> io.NodeOutput:
         store = open_store(host.find_store(store_name))

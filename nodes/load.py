@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..difflens_core.activations import UPDATE
@@ -56,6 +58,14 @@ class LoadSAE(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, sae_name: str | None = None) -> bool | str:
+        return host.check_name(sae_name, host.list_saes())
+
+    @classmethod
+    def fingerprint_inputs(cls, sae_name: str | None = None, **_: Any) -> str:
+        return host.name_state(host.SAES, sae_name)
 
     @classmethod
     @host.clear_errors
@@ -125,6 +135,14 @@ class LoadFeatures(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, folder: str | None = None) -> bool | str:
+        return host.check_name(folder, host.list_feature_folders())
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str | None = None, **_: Any) -> str:
+        return host.name_state(host.SAES, folder)
+
+    @classmethod
     @host.clear_errors
     def execute(
         cls, folder: str, sae: SparseAutoencoder, attribute: str, classes: str, features_per_class: str, mode: str,
@@ -174,6 +192,18 @@ class LoadClassifier(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, classifier_name: str | None = None, face_detector: str | None = NO_DETECTOR) -> bool | str:
+        listed = host.list_files(host.CLASSIFIERS)
+        found = host.check_name(classifier_name, listed)
+        return host.check_name(face_detector, [NO_DETECTOR, *listed]) if found is True else found
+
+    @classmethod
+    def fingerprint_inputs(
+        cls, classifier_name: str | None = None, face_detector: str | None = NO_DETECTOR, **_: Any
+    ) -> str:  # fmt: skip
+        return "; ".join(host.name_state(host.CLASSIFIERS, name) for name in (classifier_name, face_detector))
+
+    @classmethod
     @host.clear_errors
     def execute(cls, classifier_name: str, face_detector: str = NO_DETECTOR) -> io.NodeOutput:
         faces = None
@@ -202,6 +232,14 @@ class LoadRecipe(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, recipe_name: str | None = None) -> bool | str:
+        return host.check_name(recipe_name, host.list_files(host.RECIPES))
+
+    @classmethod
+    def fingerprint_inputs(cls, recipe_name: str | None = None, **_: Any) -> str:
+        return host.name_state(host.RECIPES, recipe_name)
+
+    @classmethod
     @host.clear_errors
     def execute(cls, recipe_name: str) -> io.NodeOutput:
         return io.NodeOutput(load_recipe(host.find_file(host.RECIPES, recipe_name)))
@@ -225,6 +263,11 @@ class SaveRecipe(io.ComfyNode):
             outputs=[io.String.Output(display_name="path", tooltip="The name under which Load Recipe lists the file.")],
             is_output_node=True,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str | None = None, **_: Any) -> str:
+        """A file that was deleted or replaced is written again. A file that is as it should be is not touched."""
+        return host.on_disk(host.new_file(host.RECIPES, name)[0]) if name else ""
 
     @classmethod
     @host.clear_errors

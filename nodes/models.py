@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..difflens_core.networks import AUTO, BETAS, PREDICTIONS
@@ -85,6 +87,14 @@ class LoadModel(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        return host.check_name(model_name, host.list_models())
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str | None = None, **_: Any) -> str:
+        return host.name_state(host.MODELS, model_name)
+
+    @classmethod
     @host.clear_errors
     def execute(
         cls, model_name: str, schedule: str = AUTO, prediction: str = AUTO, class_label: int = 0, heads: int = 0,
@@ -122,6 +132,14 @@ class LoadPromptedModel(io.ComfyNode):
                 io.Vae.Output(tooltip="Pixel space: turns the model's latents, which are pixels, into images."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        return host.check_name(model_name, host.list_files(host.MODELS))
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str | None = None, **_: Any) -> str:
+        return host.name_state(host.MODELS, model_name)
 
     @classmethod
     @host.clear_errors

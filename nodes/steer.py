@@ -178,7 +178,7 @@ def check_model(model: Any, recipe: Recipe) -> None:
             f"the recipe for {recipe.attribute} was made on {recipe.site} with {recipe.channels} channels, this "
             f"model's has {width}. Use a recipe made on this model."
         )
-    if recipe.model and recipe.model != host.model_fingerprint(model):
+    if not host.belongs(recipe.model, model):
         host.log.warning(
             "Steer: the recipe for %s was made on other weights than this model's; it may steer badly.",
             recipe.attribute,

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
+import random
 import stat
+import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from difflens_core.classifiers import AttributeClassifier, load_classifier, save_classifier
-from difflens_core.files import DiffLensError, load_tensors, save_tensors
+from difflens_core.files import (
+    DiffLensError,
+    NotWritten,
+    fingerprint,
+    load_tensors,
+    made_by,
+    read_content,
+    read_tensors,
+    same_weights,
+    save_tensors,
+    sums_mark,
+)
 from difflens_core.locate import save_probes
 from difflens_core.locate.probes import load_probes
 from difflens_core.networks import load_denoiser, save_denoiser
@@ -135,3 +151,163 @@ def test_saved_files_may_be_read_by_whom_the_umask_allows(path):
     save_tensors(path, "sae", {"a": torch.ones(2)}, {})
     path.with_name("plain").touch()
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(path.with_name("plain").stat().st_mode)
+
+
+# --- files as people have them ---
+
+
+def test_what_is_loaded_does_not_change_when_its_file_is_written_over(path):
+    save_tensors(path, "sae", {"a": torch.ones(4096)}, {})
+    found = load_tensors(path, "sae")[0], read_content(path), read_tensors(path)
+    with path.open("r+b") as file:  # in place: a tensor mapped from the file would show it, or end the process
+        file.truncate(100)
+    assert all(torch.equal(tensors["a"], torch.ones(4096)) for tensors in found)
+
+
+def damaged(content: bytes, count: int):
+    """The bytes with one part flipped, cut out, or put in, `count` times."""
+    draw = random.Random(0)
+    for _ in range(count):
+        at, n = draw.randrange(len(content)), draw.choice((1, 1, 2, 8, 64))
+        noise = draw.randbytes(n)
+        middle, rest = draw.choice(((noise, at + n), (b"", at + n), (noise, at)))
+        yield content[:at] + middle + content[rest:]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_pytorch_file_is_read_or_refused_in_one_sentence(path, zipped):
+    weights = {"encoder.weight": torch.randn(3, 4), "b": torch.arange(5), "c": {"d": [torch.ones(2)], "e": 1.5}}
+    torch.save({"state_dict": weights}, path, _use_new_zipfile_serialization=zipped)
+    refused = 0
+    for content in damaged(path.read_bytes(), 600):
+        path.write_bytes(content)
+        try:
+            assert all(isinstance(name, str) for name in read_tensors(path))
+        except DiffLensError as error:
+            refused += 1
+            assert str(error).startswith("file.safetensors: ") and "\n" not in str(error)
+    assert 50 < refused < 600
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_damaged_file_of_ours_is_read_or_refused_in_one_sentence(toys, path, kind):
+    SAVERS[kind](path, toys)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    refused = 0
+    for content in damaged(whole[:header], 150):
+        path.write_bytes(content + whole[header:])
+        try:
+            LOADERS[kind](path)
+        except DiffLensError as error:
+            refused += 1
+            assert str(error).startswith("file.safetensors: ") and "\n" not in str(error)
+    assert refused > 20
+
+
+KINDS = {
+    "a JPEG": b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(99),
+    "a PNG": b"\x89PNG\r\n\x1a\n" + bytes(99),
+    "a GGUF file": b"GGUF\x03\x00\x00\x00" + bytes(99),
+    "a web page": b"<!DOCTYPE html><html><title>404</title></html>",
+    "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+    "a text file": "Grüße, dies ist kein Rezept.\n".encode() * 40,
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "a zip archive", "a PyTorch file"])
+def test_a_file_is_called_what_it_is(path, kind):
+    if kind == "a zip archive":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("read me.txt", "hello")
+    elif kind == "a PyTorch file":
+        torch.save({"a": torch.ones(2)}, path)
+    else:
+        path.write_bytes(KINDS[kind])
+    with pytest.raises(DiffLensError, match=f"file.safetensors: not a readable safetensors file, but {kind}") as error:
+        load_recipe(path)
+    assert "cut off" not in str(error.value)
+    if kind != "a PyTorch file":
+        with pytest.raises(DiffLensError, match=f"not a readable safetensors or PyTorch file, but {kind}"):
+            read_content(path)
+
+
+FAILURES = {errno.ENOSPC: "Make room on the disk", errno.EROFS: "can be written to", errno.EACCES: "can be written to"}
+
+
+@pytest.mark.parametrize("code", FAILURES)
+def test_what_cannot_be_written_is_said_in_words(path, monkeypatch, code):
+    def fail(*_, **__) -> None:
+        raise OSError(code, os.strerror(code))
+
+    for place in ((Path, "write_bytes"), (os, "replace"), (Path, "mkdir")):
+        words = f"file.safetensors could not be written: {os.strerror(code)}. .*{FAILURES[code]}"
+        with monkeypatch.context() as patch, pytest.raises(NotWritten, match=words):
+            patch.setattr(*place, fail)
+            save_tensors(path, "recipe", {"a": torch.ones(2)}, {})
+    assert not list(path.parent.iterdir())
+
+
+def test_a_name_that_cannot_be_is_said_in_words(path):
+    path.write_bytes(b"")
+    for place in (path / "inside.safetensors", path.parent, path.with_name("é" * 200)):
+        with pytest.raises(NotWritten, match="could not be written: .* Choose a(nother| shorter) name"):
+            save_tensors(place, "recipe", {"a": torch.ones(2)}, {})
+
+
+def test_a_file_that_holds_the_same_already_keeps_its_time(path):
+    save_tensors(path, "recipe", {"a": torch.ones(2)}, {})
+    os.utime(path, ns=(10**18, 10**18))
+    save_tensors(path, "recipe", {"a": torch.ones(2)}, {})
+    assert path.stat().st_mtime_ns == 10**18
+    save_tensors(path, "recipe", {"a": torch.zeros(2)}, {})
+    assert path.stat().st_mtime_ns > 10**18
+
+
+@pytest.mark.parametrize("scale", [1e6, 1e-9])
+def test_numbers_beyond_fp16_are_saved_so_that_they_can_be_read(toys, path, scale):
+    recipe = replace(toys.recipe(), probe_weight=toys.recipe().probe_weight * scale)
+    save_recipe(path, recipe)
+    assert torch.equal(load_recipe(path).probe_weight, recipe.probe_weight)
+    classifier = AttributeClassifier({"age": ("a", "b")}, 32)
+    classifier.features[1].running_var.fill_(scale)
+    save_classifier(path, classifier, {})
+    assert torch.equal(load_classifier(path).features[1].running_var, classifier.features[1].running_var)
+    model = toys.denoiser()
+    model.position.data.mul_(scale)
+    save_denoiser(path, model, {})
+    assert torch.equal(load_denoiser(path).position, model.position)
+    sae = replace(toys.sae(), encoder=toys.sae().encoder * scale)
+    save_sae(path, sae, torch.float16)
+    assert torch.equal(load_sae(path).encoder, sae.encoder)
+
+
+@pytest.mark.parametrize("kind", ["sae", "recipe", "classifier", "denoiser"])
+def test_our_own_files_in_fp8_load_and_whole_numbers_are_refused(toys, path, kind):
+    SAVERS[kind](path, toys)
+    tensors, info = load_tensors(path, kind)
+    matrices = [name for name, tensor in tensors.items() if tensor.ndim > 1 and tensor.is_floating_point()]
+    save_tensors(path, kind, tensors | {name: tensors[name].to(torch.float8_e4m3fn) for name in matrices}, info)
+    LOADERS[kind](path)
+    save_tensors(path, kind, tensors | {matrices[0]: tensors[matrices[0]].to(torch.int8)}, info)
+    with pytest.raises(DiffLensError, match=f"file.safetensors: tensor {matrices[0]} holds whole numbers .int8."):
+        LOADERS[kind](path)
+
+
+# --- marks ---
+
+
+PRECISIONS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+
+
+def test_weights_have_one_mark_in_every_precision(toys):
+    weights = toys.denoiser().state_dict()
+    marks = [fingerprint({name: w.to(dtype) for name, w in weights.items()}) for dtype in PRECISIONS]
+    assert len(set(marks[:3])) == 1 and all(same_weights(marks[0], mark) for mark in marks)
+    largest = max(weights, key=lambda name: weights[name].numel())
+    grown = weights | {largest: weights[largest] * 1.1}
+    others = [toys.denoiser(7).state_dict(), grown, {f"a.{name}": w for name, w in weights.items()}, {}]
+    assert not any(same_weights(marks[0], fingerprint(other)) for other in others)
+    assert made_by(sums_mark(weights), weights) and not made_by(sums_mark(weights), grown)
+    assert not made_by("my-model", weights) and same_weights("my-model", "my-model")
+    assert not same_weights("my-model", "my-other")

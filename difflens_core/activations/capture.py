@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..files import DiffLensError
 from .sites import edit_site
-from .store import DTYPES, SAMPLES, Index, Shard, Store, record
+from .store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, read_index, record
 
 
 class Edit(Protocol):
@@ -77,6 +77,10 @@ class Sampler(Protocol):
     @property
     def info(self) -> Mapping[str, Any]: ...
 
+    def owns(self, mark: str) -> bool:
+        """Whether a `fingerprint` in a file is of these weights, also in another precision or by an earlier version."""
+        ...
+
     def sample(self, noise: Tensor, images: Tensor, edits: Sequence[Edit] = (), kept: Sequence[Kept] = ()) -> Tensor:
         """The finished latents of pictures `images` (B, their numbers in the run) from `noise` (B x shape).
 
@@ -136,9 +140,10 @@ def capture(
     if not steps:
         raise DiffLensError(f"no step lies between {span[0]} and {span[1]} of the sampling. Widen the span.")
     progress = tuple(sampler.progress[step] for step in steps)
-    index = Index(
-        tuple(sites), progress, count, min(batch, count), seed, sampler.fingerprint, dtype, dict(sampler.info)
-    )
+    mark = sampler.fingerprint
+    if folder is not None and (Path(folder) / INDEX).exists() and sampler.owns(begun := read_index(Path(folder)).model):
+        mark = begun
+    index = Index(tuple(sites), progress, count, min(batch, count), seed, mark, dtype, dict(sampler.info))
 
     def draw(first: int, noise: Tensor) -> Shard:
         kept = [Kept(site, steps, DTYPES[dtype]) for site in sites]

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import METADATA_KEY, DiffLensError, digest, load_tensors, save_tensors
+from ..files import METADATA_KEY, DiffLensError, NotWritten, digest, load_tensors, save_tensors, written
 from .captured import Activations
 
 VERSION = 1
@@ -248,14 +248,12 @@ def check_shard(shard: Shard, index: Index, number: int, name: str) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Let an `OSError` inside become a `DiffLensError` that says what could not be written and what to do."""
+    """Let what cannot be written become a `DiffLensError` that says what to do and that nothing is lost."""
     try:
-        yield
-    except OSError as error:
-        raise DiffLensError(
-            f"{path} could not be written: {error.strerror}. Make room or choose another folder, and capture again "
-            "with the same settings: what is finished is kept."
-        ) from error
+        with written(path):
+            yield
+    except NotWritten as error:
+        raise DiffLensError(f"{error} Then capture again with the same settings: what is finished is kept.") from error
 
 
 def save_labels(folder: str | Path, labels: Mapping[str, tuple[tuple[str, ...], Tensor]]) -> None:

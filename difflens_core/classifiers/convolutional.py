@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..files import DiffLensError, load_tensors, save_tensors
+from ..files import DiffLensError, as_half, load_tensors, refuse_whole_numbers, save_tensors
 from .readings import by_batches
 
 WIDTHS = (32, 64, 96, 128, 128)
@@ -50,16 +50,21 @@ class AttributeClassifier(nn.Module):
 
 def save_classifier(path: str | Path, model: AttributeClassifier, info: Mapping[str, Any]) -> None:
     """Write weights (fp16) with the attributes' names and classes and `info` (accuracy, data)."""
-    tensors = {n: t.half() if t.is_floating_point() else t for n, t in model.state_dict().items()}
+    tensors = {n: as_half(t) if t.is_floating_point() else t for n, t in model.state_dict().items()}
     save_tensors(path, "classifier", tensors, {"attributes": model.attributes, "size": model.size, "info": dict(info)})
 
 
 def load_classifier(path: str | Path) -> AttributeClassifier:
     """Read a classifier that `save_classifier` wrote, in evaluation mode. Raises `DiffLensError` if it does not fit."""
     tensors, info = load_tensors(path, "classifier", needs=["attributes", "size"])
-    model = AttributeClassifier({name: tuple(classes) for name, classes in info["attributes"].items()}, info["size"])
     try:
+        refuse_whole_numbers(tensors, ("num_batches_tracked",))
+        attributes = {name: tuple(classes) for name, classes in info["attributes"].items()}
+        model = AttributeClassifier(attributes, info["size"])
         model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise DiffLensError(f"{Path(path).name}: its weights do not fit a DiffLens classifier. {error}") from error
+    except DiffLensError as error:
+        raise DiffLensError(f"{Path(path).name}: {error}") from error
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:  # or what the file says of them is damaged
+        reason = " ".join(str(error).split())[:300]
+        raise DiffLensError(f"{Path(path).name}: its weights do not fit a DiffLens classifier. {reason}") from error
     return model.eval().requires_grad_(False)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..files import DiffLensError, read_tensors
+from ..files import DiffLensError, finite, read_tensors, refuse_whole_numbers
 
 # YuNet's boxes at strides 8, 16, 32 and 64: sides in pixels, and the scales of what the network tells about them.
 SIDES = ((10, 16, 24), (32, 48), (64, 96), (128, 192, 256))
@@ -100,13 +100,15 @@ def load_face_finder(path: str | Path) -> YuNetFinder:
         from kornia.contrib.face_detection import YuNet
     except ImportError as error:
         raise DiffLensError(f"{path.name}: finding faces needs kornia, which does not load ({error}).") from error
-    network = YuNet("test", pretrained=False)
+    network, weights = YuNet("test", pretrained=False), read_tensors(path)
     try:
-        network.load_state_dict(read_tensors(path))
+        weights = finite(weights)
+        refuse_whole_numbers(weights, ("num_batches_tracked",))
+        network.load_state_dict(weights)
+    except DiffLensError as error:
+        raise DiffLensError(f"{path.name}: {error}") from error
     except RuntimeError as error:
         raise DiffLensError(
             f"{path.name}: these are not the weights of kornia's face detector YuNet (yunet_final.pth)."
         ) from error
-    if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
-        raise DiffLensError(f"{path.name}: holds NaN or infinite numbers. The file is damaged.")
     return YuNetFinder(network).eval().requires_grad_(False)

@@ -14,14 +14,25 @@ from ..files import METADATA_KEY, DiffLensError, read_tensors
 from .convolutional import load_classifier
 from .faces import FaceFinder
 from .readings import ImageClassifier
-from .resnets import FAIRFACE, FAIRFACE_NOTES, FAIRFACE_OUTPUTS, SIZE, Readout, ResNetClassifier, build_resnet
+from .resnets import (
+    FAIRFACE,
+    FAIRFACE_4,
+    FAIRFACE_4_NOTES,
+    FAIRFACE_NOTES,
+    FAIRFACE_OUTPUTS,
+    SIZE,
+    Readout,
+    ResNetClassifier,
+    build_resnet,
+    races_of_fairface,
+)
 
 
 def load_any_classifier(path: str | Path, faces: FaceFinder | None = None) -> tuple[ImageClassifier, str]:
     """The classifier in a file of any known format, in evaluation mode, and a report of what was loaded.
 
-    Known are DiffLens's own, FairFace's ResNet-34 (seven races) and ResNets of torchvision's layout with a description
-    (`description`). `faces`: look at faces only, for the ResNets. Raises `DiffLensError` for anything else.
+    Known are DiffLens's own, FairFace's ResNet-34s (seven or four races) and ResNets of torchvision's layout with a
+    description (`description`). `faces`: look at faces only, for the ResNets. Raises `DiffLensError` for anything else.
     """
     path = Path(path)
     if not path.is_file():
@@ -46,7 +57,9 @@ def load_any_classifier(path: str | Path, faces: FaceFinder | None = None) -> tu
         if info:
             readouts, settings = described(info, outputs)
         elif (name, outputs) == ("ResNet-34", FAIRFACE_OUTPUTS):
-            readouts, notes, name = FAIRFACE, FAIRFACE_NOTES, "FairFace, ResNet-34"
+            races, note = races_of_fairface(network.fc.weight, path.name)
+            readouts, notes = (FAIRFACE, FAIRFACE_NOTES) if races == 7 else (FAIRFACE_4, FAIRFACE_4_NOTES)
+            notes, name = notes + ((note,) if note else ()), "FairFace, ResNet-34"
         else:
             raise DiffLensError(
                 f"a {name} with {outputs} outputs, and nothing says what they mean. Put {path.name}.json beside it: "
@@ -73,7 +86,7 @@ def description(path: Path) -> dict[str, Any]:
         try:
             with safe_open(path, framework="pt") as file:
                 source, text = f"{path.name}'s metadata", (file.metadata() or {}).get(METADATA_KEY, "{}")
-        except SafetensorError:
+        except (SafetensorError, OSError):
             return {}  # a PyTorch file, which has no metadata
     try:
         info = json.loads(text)

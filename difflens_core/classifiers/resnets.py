@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..files import DiffLensError
+from ..files import DiffLensError, finite, refuse_whole_numbers
 from .faces import FaceFinder, cut_out, largest_faces
 from .readings import MISTAKE, NO_FACE, by_batches, left_out
 
@@ -60,7 +60,13 @@ FAIRFACE = {
     # and does not make them sum to 1.
     f"race{MISTAKE}": Readout(RACES, (0, 7), ((0,), (1,), (2,), (3,)), whole=False),
 }
-FAIRFACE_OUTPUTS = 18
+# Its other model, res34_fair_align_multi_4, has as many outputs, but only the first four races: 4-6 were never trained.
+FAIRFACE_4 = {
+    "gender": FAIRFACE["gender"],
+    "age": FAIRFACE["age"],
+    "race": Readout(RACES, (0, 4), ((0,), (1,), (2,), (3,))),
+}
+FAIRFACE_OUTPUTS, UNUSED = 18, slice(4, 7)
 FAIRFACE_NOTES = (
     "age: young is 0 to 19, adult 20 to 59, old 60 and more",
     "race: asian is East Asian and Southeast Asian; Latino_Hispanic and Middle Eastern are left out, the others are "
@@ -69,6 +75,32 @@ FAIRFACE_NOTES = (
     "to compare with its figures",
     "the classes are FairFace's guesses from pictures, not what people are",
 )
+FAIRFACE_4_NOTES = (FAIRFACE_NOTES[0], "race: the model with four races, which has no others", FAIRFACE_NOTES[-1])
+
+UNNAMED = "race: seven races; if it is FairFace's model with four, give it FairFace's name, res34_fair_align_multi_4"
+
+
+def races_of_fairface(weight: Tensor, file_name: str) -> tuple[int, str]:
+    """How many races a FairFace file tells apart, 7 or 4, by its last layer (18 x width), and what to note about it.
+
+    Rows that were never trained lie where PyTorch draws them, within 1 / sqrt(width). Training moves all rows far out
+    of that. Raises `DiffLensError` if the file's name says otherwise.
+    """
+    named = re.search(r"multi_([47])(?!\d)", file_name)
+    inside = weight.abs().amax(dim=1) <= 1.01 * weight.shape[1] ** -0.5  # with room for fp16
+    trained = inside.logical_not()
+    four = not trained[UNUSED].any() and bool(trained[: UNUSED.start].all())
+    if not named:
+        return (4, "") if four else (7, UNNAMED)
+    if four == (named[1] == "4"):
+        return int(named[1]), ""
+    if four:
+        raise DiffLensError(
+            "its name says seven races, but only four of them were trained. Rename it to res34_fair_align_multi_4.pt, "
+            f"or put {file_name}.json beside it, which names all its outputs: "
+            '{"attributes": {"race": ["CLASS", ...], "gender": [...], "age": [...]}}.'
+        )
+    return 4, "race: four races by the file's name; the weights alone do not tell it from the model with seven"
 
 
 class ResNetClassifier(nn.Module):
@@ -117,9 +149,8 @@ class ResNetClassifier(nn.Module):
 
 def build_resnet(weights: Mapping[str, Tensor]) -> tuple[nn.Module, str]:
     """A ResNet of torchvision's layout and its name, its depth read off the names of the weights."""
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise DiffLensError(f"tensor {name} holds NaN or infinite numbers. The file is damaged.")
+    weights = finite(weights)
+    refuse_whole_numbers(weights, ("num_batches_tracked",))
     try:
         from torchvision.models import resnet
     except (ImportError, RuntimeError) as error:  # the latter where its build does not fit torch's

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..files import DiffLensError, read_content
+from ..files import DiffLensError, finite, read_content, refuse_whole_numbers
 from .adm import P2_FACES, AdmConfig, infer_config
 from .schedules import BETAS, Schedule, linear_betas, read_scheduler
 from .unet2d import check_weights, current_names, infer_unet2d, read_config
@@ -74,11 +73,10 @@ def load_checkpoint(
     try:
         notes: list[str] = []
         found = _read_folder(path, notes) if path.is_dir() else _read_file(path, heads, new_attention_order, notes)
+        found = replace(found, weights=finite(found.weights))
+        refuse_whole_numbers(found.weights)
     except DiffLensError as error:
         raise DiffLensError(f"{path.name}: {str(error).removeprefix(f'{path.name}: ')}") from error
-    for name, tensor in found.weights.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise DiffLensError(f"{path.name}: tensor {name} holds NaN or infinite numbers. The file is damaged.")
     if found.in_channels != 3:
         what = " It is an upsampler, which needs a small picture as well." if found.in_channels == 6 else ""
         raise DiffLensError(
@@ -171,7 +169,7 @@ def unwrap(content: Any, notes: list[str]) -> dict[str, Tensor]:
                 notes.append(f'weights: the entry "{key}" of the file')
                 return unwrap(content[key], [])
     items = content.items() if isinstance(content, Mapping) else ()
-    weights = {str(name): value for name, value in items if isinstance(value, Tensor)}
+    weights = {str(name): value.detach() for name, value in items if isinstance(value, Tensor)}
     for prefix in ("module.", "model.", "unet."):
         if weights and all(name.startswith(prefix) for name in weights) and not name_of_latent_model(weights):
             weights = {name.removeprefix(prefix): value for name, value in weights.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..activations import Edit, Kept, at_step
-from ..files import digest, fingerprint
+from ..files import digest, fingerprint, made_by, sums_mark
 
 if TYPE_CHECKING:  # sampling needs nothing of diffusers but what it is given
     from diffusers.models.modeling_utils import ModelMixin
@@ -44,6 +44,9 @@ class DiffusersSampler:
     def fingerprint(self) -> str:
         return fingerprint(self.network.state_dict())
 
+    def owns(self, mark: str) -> bool:
+        return made_by(mark, self.network.state_dict())
+
     @property
     def progress(self) -> tuple[float, ...]:
         last = self.scheduler.config.num_train_timesteps - 1
@@ -57,7 +60,7 @@ class DiffusersSampler:
     @property
     def info(self) -> dict[str, Any]:
         sampler = digest(type(self.scheduler).__name__, repr(sorted(self.scheduler.config.items())))
-        prompts = fingerprint({**self.positive, **{f"negative {key}": t for key, t in (self.negative or {}).items()}})
+        prompts = sums_mark({**self.positive, **{f"negative {key}": t for key, t in (self.negative or {}).items()}})
         return {"steps": self.steps, "sampler": sampler, "prompts": prompts, "cfg": self.cfg, "noise": self.seed}
 
     def started(self) -> Any:

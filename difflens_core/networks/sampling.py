@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..activations import Edit, Kept, at_step
-from ..files import fingerprint
+from ..files import fingerprint, made_by, sums_mark
 from .denoiser import Denoiser
 
 
@@ -81,6 +81,9 @@ class DenoiserSampler:
     def fingerprint(self) -> str:
         return fingerprint(self.model.state_dict())
 
+    def owns(self, mark: str) -> bool:
+        return made_by(mark, self.model.state_dict())
+
     @property
     def progress(self) -> tuple[float, ...]:
         return tuple((torch.arange(self.steps) / self.steps).tolist())
@@ -94,7 +97,7 @@ class DenoiserSampler:
         if not self.guidance:
             return {}
         prompts = {"context": self.guidance.context, "empty": self.guidance.empty}
-        return {"prompts": fingerprint(prompts), "cfg": self.guidance.cfg}
+        return {"prompts": sums_mark(prompts), "cfg": self.guidance.cfg}
 
     def sample(self, noise: Tensor, images: Tensor, edits: Sequence[Edit] = (), kept: Sequence[Kept] = ()) -> Tensor:
         """See `Sampler.sample`; the latents are pictures in [-1, 1]."""

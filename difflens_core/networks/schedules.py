@@ -46,19 +46,48 @@ def cosine_betas(timesteps: int = 1000) -> Tensor:
 BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 
 
+# diffusers' schedulers of models that were trained on a list of betas. They differ in the steps they take while
+# sampling, which ComfyUI's samplers take here. Unless they are told otherwise, those in CLIPPING clip the clean
+# picture, and those in FLAT have the betas of Stable Diffusion.
+CLIPPING = ("DDPM", "DDPMParallel", "DDIM", "DDIMParallel")
+FLAT = ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
+SCHEDULERS = (
+    *CLIPPING, *FLAT, "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "DEISMultistep",
+    "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep",
+)  # fmt: skip
+# Their options that are read here, or that only say how they sample.
+OPTIONS = {
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "clip_sample",
+    "clip_sample_range", "algorithm_type", "disable_corrector", "dynamic_thresholding_ratio", "euler_at_final",
+    "final_sigmas_type", "flow_shift", "interpolation_type", "lambda_min_clipped", "lower_order_final",
+    "noise_sampler_seed", "predict_x0", "sample_max_value", "set_alpha_to_one", "skip_prk_steps", "solver_order",
+    "solver_p", "solver_type", "steps_offset", "tensor_format", "time_shift_type", "timestep_spacing", "timestep_type",
+    "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas", "variance_type",
+}  # fmt: skip
+
+
 def read_scheduler(config: Mapping[str, Any]) -> Schedule:
     """The schedule that a diffusers scheduler_config.json describes. Raises `DiffLensError` if it is of another kind.
 
-    Keys that are absent have the defaults of diffusers' DDPM and DDIM schedulers.
+    Keys that are absent have the defaults of diffusers.
     """
+    name = str(config.get("_class_name") or "DDPMScheduler").removesuffix("Scheduler")
     if "beta_schedule" not in config and "num_train_timesteps" not in config:
         kind = config.get("_class_name", "without a name")
         raise DiffLensError(f"the scheduler ({kind}) has no betas. Expected that of a DDPM or DDIM model.")
-    for unknown in ("thresholding", "rescale_betas_zero_snr"):
-        if config.get(unknown):
-            raise DiffLensError(f"the scheduler asks for {unknown}, which is not supported.")
+    if name not in SCHEDULERS:
+        raise DiffLensError(
+            f"its scheduler is a {config['_class_name']}, which is not supported. Known are those of models with a "
+            f"list of betas: {', '.join(SCHEDULERS)}."
+        )
+    for option, value in config.items():
+        if value and option not in OPTIONS and not option.startswith("_"):
+            raise DiffLensError(f"the scheduler asks for {option} ({value}), which is not supported.")
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise DiffLensError(f"the scheduler's timestep_type {config['timestep_type']} is not supported, only discrete.")
     kind, timesteps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
-    first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    default = (8.5e-4, 0.012) if name in FLAT else (1e-4, 0.02)
+    first, last = config.get("beta_start", default[0]), config.get("beta_end", default[1])
     if config.get("trained_betas") is not None:
         betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
     elif kind == "linear":
@@ -75,7 +104,8 @@ def read_scheduler(config: Mapping[str, Any]) -> Schedule:
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise DiffLensError(f"the scheduler's prediction_type {prediction} is none of {', '.join(PREDICTIONS)}.")
-    clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None
+    clips = config.get("clip_sample", name in CLIPPING)
+    clip = config.get("clip_sample_range", 1.0) if clips else None
     return Schedule(betas, prediction, clip)
 
 

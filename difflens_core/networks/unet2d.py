@@ -51,6 +51,12 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises `DiffLensError` if we cannot sample such a model.
     """
     parameters = inspect.signature(unet2d_class()).parameters
+    unknown = [n for n, value in config.items() if value and n not in parameters and not n.startswith("_")]
+    if unknown:
+        raise DiffLensError(
+            f"its configuration sets {', '.join(unknown)}, which the installed diffusers does not know. Update "
+            "diffusers, or use another model."
+        )
     config = {name: config.get(name, p.default) for name, p in parameters.items() if p.default is not p.empty}
     if config["time_embedding_type"] == "fourier":
         raise DiffLensError("its time embedding is of a score-based model (SDE). Only DDPM-like models are supported.")

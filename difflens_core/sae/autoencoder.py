@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..activations import UPDATE, Activations
-from ..files import DiffLensError, load_tensors, save_tensors
+from ..files import DiffLensError, as_half, load_tensors, refuse_whole_numbers, save_tensors
 
 TENSORS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
 NORMALISATION = ("progress", "mean", "scale")
@@ -224,8 +224,9 @@ def sparse_decode(latents: Latents, decoder: Tensor) -> Tensor:
 
 
 def save_sae(path: str | Path, sae: SparseAutoencoder, dtype: torch.dtype = torch.float32) -> None:
-    """Write an SAE; `dtype` may be float16 or bfloat16 to halve the file."""
-    tensors = {name: getattr(sae, name).to(dtype) for name in TENSORS}
+    """Write an SAE; `dtype` may be float16 or bfloat16 to halve the file (fp16 only where it holds the numbers)."""
+    convert = as_half if dtype == torch.float16 else lambda tensor: tensor.to(dtype)
+    tensors = {name: convert(getattr(sae, name)) for name in TENSORS}
     tensors |= {f"normalisation.{name}": getattr(sae.normalisation, name) for name in NORMALISATION}
     if sae.threshold is not None:
         tensors["threshold"] = sae.threshold
@@ -242,6 +243,7 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
     parts |= {"info": info.get("info", {}), "threshold": tensors.get("threshold")}
     parts |= {name: tensors[name].float() for name in TENSORS}
     try:
+        refuse_whole_numbers(tensors)
         return SparseAutoencoder(**parts, normalisation=Normalisation(*(tensors[name].float() for name in statistics)))
     except DiffLensError as error:
         raise DiffLensError(f"{Path(path).name}: {error}") from error

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..activations import UPDATE, reads_update
-from ..files import DiffLensError, read_tensors
+from ..files import DiffLensError, finite, read_tensors, refuse_whole_numbers
 from .autoencoder import SparseAutoencoder, load_sae
-from .readers import FORMATS, Config, Tensors, dict_class
+from .readers import COUNTS, FORMATS, Config, Tensors, dict_class
 
 WEIGHTS = (".safetensors", ".pt", ".pth")
 CONFIGS = ("cfg.json", "config.json")
@@ -54,12 +54,11 @@ def load_any_sae(path: str | Path, site: str = "") -> tuple[SparseAutoencoder, s
 
 def convert(tensors: Tensors, config: Config, notes: list[str]) -> tuple[SparseAutoencoder, str]:
     """SAE and name of the one format that tensors and configuration belong to."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise DiffLensError(f"tensor {name} holds NaN or infinite numbers. The file is damaged.")
+    tensors = finite(tensors)
     alike = [format for format in FORMATS if format.holds(tensors)]
     for format in alike:
         if format.fits(config):
+            refuse_whole_numbers(tensors, COUNTS)
             full = {name: tensor.float() for name, tensor in tensors.items()}
             return format.read(full, config, notes), format.name
     kind = config.get("architecture") or dict_class(config)

@@ -6,7 +6,7 @@ before encoding and puts it back after decoding, the vector becomes the mean of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,7 +68,7 @@ def build(
 def agree(config: Config, sae: SparseAutoencoder, width: str, latents: str) -> SparseAutoencoder:
     """The SAE, whose sizes are what the entries `width` and `latents` of the configuration say (0 or absent: any)."""
     for name, found in ((width, sae.channels), (latents, sae.latents)):
-        if config.get(name, found) not in (found, 0):
+        if config.get(name, found) not in (found, 0, None):
             raise DiffLensError(
                 f"the weights have {sae.latents} latents of {sae.channels} channels, the configuration says {name} "
                 f"{config[name]}. They seem to belong to different SAEs."
@@ -92,8 +92,33 @@ def unit_decoder(sae: SparseAutoencoder) -> SparseAutoencoder:
     return replace(sae, encoder=sae.encoder * norms[:, None], encoder_bias=bias, decoder=sae.decoder / norms[:, None])
 
 
+def refuse_unknown(config: Config, known: Iterable[str], program: str) -> None:
+    """Raise `DiffLensError` for an option that is set and not `known` to leave the use of the SAE as we read it."""
+    if unknown := [f"{name} {value!r}" for name, value in config.items() if name not in known and value]:
+        raise DiffLensError(
+            f"its configuration sets {', '.join(unknown)}, which is not known here for {program}, so the SAE would "
+            "be used otherwise than it was trained. It is not supported."
+        )
+
+
 def is_sparsify(config: Config) -> bool:
-    return {"expansion_factor", "num_latents", "k", "d_in"} <= config.keys()
+    return {"expansion_factor", "k", "d_in"} <= config.keys()
+
+
+# Options that concern training, or that the readers look at.
+SPARSIFY = ("expansion_factor", "num_latents", "k", "d_in", "normalize_decoder", "multi_topk", "activation")
+SPARSIFY += ("batch_topk", "lookup_max_order", "gram_table_hash")
+UNBOX = ("n_dirs_local", "d_model", "k", "auxk", "dead_steps_threshold", "comms")
+SAELENS_OPTIONS = (
+    "architecture", "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "metadata", "k",
+    "normalize_activations", "reshape_activations", "rescale_acts_by_decoder_norm", "decoder_init_norm",
+    "use_sparse_activations", "aux_loss_coefficient", "topk_threshold_lr", "matryoshka_widths",
+    "use_matryoshka_aux_loss", "jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_sparsity_loss_mode",
+    "jumprelu_tanh_scale", "jumprelu_ste_to_input", "pre_act_loss_coefficient", "l0_coefficient", "l0_warm_up_steps",
+    "l1_coefficient", "l1_warm_up_steps", "lp_norm",
+)  # fmt: skip
+# Tensors that hold whole numbers.
+COUNTS = ("k", "group_sizes", "stats_last_nonzero")
 
 
 def read_difflens(tensors: Tensors, config: Config, notes: list[str]) -> SparseAutoencoder:
@@ -105,6 +130,7 @@ def read_difflens(tensors: Tensors, config: Config, notes: list[str]) -> SparseA
         raise DiffLensError(f"the kernels are {shapes[0]} and {shapes[1]}, expected squares of one size.")
     if kernel == 1:
         decoder = decoder.transpose(0, 1)  # an ordinary convolution; larger ones are transposed convolutions
+    refuse_unknown(config, SPARSIFY, "the reference DiffLens")
     notes.append(
         "the decoder's bias is not subtracted before encoding, as in the reference's training and locating (its "
         "Stable Diffusion sampler subtracts it)"
@@ -116,12 +142,18 @@ def read_difflens(tensors: Tensors, config: Config, notes: list[str]) -> SparseA
     return agree(config, sae, "d_in", "num_latents")
 
 
+UNLIKE_SPARSIFY = (
+    "transcode", "skip_connection", "embed_skip", "gram_lookup", "signed", "input_unit_norm", "sample_topk",
+)  # fmt: skip
+
+
 def read_sparsify(tensors: Tensors, config: Config, notes: list[str]) -> SparseAutoencoder:
     """EleutherAI sparsify, and SAeUron, which adds options to it."""
-    unlike = [name for name in ("transcode", "skip_connection", "input_unit_norm", "sample_topk") if config.get(name)]
+    unlike = [name for name in UNLIKE_SPARSIFY if config.get(name)]
     unlike += [config["activation"]] if config.get("activation", "topk") != "topk" else []
     if unlike:
         raise DiffLensError(f"it was trained with {', '.join(unlike)}, which is not supported.")
+    refuse_unknown(config, SPARSIFY, "sparsify")
     if config.get("batch_topk"):
         notes.append("trained with BatchTopK, used with the k largest at every position, as SAeUron itself does")
     sae = build(
@@ -132,6 +164,7 @@ def read_sparsify(tensors: Tensors, config: Config, notes: list[str]) -> SparseA
 
 def read_unbox(tensors: Tensors, config: Config, notes: list[str]) -> SparseAutoencoder:
     """sdxl-unbox. Its mean.pt and std.pt are statistics of the latents, not of the input."""
+    refuse_unknown(config, UNBOX, "sdxl-unbox")
     notes.append("it reads the update of its block, as all SAEs of sdxl-unbox do; no file says so")
     sae = build(
         tensors["encoder.weight"], tensors["latent_bias"], tensors["decoder.weight"].T, tensors["pre_bias"],
@@ -189,6 +222,7 @@ def read_saelens(tensors: Tensors, config: Config, notes: list[str]) -> SparseAu
     activation, metadata = SAELENS[config["architecture"]], config.get("metadata")
     if not isinstance(metadata, dict):
         raise DiffLensError("it was written by SAELens before version 6. Load it with SAELens 6 and save it again.")
+    refuse_unknown(config, SAELENS_OPTIONS, "SAELens")
     normalised = config.get("normalize_activations", "none")
     if normalised != "none" or config.get("reshape_activations", "none") != "none":
         raise DiffLensError(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ..activations import Activations
-from ..files import DiffLensError
+from ..files import DiffLensError, written
 from .autoencoder import TENSORS, SparseAutoencoder, fit_normalisation
 from .loss import ACTIVATIONS, PRECISIONS, BatchLoss, TrainingOptions, over_processes, processes
 from .quality import Quality, measure_sae
@@ -131,8 +131,10 @@ class State:
         parts = {name: getattr(self, name) for name in ("data", "idle", "threshold", "step")}
         weights, optimiser = self.module.state_dict(), self.optimiser.state_dict()
         temporary = path.with_suffix(".tmp")
-        torch.save({"options": repr(self.options), "weights": weights, "optimiser": optimiser} | parts, temporary)
-        temporary.replace(path)
+        with written(path):
+            with temporary.open("wb") as file:
+                torch.save({"options": repr(self.options), "weights": weights, "optimiser": optimiser} | parts, file)
+            temporary.replace(path)
 
     def load(self, path: Path) -> None:
         """Go on from `path`. Raises `DiffLensError` if it was begun on other activations or with other options."""

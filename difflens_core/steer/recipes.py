@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import DiffLensError, load_tensors, save_tensors
+from ..files import DiffLensError, as_half, load_tensors, refuse_whole_numbers, save_tensors
 from ..sae import NORMALISATION, Normalisation
 
 MODES = ("reach", "shift", "add", "add own", "add fixed", "add own fixed", "move", "clamp", "scale", "ablate")
@@ -98,6 +98,12 @@ class Recipe:
 TENSORS = (
     "features", "encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias"
 )  # fmt: skip
+# Features, width, classes, steps of the capture and of the normalisation, positions and channels.
+AXES = {
+    "features": "F", "encoder": "FW", "decoder": "FW", "bias": "F", "threshold": "F", "member": "KF",
+    "levels": "SKFP", "probe_weight": "SKW", "probe_bias": "SK", "normalisation.progress": "N",
+    "normalisation.mean": "NC", "normalisation.scale": "N",
+}  # fmt: skip
 PLAIN = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "info")
 
 
@@ -114,10 +120,10 @@ def at_dose(recipe: Recipe, dose: float) -> Recipe:
 
 
 def save_recipe(path: str | Path, recipe: Recipe) -> None:
-    """Write a recipe (matrices as fp16, a few MB at most)."""
+    """Write a recipe (matrices as fp16 where it holds them, a few MB at most)."""
     tensors = {name: getattr(recipe, name) for name in TENSORS}
     for name in ("encoder", "decoder", "levels", "probe_weight"):
-        tensors[name] = tensors[name].half()
+        tensors[name] = as_half(tensors[name])
     tensors |= {f"normalisation.{name}": getattr(recipe.normalisation, name) for name in NORMALISATION}
     save_tensors(path, "recipe", tensors, {name: getattr(recipe, name) for name in PLAIN})
 
@@ -126,9 +132,24 @@ def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe that `save_recipe` wrote. Raises `DiffLensError` if it does not fit."""
     needs = [*TENSORS, *(f"normalisation.{name}" for name in NORMALISATION), *PLAIN]
     tensors, info = load_tensors(path, "recipe", needs)
-    normalisation = Normalisation(*(tensors.pop(f"normalisation.{name}") for name in NORMALISATION))
-    for name in ("encoder", "decoder", "probe_weight"):
-        tensors[name] = tensors[name].float()
-    parts = {name: info[name] for name in PLAIN} | {name: tensors[name] for name in TENSORS}
-    parts["classes"], parts["strength"] = tuple(parts["classes"]), tuple(parts["strength"])
-    return Recipe(**parts, normalisation=normalisation)
+    try:
+        refuse_whole_numbers(tensors, ("features", "member"))
+        check_shapes(tensors)
+        normalisation = Normalisation(*(tensors.pop(f"normalisation.{name}") for name in NORMALISATION))
+        for name in ("encoder", "decoder", "probe_weight"):
+            tensors[name] = tensors[name].float()
+        parts = {name: info[name] for name in PLAIN} | {name: tensors[name] for name in TENSORS}
+        parts["classes"], parts["strength"] = tuple(parts["classes"]), tuple(parts["strength"])
+        return Recipe(**parts, normalisation=normalisation)
+    except DiffLensError as error:
+        raise DiffLensError(f"{Path(path).name}: {error}") from error
+
+
+def check_shapes(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `DiffLensError` if the parts of a recipe do not belong together."""
+    sizes: dict[str, int] = {}
+    for name, axes in AXES.items():
+        shape = tuple(tensors[name].shape)
+        if len(shape) != len(axes) or any(sizes.setdefault(axis, n) != n for axis, n in zip(axes, shape, strict=True)):
+            expected = " x ".join(str(sizes.get(axis, axis)) for axis in axes)
+            raise DiffLensError(f"{name} has shape {shape}, expected {expected}. The file is damaged.")

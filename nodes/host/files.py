@@ -1,10 +1,15 @@
-"""The folders in which ComfyUI finds the pack's files, and the names that lists show."""
+"""The folders in which ComfyUI finds the pack's files, and the names that lists show.
+
+Names have "/" between folders on every system, so that a graph made on one opens on another. Where a name is given,
+"\\" is understood as well.
+"""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import folder_paths
 
@@ -35,22 +40,77 @@ def register_folders() -> None:
         )
 
 
+def spelled(name: str) -> str:
+    """A listed or given name as graphs have it."""
+    return name.replace("\\", "/")
+
+
 def list_files(kind: str) -> list[str]:
-    return folder_paths.get_filename_list(kind)
+    return sorted(map(spelled, folder_paths.get_filename_list(kind)))
+
+
+def full_path(kind: str, name: str) -> Path | None:
+    """Path of a file by its name, None if there is none. However ComfyUI lists it on this system."""
+    name = spelled(name)
+    listed = [own for own in folder_paths.get_filename_list(kind) if spelled(own) == name]
+    found = next(filter(None, (folder_paths.get_full_path(kind, own) for own in (*listed, name))), None)
+    return Path(found) if found else None
 
 
 def find_file(kind: str, name: str) -> str:
     """Path of a listed file. Raises `DiffLensError` if it is gone."""
+    if path := full_path(kind, name):
+        return str(path)
+    folder = folder_paths.get_folder_paths(kind)[0]
+    raise DiffLensError(f"{name} was not found. Put it into {folder} or choose another file.")
+
+
+def check_name(name: str | None, listed: Sequence[str]) -> bool | str:
+    """Whether a node can take a chosen name, for `validate_inputs`: ComfyUI's own check knows one spelling only.
+
+    None is a name that another node will tell.
+    """
+    return name is None or spelled(name) in listed or f"{name!r} is not in the list. There is: {', '.join(listed)}"
+
+
+def on_disk(*paths: Path) -> str:
+    """What changes when one of these files, or one in these folders, is written, replaced or deleted."""
+    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    return "; ".join(map(state_of, files))
+
+
+def state_of(file: Path) -> str:
     try:
-        return folder_paths.get_full_path_or_raise(kind, name)
-    except FileNotFoundError:
-        folder = folder_paths.get_folder_paths(kind)[0]
-        raise DiffLensError(f"{name} was not found. Put it into {folder} or choose another file.") from None
+        found = file.stat()
+    except OSError:
+        return f"{file}: none"
+    return f"{file}: {found.st_mtime_ns}, {found.st_size}"
 
 
-def folders_and_files(kind: str, configs: Sequence[str], endings: Sequence[str]) -> tuple[set[Path], set[Path]]:
+def name_state(kind: str, name: str | None) -> str:
+    """For `fingerprint_inputs`: the state of all that a name stands for, a file or a folder, and what lies beside it.
+
+    Of a name that another node will tell, the state of all that it may be.
+    """
+    if name is None:
+        return on_disk(*filter(None, (full_path(kind, own) for own in list_files(kind))))
+    configs = (*sae.CONFIGS, networks.CONFIG) if kind in (SAES, MODELS) else ()
+    found = full_path(kind, name)
+    if found is None:  # a folder, known by what it holds
+        inside = [own for own in list_files(kind) if str(PurePosixPath(own).parent) == spelled(name)]
+        found = full_path(kind, inside[0]) if inside else None
+        if found is None:
+            return "none"
+        scheduler = found.parent.parent / "scheduler" / "scheduler_config.json"
+        return on_disk(found.parent, scheduler)
+    return on_disk(found, found.with_name(f"{found.name}.json"), *(found.with_name(config) for config in configs))
+
+
+def folders_and_files(
+    kind: str, configs: Sequence[str], endings: Sequence[str]
+) -> tuple[set[PurePosixPath], set[PurePosixPath]]:
     """Listed folders that hold one of `configs`, and the files of those endings that lie in none of them."""
-    paths = [Path(name) for name in list_files(kind)]
+    paths = [PurePosixPath(name) for name in list_files(kind)]
     folders = {path.parent for path in paths if path.name in configs and path.parent.name}
     return folders, {path for path in paths if path.suffix in endings and not folders & set(path.parents)}
 
@@ -67,7 +127,7 @@ def list_saes() -> list[str]:
 
 def list_feature_folders() -> list[str]:
     """Names that `find_features` takes: folders with .pt files that no configuration makes an SAE."""
-    paths = [Path(name) for name in list_files(SAES)]
+    paths = [PurePosixPath(name) for name in list_files(SAES)]
     configured = {path.parent for path in paths if path.name in sae.CONFIGS}
     found = {path.parent for path in paths if path.suffix == ".pt" and path.parent.name}
     return sorted(map(str, found - configured))
@@ -75,15 +135,16 @@ def list_feature_folders() -> list[str]:
 
 def find_features(name: str) -> Path:
     """A listed folder with feature files. Raises `DiffLensError` if it is gone."""
-    files = [path for path in list_files(SAES) if Path(path).parent == Path(name) and Path(path).suffix == ".pt"]
-    return Path(find_file(SAES, files[0] if files else name)).parent
+    paths = [PurePosixPath(listed) for listed in list_files(SAES)]
+    files = [path for path in paths if str(path.parent) == spelled(name) and path.suffix == ".pt"]
+    return Path(find_file(SAES, str(files[0]) if files else name)).parent
 
 
 def find_sae(name: str) -> str:
     """Path of a listed SAE, a file or a folder. Raises `DiffLensError` if it is gone."""
     for config in sae.CONFIGS:
-        if path := folder_paths.get_full_path(SAES, str(Path(name) / config)):
-            return str(Path(path).parent)
+        if path := full_path(SAES, f"{name}/{config}"):
+            return str(path.parent)
     return find_file(SAES, name)
 
 
@@ -92,9 +153,9 @@ def new_file(kind: str, name: str) -> tuple[Path, str]:
 
     `name` may lead into sub-folders, never out of the folder. A file of that name is replaced.
     """
-    parts = name_parts(name.strip().removesuffix(".safetensors"))
-    listed = Path(*parts[:-1], f"{parts[-1]}.safetensors")
-    return Path(folder_paths.get_folder_paths(kind)[0]) / listed, str(listed)
+    *folders, last = name_parts(re.sub(r"\.safetensors$", "", name.strip(), flags=re.IGNORECASE))
+    listed = "/".join([*folders, f"{last}.safetensors"])
+    return Path(folder_paths.get_folder_paths(kind)[0], listed), listed
 
 
 def new_output(prefix: str, ending: str) -> Path:
@@ -106,23 +167,31 @@ def new_output(prefix: str, ending: str) -> Path:
 
 def name_parts(name: str) -> list[str]:
     """The folders and the file that a user's name asks for. Raises `DiffLensError` if it could lead elsewhere."""
-    parts = re.split(r"[\\/]", name)
+    parts = spelled(name).split("/")
     if not all(re.fullmatch(r"\w[\w .()+-]{0,99}(?<![ .])", part) for part in parts):
         raise DiffLensError(
             f"{name!r} cannot be a file name. Use letters, digits, spaces and _ - + . ( ), beginning with a letter "
             "or digit; / puts the file into a sub-folder."
         )
+    for part in parts:
+        # Windows takes these for devices whatever stands behind the first dot, and wide digits for plain ones.
+        stem = unicodedata.normalize("NFKC", part).partition(".")[0].rstrip().upper()
+        if stem in RESERVED:
+            raise DiffLensError(f"{name!r} cannot be a file name: Windows keeps {stem} for a device. Choose another.")
     return parts
+
+
+RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{digit}" for port in ("COM", "LPT") for digit in range(10))}
 
 
 def list_stores() -> list[str]:
     """Folders with activations, by the name that `find_store` takes."""
-    return [str(path.parent) for path in map(Path, list_files(STORES)) if path.name == INDEX]
+    return [str(path.parent) for path in map(PurePosixPath, list_files(STORES)) if path.name == INDEX]
 
 
 def find_store(name: str) -> Path:
     """Folder of a listed store. Raises `DiffLensError` if it is gone."""
-    return Path(find_file(STORES, str(Path(name) / INDEX))).parent
+    return Path(find_file(STORES, f"{name}/{INDEX}")).parent
 
 
 def new_store(name: str) -> Path:
@@ -148,6 +217,6 @@ def list_models() -> list[str]:
 
 def find_model(name: str) -> str:
     """Path of a listed model, a file or a folder. Raises `DiffLensError` if it is gone."""
-    if Path(name).suffix in networks.WEIGHTS:
+    if PurePosixPath(spelled(name)).suffix in networks.WEIGHTS:
         return find_file(MODELS, name)
-    return str(Path(find_file(MODELS, str(Path(name) / networks.CONFIG))).parent)
+    return str(Path(find_file(MODELS, f"{name}/{networks.CONFIG}")).parent)

@@ -24,7 +24,7 @@ from ...difflens_core.activations import capture as capture_with
 from ...difflens_core.activations import drawer as draw_with
 from ...difflens_core.files import DiffLensError, digest
 from .edits import Settings, apply_site, edit_site, follows_first
-from .marks import conditioning_tensors, content, model_fingerprint, patches_mark
+from .marks import belongs, conditioning_content, content, model_fingerprint, patches_mark
 from .progress import progress_bar
 from .runs import progress_of
 
@@ -70,7 +70,7 @@ def run_mark(
     model: ModelPatcher, positive: list, latent: dict, negative: list | None, cfg: float, *settings: Any
 ) -> str:  # fmt: skip
     """Tells what is sampled, and how, from anything else: model, patches, conditionings, latent and `settings`."""
-    start = [empty_latents(model, positive, latent)[:1], *conditioning_tensors([*positive, *(negative or [])])]
+    start = [empty_latents(model, positive, latent)[:1], *conditioning_content([*positive, *(negative or [])])]
     return digest(model_fingerprint(model), patches_mark(model), f"{cfg}{settings}", *content(start))
 
 
@@ -115,6 +115,9 @@ class HostSampler:
     def fingerprint(self) -> str:
         return model_fingerprint(self.model)
 
+    def owns(self, mark: str) -> bool:
+        return belongs(mark, self.model)
+
     @cached_property
     def progress(self) -> tuple[float, ...]:
         return tuple(map(progress_of(self.model), self.sigmas[:-1].tolist()))
@@ -125,13 +128,13 @@ class HostSampler:
 
     @property
     def info(self) -> dict[str, Any]:
-        inputs = digest(*content([self.start, *conditioning_tensors(self.positive)]))
+        inputs = digest(*content([self.start, *conditioning_content(self.positive)]))
         info = {
             "steps": self.steps, "sampler": self.sampler_name, "scheduler": self.scheduler,
             "latent and conditioning": inputs,
         }  # fmt: skip
         if self.cfg != 1:
-            info |= {"cfg": self.cfg, "negative": digest(*content(conditioning_tensors(self.negative)))}
+            info |= {"cfg": self.cfg, "negative": digest(*content(conditioning_content(self.negative)))}
         return info | ({"patches": mark} if (mark := patches_mark(self.model)) else {})
 
     def sample(self, noise: Tensor, images: Tensor, edits: Sequence[Edit] = (), kept: Sequence[Kept] = ()) -> Tensor:

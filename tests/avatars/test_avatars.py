@@ -8,7 +8,7 @@ import torch
 
 from difflens_core.activations import Activations, Kept, edit_site
 from difflens_core.classifiers import load_classifier
-from difflens_core.files import fingerprint
+from difflens_core.files import made_by
 from difflens_core.measure.fairness import kept_share
 from difflens_core.networks import load_denoiser, sample, start_noise
 from difflens_core.sae import load_sae
@@ -105,7 +105,7 @@ def test_recipes_and_sae_belong_to_the_shipped_model(model):
     assert sae.width == model.config.width
     for attribute in ATTRIBUTES:
         recipe = recipe_of(attribute)
-        assert recipe.model == fingerprint(model.state_dict())
+        assert made_by(recipe.model, model.state_dict())
         assert torch.allclose(recipe.decoder, sae.decoder[recipe.features], atol=1e-3)
 
 

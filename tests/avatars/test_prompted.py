@@ -12,7 +12,7 @@ from occupations import OCCUPATIONS
 
 from difflens_core.activations import edit_site
 from difflens_core.classifiers import load_classifier
-from difflens_core.files import fingerprint, load_tensors
+from difflens_core.files import load_tensors, made_by
 from difflens_core.networks import Guidance, load_prompted, sample, start_noise
 from difflens_core.steer import Steering, load_recipe
 from difflens_core.targets import Targets
@@ -83,7 +83,7 @@ def test_swapping_the_site_swaps_occupation_and_all(prompted, classifier):
 @pytest.mark.parametrize("attribute", ["presentation", "age"])
 def test_one_recipe_serves_every_prompt(prompted, classifier, drawn, attribute):
     recipe = load_recipe(FILES / "difflens_recipes" / f"prompted_avatars_{attribute}.safetensors")
-    assert recipe.model == fingerprint(prompted[0].state_dict())
+    assert made_by(recipe.model, prompted[0].state_dict())
     targets = Targets(attribute, recipe.classes, (1 / len(recipe.classes),) * len(recipe.classes))
     for number in (1, 3):
         prompt = [f"portrait of a {OCCUPATIONS[number]}"]

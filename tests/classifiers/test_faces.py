@@ -88,6 +88,12 @@ def test_kornias_network_runs_on_random_weights_from_a_file(tmp_path):
     torch.save(detection.YuNet("train", pretrained=False).state_dict(), path)
     found = load_face_finder(path)(torch.rand(2, 3, 96, 64))
     assert len(found) == 2 and all(boxes.ndim == 2 and boxes.shape[1] == 4 for boxes in found)
+    weights = torch.load(path)
+    torch.save({n: t.to(torch.float8_e5m2) if t.is_floating_point() else t for n, t in weights.items()}, path)
+    load_face_finder(path)
+    torch.save({name: tensor.to(torch.int8) for name, tensor in weights.items()}, path)
+    with pytest.raises(DiffLensError, match="yunet.pth: tensor .* holds whole numbers"):
+        load_face_finder(path)
     torch.save({"fc.weight": torch.ones(2)}, path)
     with pytest.raises(DiffLensError, match="not the weights of kornia's face detector"):
         load_face_finder(path)

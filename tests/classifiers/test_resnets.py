@@ -201,6 +201,62 @@ def test_a_torchvision_file_in_half_precision_with_metadata(small, tmp_path):
     check_five(load_any_classifier(path)[0], network)
 
 
+def test_a_torchvision_file_in_fp8(small, tmp_path):
+    path = tmp_path / "mine.safetensors"
+    weights = {n: t.to(torch.float8_e4m3fn) if t.is_floating_point() else t for n, t in small[0].state_dict().items()}
+    save_file(weights, path, {"difflens": json.dumps(FIVE)})
+    network = resnet.resnet18(num_classes=5).eval()
+    network.load_state_dict(weights)
+    check_five(load_any_classifier(path)[0], network)
+
+
+# --- FairFace's two models ---
+
+
+def fairface_file(folder: Path, name: str, trained: slice) -> Path:
+    """Weights in FairFace's layout, in which only those rows of the last layer are as training leaves them."""
+    with torch.device("meta"):
+        shapes = resnet.resnet34(num_classes=18).state_dict()
+    weights = {key: torch.zeros(t.shape, dtype=torch.float16) for key, t in shapes.items()}
+    rows = torch.nn.Linear(512, 18).weight.data
+    rows[trained] += 0.1 * torch.randn(rows[trained].shape)
+    torch.save(weights | {"fc.weight": rows}, folder / name)
+    return folder / name
+
+
+ALL, FOUR = slice(None), [0, 1, 2, 3, *range(7, 18)]
+FILES = {
+    "renamed, seven": ("mine.pt", ALL, 7, "seven races; if it is FairFace's model with four"),
+    "renamed, four": ("mine.pt", FOUR, 4, "the model with four races"),
+    "seven": ("res34_fair_align_multi_7_20190809.pt", ALL, 7, "Latino_Hispanic and Middle Eastern are left out"),
+    "four": ("res34_fair_align_multi_4_20190809.pt", FOUR, 4, "the model with four races"),
+    "four by its name alone": ("res34_fair_align_multi_4.pt", ALL, 4, "four races by the file's name"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_fairfaces_two_models_are_told_apart(tmp_path, case):
+    name, trained, races, words = FILES[case]
+    torch.manual_seed(0)
+    path = fairface_file(tmp_path, name, trained)
+    model, report = load_any_classifier(path)
+    assert report.startswith("format: FairFace, ResNet-34\n") and words in report
+    model.network = Means()
+    found, logits = model.classify(images(3)), Means()(((images(3) - MEAN) / STD).permute(0, 3, 1, 2))
+    race = logits[:, :races].softmax(dim=1)
+    expected = race if races == 4 else torch.stack([race[:, 0], race[:, 1], race[:, 3] + race[:, 4], race[:, 5]], dim=1)
+    torch.testing.assert_close(found["race"], expected / expected.sum(dim=1, keepdim=True), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found["gender"], logits[:, 7:9].softmax(dim=1), atol=1e-5, rtol=1e-4)
+    assert (f"race{MISTAKE}" in found) == (left_out("race") in found) == (races == 7)
+
+
+def test_a_fairface_file_whose_name_and_weights_differ_is_asked_about(tmp_path):
+    torch.manual_seed(0)
+    path = fairface_file(tmp_path, "res34_fair_align_multi_7.pt", FOUR)
+    with pytest.raises(DiffLensError, match="only four of them were trained. Rename it .*multi_7.pt.json beside it"):
+        load_any_classifier(path)
+
+
 def test_depth_and_kind_of_block_are_read_off_the_weights(tmp_path):
     with torch.device("meta"):
         shapes = resnet.resnet50(num_classes=5).state_dict()
@@ -278,6 +334,8 @@ def test_bad_files_are_refused(small, tmp_path):
     refused(write_small(small, tmp_path / "nan.safetensors", FIVE, **{"fc.bias": nan}), "tensor fc.bias holds NaN")
     narrow = write_small(small, tmp_path / "narrow.safetensors", FIVE, **{"conv1.weight": torch.ones(3, 3, 7, 7)})
     refused(narrow, "looks like a ResNet-18 of torchvision, but its weights do not fit one")
+    whole = write_small(small, tmp_path / "int8.safetensors", FIVE, **{"fc.weight": torch.ones(5, 512).to(torch.int8)})
+    refused(whole, "int8.safetensors: tensor fc.weight holds whole numbers .int8.")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(narrow.read_bytes()[:5000])
     refused(cut, "It may be cut off")

@@ -187,6 +187,16 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path, weights):
         load_checkpoint(tmp_path / "nan.pt", heads=2)
 
 
+def test_weights_in_fp8_are_read_and_whole_numbers_are_refused(toys, tmp_path, weights):
+    for name, content in (("adm", weights), ("unet2d", toys.unet2d().state_dict())):
+        small = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in content.items()}
+        found = load_checkpoint(write(tmp_path / f"{name}.safetensors", small), heads=2)
+        assert all(torch.equal(found.weights[key], tensor.float()) for key, tensor in small.items())
+        whole = write(tmp_path / f"{name}_int8.pt", {key: tensor.to(torch.int8) for key, tensor in content.items()})
+        with pytest.raises(DiffLensError, match=f"^{name}_int8.pt: tensor .* holds whole numbers .int8."):
+            load_checkpoint(whole, heads=2)
+
+
 @pytest.mark.parametrize(("channels", "words"), [(1, "1 channels. Expected 3"), (6, "6 channels. It is an upsampler")])
 def test_models_of_other_channels_are_refused(toys, tmp_path, channels, words):
     path = write(tmp_path / "odd.pt", toys.adm(replace(SMALL, in_channels=channels)).state_dict())
@@ -201,6 +211,7 @@ def test_models_of_other_channels_are_refused(toys, tmp_path, channels, words):
         ({"time_embedding_type": "fourier"}, "score-based model"),
         ({"class_embed_type": "identity"}, "class_embed_type identity is not supported"),
         ({"mid_block_type": None}, "no mid block"),
+        ({"rotate": "left", "halve": False}, "sets rotate, which the installed diffusers does not know"),
         ({"block_out_channels": [32, 96]}, "do not fit its configuration"),
         ({"block_out_channels": [32]}, "cannot build a UNet2DModel of its configuration"),
     ],

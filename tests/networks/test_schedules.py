@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from difflens_core.files import DiffLensError
 from difflens_core.networks import ddim_step, ddim_timesteps
-from difflens_core.networks.schedules import cosine_betas, linear_betas, read_scheduler
+from difflens_core.networks.schedules import SCHEDULERS, cosine_betas, linear_betas, read_scheduler
 
 
 @pytest.mark.parametrize(
@@ -33,13 +34,38 @@ def test_a_scheduler_is_read_as_diffusers_reads_it(settings):
     assert found.clip == (config.clip_sample_range if config.clip_sample else None)
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_known_scheduler_is_read_with_its_own_defaults(name):
+    try:
+        scheduler = getattr(diffusers, f"{name}Scheduler")(beta_schedule="linear")
+    except ImportError as error:  # one of them needs torchsde
+        pytest.skip(str(error))
+    short = {"beta_schedule": "linear", "_class_name": f"{name}Scheduler"}
+    for config in (short, short | dict(scheduler.config)):
+        found = read_scheduler(config)
+        torch.testing.assert_close(found.betas.float(), scheduler.betas, atol=2e-7, rtol=2e-5)
+        assert found.clip == (scheduler.config.clip_sample_range if scheduler.config.get("clip_sample") else None)
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
         ({"_class_name": "ScoreSdeVeScheduler"}, "ScoreSdeVeScheduler. has no betas. Expected that of a DDPM or DDIM"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000},
+            "is a FlowMatchEulerDiscreteSc",
+        ),
+        ({"_class_name": "LCMScheduler", "beta_schedule": "linear"}, "scheduler is a LCMScheduler, which is not supp"),
+        (
+            {"_class_name": "MyScheduler", "beta_schedule": "linear"},
+            "scheduler is a MyScheduler, which is not supported",
+        ),
+        ({"beta_schedule": "linear", "use_flow_sigmas": True}, "asks for use_flow_sigmas .True."),
+        ({"beta_schedule": "linear", "snr_shift_scale": 3.0}, "asks for snr_shift_scale .3.0."),
+        ({"beta_schedule": "linear", "timestep_type": "continuous"}, "timestep_type continuous is not supported"),
         ({"beta_schedule": "cubic"}, "beta_schedule cubic is not known"),
         ({"beta_schedule": "linear", "prediction_type": "flow"}, "prediction_type flow is none of epsilon"),
-        ({"beta_schedule": "linear", "thresholding": True}, "asks for thresholding, which is not supported"),
+        ({"beta_schedule": "linear", "thresholding": True}, "asks for thresholding .True., which is not supported"),
     ],
 )
 def test_schedulers_of_other_kinds_are_refused(config, words):

@@ -172,12 +172,35 @@ def test_the_reference_difflens_is_two_convolutions(toys, tmp_path, kernel):
     assert ("whole 3 x 3 map" in text) == (kernel == 3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 def test_weights_of_other_precisions_come_back_in_fp32(toys, tmp_path, dtype):
     tensors, config, _ = make(toys, "sparsify")
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     sae, _ = load_any_sae(write(tmp_path, tensors, config))
     assert sae.encoder.dtype == torch.float32 and torch.equal(sae.encoder, tensors["encoder.weight"].float())
+
+
+OLD = {"expansion_factor": 32, "normalize_decoder": True, "k": K, "signed": False, "d_in": C}
+
+
+def test_a_configuration_of_an_old_sparsify_needs_no_number_of_latents(toys, tmp_path):
+    tensors, _, formula = make(toys, "sparsify")
+    sae, text = load_any_sae(write(tmp_path, tensors, OLD))
+    h = toys.random(8)(5, C, 3, 2) * 2
+    check(sae, h, *formula(rows_of(h.double())))
+    assert "format: EleutherAI sparsify" in text
+    assert load_any_sae(write(tmp_path / "none", tensors, OLD | {"num_latents": None}))[0].latents == N
+
+
+def test_options_that_only_concern_training_do_not_matter(toys, tmp_path):
+    tensors, config, _ = make(toys, "sparsify")
+    known = {"multi_topk": True, "activation": "topk", "skip_connection": False, "something_new": False}
+    assert load_any_sae(write(tmp_path / "a", tensors, config | known))[0].k == K
+    tensors, config, _ = make(toys, "SAELens topk")
+    known = {"decoder_init_norm": 0.1, "aux_loss_coefficient": 1.0, "something_new": None}
+    assert load_any_sae(write(tmp_path / "b", tensors, config | known))[0].k == K
 
 
 def test_a_loaded_sae_survives_our_own_file(toys, tmp_path):
@@ -270,6 +293,13 @@ BAD = {
     "a missing tensor": ("sparsify", ("b_dec", None), {}, "not an SAE of a known format. Tensors: W_dec, encoder"),
     "a skip connection": ("sparsify", ("W_skip", torch.ones(C, C)), {}, "not an SAE of a known format"),
     "a transcoder": ("sparsify", None, {"transcode": True}, "trained with transcode, which is not supported"),
+    "signed latents": ("sparsify", None, {"signed": True}, "trained with signed, which is not supported"),
+    "an n-gram table": ("sparsify", None, {"gram_lookup": True}, "trained with gram_lookup"),
+    "an unknown option": ("sparsify", None, {"rectify": "twice"}, "sets rectify 'twice', which is not known here"),
+    "an unknown option of unbox": ("sdxl-unbox", None, {"mirror": True}, "sets mirror True, which is not known"),
+    "an unknown option of SAELens": ("SAELens topk", None, {"noise": 0.5}, "sets noise 0.5, which is not known"),
+    "integers": ("sparsify", ("W_dec", torch.ones(N, C, dtype=torch.int8)), {}, "W_dec holds whole numbers .int8."),
+    "NaN in fp8": ("sparsify", ("b_dec", torch.full((C,), torch.nan).to(torch.float8_e4m3fn)), {}, "b_dec holds NaN"),
     "groupmax": ("sparsify", None, {"activation": "groupmax"}, "trained with groupmax"),
     "layer norm": ("SAELens topk", None, {"normalize_activations": "layer_norm"}, r"normalised \(layer_norm\)"),
     "an old SAELens": ("SAELens standard", None, {"metadata": None}, "SAELens before version 6"),
@@ -324,6 +354,21 @@ def test_a_file_that_is_cut_off_is_refused(toys, tmp_path, name, kept):
     for given in (path, tmp_path):
         with pytest.raises(DiffLensError, match=f"^{name}: .*(cut off|damaged)"):
             load_any_sae(given)
+
+
+def test_a_sparse_tensor_is_refused_in_words(toys, tmp_path):
+    tensors, config, _ = make(toys, "sparsify")
+    write(tmp_path, tensors, config, "a.pth")
+    torch.save(tensors | {"W_dec": tensors["W_dec"].to_sparse()}, tmp_path / "a.pth")
+    with pytest.raises(DiffLensError, match="a.pth: .*W_dec is of a kind that cannot be read here.*sparse"):
+        load_any_sae(tmp_path)
+
+
+def test_parameters_in_a_file_do_not_bring_their_gradients(toys, tmp_path):
+    tensors, config, _ = make(toys, "sparsify")
+    write(tmp_path, tensors, config, "a.pth")
+    torch.save({name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}, tmp_path / "a.pth")
+    assert not load_any_sae(tmp_path)[0].encoder.requires_grad
 
 
 class Payload:

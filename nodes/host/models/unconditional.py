@@ -16,9 +16,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ....difflens_core.files import DiffLensError, difflens_kind, fingerprint
+from ....difflens_core.files import DiffLensError, difflens_kind
 from ....difflens_core.networks import Adm, AdmConfig, Checkpoint, Schedule, load_checkpoint, unet2d_class
-from ..marks import FINGERPRINT
+from ..marks import FINGERPRINT, marks_of
 from .avatars import load_unconditional
 from .pixels import Hosted, after_middle, as_patcher, unconditional_conditioning
 
@@ -166,7 +166,7 @@ def as_model(checkpoint: Checkpoint, source: tuple, disable_dynamic: bool = Fals
     model = PixelModel(config, checkpoint, network, device)
     weights = {name: tensor.to(dtype) for name, tensor in checkpoint.weights.items()}
     patcher = as_patcher(model, weights, (load_again, source), disable_dynamic)
-    patcher.set_attachments(FINGERPRINT, fingerprint(checkpoint.weights))
+    patcher.set_attachments(FINGERPRINT, marks_of(checkpoint.weights))
     return patcher
 
 
