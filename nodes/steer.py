@@ -17,6 +17,7 @@ from . import host
 from .sockets import CATEGORY, SAE, RecipeSocket, TargetsSocket
 
 AS_RECIPE = "from recipe"
+OTHER_WEIGHTS = "Steer: the recipe for {} was made on other weights than this model's; it may steer badly."
 
 
 class Steer(io.ComfyNode):
@@ -154,20 +155,35 @@ class Steer(io.ComfyNode):
             end=min(recipe.end, end_percent),
         )
         if targets is None:
-            shares = asked_shares(recipe, parse_target(target, recipe.classes))
-            mix = tuple(shares.tolist())
-            dealt = Targets(recipe.attribute, recipe.classes, mix, seed, first_image, host.dealt(model))
+            shares = parse_target(target, recipe.classes)
+            if mask is None and conditioning == "positive":  # as it was calibrated
+                shares = asked_shares(recipe, shares)
+            dealt = deal(model, recipe, tuple(shares.tolist()), seed, first_image)
         else:
             dealt = replace(targets_of(targets, recipe.attribute, recipe.classes), first_image=first_image, log=Log())
         if mask is not None:
             mask = mask.reshape(-1, *mask.shape[-2:])  # some nodes put out a single mask without a batch
         steering = Steering(recipe, dealt.of, sae, mask)
+        mark = host.content_mark(host.recipe_mark(recipe), repr(dealt), conditioning, mask, sae is not None)
         steered = host.apply_site(
             model, recipe.site, steering, cls.define_schema().display_name, conditioning,
-            span=(recipe.start, recipe.end), run=run, mark=f"{host.recipe_mark(recipe)} {dealt}", log=dealt.log,
-            node_id=cls.hidden and cls.hidden.unique_id,
+            span=(recipe.start, recipe.end), run=run, mark=mark, log=dealt.log, node_id=host.node_id(cls),
         )  # fmt: skip
+        if not host.belongs(recipe.model, model):
+            host.tell(host.node_id(cls), OTHER_WEIGHTS.format(recipe.attribute))
         return io.NodeOutput(host.with_deal(steered, dealt), (dealt,))
+
+
+def deal(model: Any, recipe: Recipe, shares: tuple[float, ...], seed: int, first_image: int) -> Targets:
+    """The deal of the recipe's classes: independent of earlier Steers, and the same as an equal one's."""
+    last = earlier = host.dealt(model)
+    while earlier:
+        if (earlier.attribute, earlier.classes, earlier.shares, earlier.seed) == (
+            recipe.attribute, recipe.classes, shares, seed,
+        ):  # fmt: skip
+            return replace(earlier, first_image=first_image, log=Log())
+        earlier = earlier.beside
+    return Targets(recipe.attribute, recipe.classes, shares, seed, first_image, last)
 
 
 def check_model(model: Any, recipe: Recipe) -> None:
@@ -179,7 +195,4 @@ def check_model(model: Any, recipe: Recipe) -> None:
             f"model's has {width}. Use a recipe made on this model."
         )
     if not host.belongs(recipe.model, model):
-        host.log.warning(
-            "Steer: the recipe for %s was made on other weights than this model's; it may steer badly.",
-            recipe.attribute,
-        )
+        host.log.warning("%s", OTHER_WEIGHTS.format(recipe.attribute))

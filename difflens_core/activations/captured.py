@@ -51,6 +51,12 @@ class Activations:
         return self.shards[0].shape[3:].numel()
 
     @property
+    def map(self) -> tuple[int, int]:
+        """Height and width of the map that the positions form."""
+        height, width = self.shards[0].shape[3:]
+        return height, width
+
+    @property
     def rows_in_all(self) -> int:
         """Rows of `width` numbers: steps x pictures x positions."""
         return len(self.progress) * self.pictures * self.positions

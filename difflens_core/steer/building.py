@@ -45,12 +45,24 @@ def build_recipe(
     probe_rows = [probes.step_at(float(at)) for at in attribution.progress]
     probe_weight, probe_bias = probes.weight[probe_rows] / SOFTENING, probes.bias[probe_rows] / SOFTENING
     normalisation = Normalisation(attribution.progress, sae.normalisation.mean[rows], sae.normalisation.scale[rows])
+    start, end = captured_part(attribution.progress)
     return Recipe(
         attribution.attribute, classes, sae.site, model, chosen, encoder, bias, threshold, sae.decoder[chosen],
         member, attribution.levels[:, :, chosen], probe_weight, probe_bias, normalisation,
-        strength=(1.0,) * len(classes),
+        strength=(1.0,) * len(classes), start=start, end=end,
+        map=activations.map if sae.kernel == 1 else None,
         info={"gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures},
     )  # fmt: skip
+
+
+def captured_part(progress: Tensor) -> tuple[float, float]:
+    """From the first to the end of the last of the steps (S, their progress) that were captured.
+
+    What a recipe knows of one noise level says nothing about another.
+    """
+    steps = [round(float(at), 6) for at in progress]
+    last = steps[-1] - steps[-2] if len(steps) > 1 else 1.0
+    return steps[0], min(1.0, steps[-1] + last)
 
 
 def recipe_from_features(

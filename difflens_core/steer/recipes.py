@@ -30,7 +30,7 @@ class Recipe:
     K x F, which latents belong to which class; levels: S x K x F x P, mean activity per step, class and position (no
     positions: not known); probe_weight: S x K x width and probe_bias: S x K read the class that a picture is about to
     show. mode, strength, start, end: how to edit, see `Steering`. model: fingerprint of the weights it was made on.
-    info: provenance and figures.
+    map: height and width of the map whose positions they are, None if not known. info: provenance and figures.
     """
 
     attribute: str
@@ -51,6 +51,7 @@ class Recipe:
     strength: tuple[float, ...] = ()
     start: float = 0.0
     end: float = 1.0
+    map: tuple[int, int] | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,6 +81,12 @@ class Recipe:
         """C of the site's activations."""
         return self.normalisation.mean.shape[1]
 
+    def fits(self, height: int, width: int) -> bool:
+        """Whether the levels are of such a map. Of one that is not known its sides may be, if it may be a square."""
+        if self.map:
+            return (height, width) == self.map
+        return height * width == self.levels.shape[-1] and (height == width or 1 in (height, width))
+
     @property
     def kernel(self) -> int:
         """1, or the side of the whole map, if the SAE read that at once: see `SparseAutoencoder`."""
@@ -104,7 +111,7 @@ AXES = {
     "levels": "SKFP", "probe_weight": "SKW", "probe_bias": "SK", "normalisation.progress": "N",
     "normalisation.mean": "NC", "normalisation.scale": "N",
 }  # fmt: skip
-PLAIN = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "info")
+PLAIN = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "map", "info")
 
 
 def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
@@ -131,7 +138,9 @@ def save_recipe(path: str | Path, recipe: Recipe) -> None:
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe that `save_recipe` wrote. Raises `DiffLensError` if it does not fit."""
     needs = [*TENSORS, *(f"normalisation.{name}" for name in NORMALISATION), *PLAIN]
+    needs.remove("map")  # files of version 0.4 and before do not tell it
     tensors, info = load_tensors(path, "recipe", needs)
+    info["map"] = tuple(info.get("map") or ()) or None
     try:
         refuse_whole_numbers(tensors, ("features", "member"))
         check_shapes(tensors)

@@ -88,9 +88,11 @@ class Steering:
     def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
         """Edited copy of h (B x C x H x W, any float type); images: B, indices in the run, on the CPU."""
         recipe = self.recipe
-        if not any(recipe.strength) or not recipe.start <= progress <= recipe.end:
+        if not any(recipe.strength):
             return h
-        self.check(h)
+        self.check(h)  # also before its part of the sampling begins: sooner is better
+        if not recipe.start <= progress <= recipe.end:
+            return h
         t = self.tensors(h.device)
         step = recipe.normalisation.step_at(progress)
         target = self.target_of(images)
@@ -192,10 +194,12 @@ class Steering:
                     f"the recipe reads all of a {recipe.kernel} x {recipe.kernel} one. Sample at the size it was made "
                     "on."
                 )
-        elif h.shape[2:].numel() != positions and recipe.mode not in WITHOUT_LEVELS:
+        elif recipe.mode not in WITHOUT_LEVELS and not recipe.fits(h.shape[2], h.shape[3]):
+            made_on = " x ".join(map(str, recipe.map)) if recipe.map else f"a square of {positions}"
             raise DiffLensError(
-                f"recipe for {recipe.attribute}: the map at {recipe.site} has {h.shape[2:].numel()} positions, the "
-                f"recipe was made on {positions}. Sample at the size it was made on, or use mode scale."
+                f"recipe for {recipe.attribute}: the map at {recipe.site} has {h.shape[2:].numel()} positions "
+                f"({h.shape[2]} x {h.shape[3]}), the recipe was made on {positions} ({made_on}). Sample at the size it "
+                "was made on, or use mode scale."
             )
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """All that the nodes need of ComfyUI itself: the only room that touches its internals."""
 
 from .ddim import ddim_sigmas, reference_sampler
-from .edits import CONDITIONINGS, apply_site
+from .edits import CONDITIONINGS, apply_site, tell
 from .files import (
     CLASSIFIERS,
     MODELS,
@@ -44,6 +44,7 @@ from .progress import (
     clear_errors,
     drawn,
     log,
+    node_id,
     preview,
     progress_bar,
     progress_of_total,
@@ -56,6 +57,8 @@ from .sampling import SAMPLERS, SCHEDULERS, capture, drawer, run_mark
 from .sites import own_name, site_width, some_sites
 
 __all__ = [
+    "node_id",
+    "tell",
     "dealt",
     "with_deal",
     "CLASSIFIERS",

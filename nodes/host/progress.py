@@ -42,6 +42,11 @@ def clear_errors(execute: Callable) -> Callable:
     return wrapper
 
 
+def node_id(cls: type[io.ComfyNode]) -> str | None:
+    """Which node of the page is being executed, for `tell`; its schema must ask for the hidden `unique_id`."""
+    return cls.hidden.unique_id if getattr(cls, "hidden", None) else None
+
+
 Preview = tuple[str, Image.Image, int]
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from difflens_core.activations import Activations
+from difflens_core.files import DiffLensError
 from difflens_core.locate import attribute_features
-from difflens_core.steer import build_recipe
-from difflens_core.steer.building import SOFTENING, fit_thresholds
+from difflens_core.steer import Steering, build_recipe
+from difflens_core.steer.building import SOFTENING, captured_part, fit_thresholds
 
 LABELS = torch.arange(12) % 3
 
@@ -78,3 +81,19 @@ def test_levels_probes_and_normalisation_share_one_grid_of_steps(toys, steps):
             probes.bias[probes.step_at(s / steps)] / SOFTENING,
         )
         assert torch.equal(recipe.probe_weight[at], softened[0]) and torch.equal(recipe.probe_bias[at], softened[1])
+
+
+def test_a_recipe_edits_where_it_was_captured_and_nowhere_else():
+    assert captured_part(torch.arange(20) / 20) == (0.0, 1.0)
+    assert captured_part(torch.tensor([0.67, 0.77, 0.87])) == (0.67, pytest.approx(0.97))
+    assert captured_part(torch.tensor([0.5])) == (0.5, 1.0)
+
+
+def test_a_map_lying_on_its_side_is_refused_at_the_first_step(toys):
+    recipe = replace(toys.recipe(positions=6), map=(2, 3), start=0.5)
+    steering = Steering(recipe, lambda images: images % 3)
+    assert torch.equal(steering(torch.zeros(1, 6, 2, 3), 0.0, torch.tensor([0])), torch.zeros(1, 6, 2, 3))
+    with pytest.raises(DiffLensError, match=r"6 positions \(3 x 2\), the recipe was made on 6 \(2 x 3\)"):
+        steering(torch.zeros(1, 6, 3, 2), 0.0, torch.tensor([0]))
+    old = replace(toys.recipe(positions=16), map=None)
+    assert old.fits(4, 4) and old.fits(16, 1) and not old.fits(2, 8)
