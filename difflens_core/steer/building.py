@@ -62,7 +62,7 @@ def captured_part(progress: Tensor) -> tuple[float, float]:
     """
     steps = [round(float(at), 6) for at in progress]
     last = steps[-1] - steps[-2] if len(steps) > 1 else 1.0
-    return steps[0], min(1.0, steps[-1] + last)
+    return steps[0], min(1.0, round(steps[-1] + last, 6))
 
 
 def recipe_from_features(

@@ -20,8 +20,9 @@ def shipped(attribute: str, **settings: object) -> Recipe:
 def sampled(recipes: list[Recipe], pictures: int, seed: int = 3, **more: object) -> torch.Tensor:
     """What `Avatars.draw` draws with those recipes for the first targets of a uniform mix."""
     model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
-    edits = []
-    for recipe in recipes:
-        shares = (1 / len(recipe.classes),) * len(recipe.classes)
-        edits.append(Steering(recipe, Targets(recipe.attribute, recipe.classes, shares).of, **more))
+    edits, deals = [], {}
+    for recipe in recipes:  # every attribute is dealt beside those before it, the same one once
+        shares, last = (1 / len(recipe.classes),) * len(recipe.classes), next(reversed(deals.values()), None)
+        deal = deals.setdefault(recipe.attribute, Targets(recipe.attribute, recipe.classes, shares, beside=last))
+        edits.append(Steering(recipe, deal.of, **more))
     return sample(model, start_noise(pictures, seed), 4, edits)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ OFF_SCHEDULE = ("dpm_2", "dpmpp_sde", "dpm_adaptive")  # they evaluate between t
 # A site that a patch reaches and one that a hook reaches, with its channels and positions.
 SITES = {("U-Net", "mid_block"): (64, 64), ("Flux", "double_blocks.1"): (48, 64)}
 STEPS = 3
+AVATARS = Path(__file__).resolve().parents[2] / "models" / "avatars"
 
 
 def steered(inside, toys, model, family, site, strength, seen=None):
@@ -72,6 +75,49 @@ def test_under_torch_compile(inside, toys, family, site):
     for found in (of_compiled, compiled_last):
         torch.testing.assert_close(found, expected, atol=1e-3 * float(expected.std()), rtol=1e-3)
     assert counters["frames"]["ok"] > 0, "nothing was compiled"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+@pytest.mark.parametrize("family", ["avatars", "U-Net"])
+def test_steer_under_inductor_with_unsteered_runs_before_and_after(inside, toys, family):
+    """The real nodes in the order that went wrong: a compiled graph of the unsteered model knows of no edit."""
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    steer = inside.pack_module("nodes.steer").Steer
+    if family == "avatars":
+        model = inside.host.load_unconditional(str(AVATARS / "difflens_models" / "avatars.safetensors"))
+        recipe = inside.pack_module("difflens_core.steer").load_recipe(
+            AVATARS / "difflens_recipes" / "avatars_presentation.safetensors"
+        )
+        positive, latent = inside.host.unconditional_conditioning(), {"samples": torch.zeros(4, 3, 64, 64)}
+    else:
+        model = inside.model(family)
+        width, positions = SITES[family, "mid_block"]
+        recipe = toys.recipe(width=width, positions=positions, steps=4, mode="move", strength=(1.0,) * 3)
+        recipe = replace(recipe, site="mid_block", model="")
+        positive, latent = inside.prompt(family, 1), inside.latent(family)
+
+    def steered(patcher):
+        return steer.execute(patcher, recipe, "uniform", 1.0, "from recipe", 0.0, 1.0, 0, 0).result[0]
+
+    def compiled(patcher):
+        return TorchCompileModel.execute(patcher, "inductor").result[0]
+
+    def drawn(patcher):
+        return inside.sample(patcher, positive, latent=latent, steps=3)
+
+    torch._dynamo.reset()
+    expected, plain = drawn(steered(model)), drawn(model)
+    close = {"atol": 2e-3 * float(plain.std()), "rtol": 2e-3}
+    behind = compiled(model)
+    for found, wanted in (
+        (drawn(behind), plain), (drawn(compiled(steered(model))), expected), (drawn(steered(behind)), expected),
+        (drawn(behind), plain), (drawn(compiled(model)), plain),
+    ):  # fmt: skip
+        torch.testing.assert_close(found, wanted, **close)
+    assert (expected - plain).abs().max() > 0.05 * plain.std()
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("family", "site"), SITES)

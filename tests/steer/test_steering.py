@@ -192,7 +192,7 @@ def test_shift_leaves_alone_what_already_heads_for_its_class(toys):
 def test_a_site_of_another_width_or_size_is_refused(toys):
     with pytest.raises(DiffLensError, match="is 7 wide, the recipe was made on 6"):
         steer(toys.recipe(), torch.zeros(8, 7, 2, 2))
-    with pytest.raises(DiffLensError, match="has 9 positions, the recipe was made on 4"):
+    with pytest.raises(DiffLensError, match=r"has 9 positions \(3 x 3\), the recipe was made on 4"):
         steer(toys.recipe(), torch.zeros(8, 6, 3, 3))
 
 
