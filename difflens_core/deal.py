@@ -40,7 +40,7 @@ def whole_counts(shares: Sequence[float], count: int, random: Random) -> np.ndar
     return np.diff(ends, prepend=0)
 
 
-def balanced(counts: Sequence[int], random: Random, beside: Sequence[np.ndarray] = ()) -> np.ndarray:
+def balanced(counts: np.ndarray, random: Random, beside: Sequence[np.ndarray] = ()) -> np.ndarray:
     """A round (N, int64) that holds class k `counts[k]` times; beside: rounds of the same length.
 
     In any run of n pictures a class strays from its share n * counts[k] / N by 1 picture at most where such a round

@@ -53,7 +53,8 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     tensors' root mean squares, added up. Rounding may move that by one, where it lies between two steps: compare by
     `same_weights`. "" if there are no weights.
     """
-    parts, level = [], 0.0
+    level = 0.0
+    parts: list[bytes | str] = []
     for name, weight in sorted(weights.items()):
         values = weight.detach().cpu().float().contiguous()
         parts += [f"{name}{tuple(values.shape)}", np.packbits(values.signbit().numpy()).tobytes()]

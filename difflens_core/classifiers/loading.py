@@ -57,7 +57,7 @@ def load_any_classifier(path: str | Path, faces: FaceFinder | None = None) -> tu
         if info:
             readouts, settings = described(info, outputs)
         elif (name, outputs) == ("ResNet-34", FAIRFACE_OUTPUTS):
-            races, note = races_of_fairface(network.fc.weight, path.name)
+            races, note = races_of_fairface(network.get_parameter("fc.weight"), path.name)
             readouts, notes = (FAIRFACE, FAIRFACE_NOTES) if races == 7 else (FAIRFACE_4, FAIRFACE_4_NOTES)
             notes, name = notes + ((note,) if note else ()), "FairFace, ResNet-34"
         else:

@@ -185,8 +185,8 @@ def effect_table(effects: Effects, recipe: Recipe) -> str:
     ]
     order = effects.carried.amax(dim=1).argsort(descending=True).tolist()
     for f in order:
-        pairs = zip((100 * effects.effect[f]).tolist(), (100 * effects.error[f]).tolist(), strict=True)
-        cells = [f"{effect:+.2f} ({error:.2f})" for effect, error in pairs]
+        figures = zip((100 * effects.effect[f]).tolist(), (100 * effects.error[f]).tolist(), strict=True)
+        cells = [f"{effect:+.2f} ({error:.2f})" for effect, error in figures]
         lines.append(f"#{int(effects.features[f]):<7}" + "".join(f"{cell:>18}" for cell in cells))
     if effects.uncounted:
         pairs = len(effects.features) * effects.pictures

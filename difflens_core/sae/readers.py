@@ -106,8 +106,10 @@ def is_sparsify(config: Config) -> bool:
 
 
 # Options that concern training, or that the readers look at.
-SPARSIFY = ("expansion_factor", "num_latents", "k", "d_in", "normalize_decoder", "multi_topk", "activation")
-SPARSIFY += ("batch_topk", "lookup_max_order", "gram_table_hash")
+SPARSIFY = (
+    "expansion_factor", "num_latents", "k", "d_in", "normalize_decoder", "multi_topk", "activation", "batch_topk",
+    "lookup_max_order", "gram_table_hash",
+)  # fmt: skip
 UNBOX = ("n_dirs_local", "d_model", "k", "auxk", "dead_steps_threshold", "comms")
 SAELENS_OPTIONS = (
     "architecture", "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "metadata", "k",
