@@ -119,13 +119,14 @@ class Steer(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "run",
-                    default=0,
-                    min=0,
-                    max=2**31 - 1,
-                    control_after_generate=io.ControlAfterGenerate.increment,
+                    default=-1,
+                    min=-1,
+                    max=2**24,
+                    advanced=True,
                     optional=True,
-                    tooltip="Counts your runs, so that pictures queued one by one, or batch after batch, go on with "
-                    "the mix where the last ones ended. Set it to fixed to compare pictures of the same seed.",
+                    tooltip="-1: pictures of a new seed go on with the mix where the last ones ended, so that single "
+                    "pictures are as balanced as a batch; a seed drawn before gets what it had. 0 and more: the number "
+                    "of the run, for the same pictures on every machine.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -143,7 +144,7 @@ class Steer(io.ComfyNode):
     def execute(
         cls, model: Any, recipe: Recipe, target: str, strength: float, mode: str, start_percent: float,
         end_percent: float, seed: int, first_image: int, conditioning: str = "positive", mask: Tensor | None = None,
-        sae: SparseAutoencoder | None = None, targets: tuple[Targets, ...] | None = None, run: int = 0,
+        sae: SparseAutoencoder | None = None, targets: tuple[Targets, ...] | None = None, run: int = -1,
     ) -> io.NodeOutput:  # fmt: skip
         check_model(model, recipe)
         if start_percent > end_percent:
@@ -161,13 +162,15 @@ class Steer(io.ComfyNode):
             dealt = deal(model, recipe, tuple(shares.tolist()), seed, first_image)
         else:
             dealt = replace(targets_of(targets, recipe.attribute, recipe.classes), first_image=first_image, log=Log())
+            run = max(run, 0)  # a plan is for the pictures that it was made from
         if mask is not None:
             mask = mask.reshape(-1, *mask.shape[-2:])  # some nodes put out a single mask without a batch
         steering = Steering(recipe, dealt.of, sae, mask)
         mark = host.content_mark(host.recipe_mark(recipe), repr(dealt), conditioning, mask, sae is not None)
         steered = host.apply_site(
             model, recipe.site, steering, cls.define_schema().display_name, conditioning,
-            span=(recipe.start, recipe.end), run=run, mark=mark, log=dealt.log, node_id=host.node_id(cls),
+            span=(recipe.start, recipe.end), run=run, deal=repr(dealt), mark=mark, log=dealt.log,
+            node_id=host.node_id(cls),
         )  # fmt: skip
         if not host.belongs(recipe.model, model):
             host.tell(host.node_id(cls), OTHER_WEIGHTS.format(recipe.attribute))

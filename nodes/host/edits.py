@@ -26,7 +26,7 @@ from ...difflens_core.activations import edit_site as hooked
 from ...difflens_core.files import DiffLensError
 from ...difflens_core.targets import Log
 from .progress import named
-from .runs import Account, Run, part_of, picture_numbers, progress_of
+from .runs import DEALS, Account, Deal, Run, part_of, picture_numbers, progress_of
 from .sites import Picture, own_name, run_name, site_width
 
 log = logging.getLogger("difflens")
@@ -55,13 +55,15 @@ class Settings:
     """How an edit goes about it.
 
     node: what errors begin with; span: the part of the sampling in which it changes anything; run: how many runs of as
-    many pictures came before this one, whose numbers go on after theirs; mark: tells the edit from others; log: takes
-    what a run tells; node_id: the node of the page that shows it.
+    many pictures came before this one, whose numbers go on after theirs, or -1 to count them here, those of one `deal`
+    together; mark: tells the edit from others; log: takes what a run tells; node_id: the node of the page that shows
+    it.
     """
 
     node: str
     span: tuple[float, float] = (0.0, 1.0)
     run: int = 0
+    deal: str = ""
     mark: str = ""
     log: Log = field(default_factory=Log)
     node_id: str | None = None
@@ -81,14 +83,24 @@ class SiteEdit:
     def node(self) -> str:
         return self.settings.node
 
-    def around_run(self, executor: WrapperExecutor, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def first_picture(self, count: int, seed: int | None, latent_image: Tensor) -> int:
+        """Number of the first picture of a batch of `count`, which is that of the run or follows the last run's."""
+        if self.settings.run >= 0:
+            return self.settings.run * count
+        deal = DEALS.setdefault(self.settings.deal, Deal())
+        return deal.first(seed, count, bool(latent_image.any()))
+
+    def around_run(
+        self, executor: WrapperExecutor, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         """OUTER_SAMPLE."""
-        guider, seed = executor.class_obj, kwargs.get("seed", args[6] if len(args) > 6 else None)
-        numbers = picture_numbers(noise, seed) + self.settings.run * len(noise)
+        guider, seed = executor.class_obj, kwargs.get("seed", args[5] if len(args) > 5 else None)
+        numbers = picture_numbers(noise, seed)
+        numbers = numbers + self.first_picture(int(numbers.max()) + 1, seed, latent_image)
         run = Run(guider, numbers, progress_of(guider.model_patcher), self.settings.span)
         self.runs.append(run)
         try:
-            out = executor(noise, *args, **kwargs)
+            out = executor(noise, latent_image, *args, **kwargs)
         finally:
             self.runs.remove(run)
         with named(self.node):

@@ -65,6 +65,32 @@ def picture_numbers(noise: Tensor, seed: int | None) -> Tensor:
 
 
 @dataclass
+class Deal:
+    """How far a deal has come in this server: which pictures the runs of each seed have got."""
+
+    next: int = 0
+    last: tuple[int, int] = (0, 0)  # number of the first picture of the last run, and how many it had
+    begun: dict[tuple[int | None, int], int] = field(default_factory=dict)
+
+    def first(self, seed: int | None, count: int, goes_on: bool) -> int:
+        """Number of the first picture of a run of `count` pictures.
+
+        A seed that was drawn before gets the pictures that it had, a new one those that come next. A run that goes on
+        with pictures that are there already (hires fix, a second sampler) keeps their numbers.
+        """
+        if goes_on and self.last[1] == count:
+            return self.last[0]
+        if (seed, count) not in self.begun:
+            self.begun[seed, count] = self.next
+            self.next += count
+        self.last = self.begun[seed, count], count
+        return self.last[0]
+
+
+DEALS: dict[str, Deal] = {}  # of this server, by what tells a deal from others
+
+
+@dataclass
 class Account:
     """What an edit did in one run, in noise predictions of the guider.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 PICTURES, SEED = 3, 5
+AVATARS = Path(__file__).resolve().parents[2] / "models" / "avatars"
 FAMILIES = {
     "SD1.5": "middle_block", "SDXL": "output_blocks.3.1", "Flux": "double_blocks.1", "SD3": "joint_blocks.1",
     "Qwen-Image": "transformer_blocks.0", "Wan": "blocks.0",
@@ -235,6 +237,48 @@ def test_a_single_block_that_is_not_told_where_its_picture_is_is_steered_alike(i
         hook.remove()
         block.forward = whole
     torch.testing.assert_close(found, expected)
+
+
+# --- a deal that goes on ---
+
+
+def classes_of(inside, batches, seeds):
+    """Classes that pictures of runs of such sizes and seeds are asked for, numbered as Steer does unasked."""
+    model, given = inside.model("U-Net"), []
+    name = f"deal {len(inside.pack_module('nodes.host.runs').DEALS)}"
+    deal = inside.pack_module("difflens_core.targets").Targets(name, ("a", "b"), (0.5, 0.5))
+    edited = inside.host.apply_site(
+        model, "mid_block", lambda h, progress, images: given.append(deal.of(images).tolist()) or h, "Steer",
+        run=-1, deal=name,
+    )  # fmt: skip
+    for batch, seed in zip(batches, seeds, strict=True):
+        inside.sample(edited, inside.prompt("U-Net", 1), latent=inside.latent("U-Net", batch), seed=seed)
+    return given
+
+
+def test_steer_numbers_runs_unasked_unless_it_is_told_which(inside):
+    run = inside.pack_module("nodes.steer").Steer.define_schema().inputs[-1]
+    assert (run.id, run.default, run.optional) == ("run", -1, True)
+
+
+@pytest.mark.parametrize("batches", [[1] * 16, [4] * 4, [3, 1, 5, 2, 5]])
+def test_pictures_queued_apart_are_as_balanced_as_a_batch(inside, batches):
+    seeds = torch.randint(2**40, (len(batches),), generator=torch.Generator().manual_seed(1)).tolist()
+    dealt = [label for run in classes_of(inside, batches, seeds) for label in run]
+    assert abs(sum(dealt) - len(dealt) / 2) <= 1
+
+
+def test_a_seed_that_was_drawn_before_gets_the_classes_it_had(inside):
+    found = classes_of(inside, [2, 2, 1, 2, 2], [7, 8, 9, 7, 8])
+    assert found[3:] == found[:2]
+
+
+def test_a_second_pass_keeps_the_classes_of_the_pictures_it_goes_on_with(inside):
+    deal = inside.pack_module("nodes.host.runs").Deal()
+    assert [deal.first(1, 2, False), deal.first(5, 2, True), deal.first(6, 2, False), deal.first(1, 2, False)] == [
+        0, 0, 2, 0,
+    ]  # fmt: skip
+    assert deal.first(9, 3, True) == 4, "pictures from elsewhere"
 
 
 # --- progress ---
