@@ -117,6 +117,7 @@ class SiteEdit:
     ) -> Any:
         """PREDICT_NOISE. Reads one noise level, which on a GPU waits for the device once a prediction."""
         if self.runs and not model_options.get("transformer_options", {}).get(UNEDITED):
+            self.runs[-1].told = True
             self.runs[-1].begin_prediction(float(timestep.flatten()[0]))
         return executor(x, timestep, model_options, *args, **kwargs)
 
@@ -133,6 +134,8 @@ class SiteEdit:
                 )
             run = self.runs[-1]
             run.evaluations += 1
+            if not run.told:  # a guider that predicts in a way of its own
+                run.begin_prediction(float(options["sigmas"][0]))
             if not run.inside and run.evaluations > 1:  # the first is always looked at: does the recipe fit?
                 return executor(x, *args, **kwargs)
             chosen = self.choose(run, run.roles(options), options["uuids"])

@@ -105,7 +105,7 @@ class Account:
     changed: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """A sampling run under way, as one edit sees it. span: the part of the sampling (percent) that the edit is for."""
 
@@ -117,6 +117,7 @@ class Run:
     progress: float = 0.0
     order: dict[int, str] = field(default_factory=dict)
     evaluations: int = 0
+    told: bool = False  # whether the guider tells when it predicts
     counted: set[str] = field(default_factory=set)
 
     def begin_prediction(self, sigma: float) -> None:

@@ -139,6 +139,22 @@ def test_a_run_that_was_steered_as_asked_says_nothing(inside):
     assert said(inside, inside.model("SD1.5")) == []
 
 
+def test_a_guider_that_does_not_tell_when_it_predicts_is_followed_by_its_evaluations(inside):
+    class Own(inside.comfy.samplers.CFGGuider):
+        def __call__(self, *args, **kwargs):
+            return self.predict_noise(*args, **kwargs)
+
+    seen = []
+    steered = inside.host.apply_site(
+        inside.model("SD1.5"), "mid_block", lambda h, progress, images: seen.append(progress) or h, "Steer"
+    )
+    guider = Own(steered)
+    guider.set_conds(inside.prompt("SD1.5", 1), inside.prompt("SD1.5", 2))
+    guider.set_cfg(3.0)
+    sampled(inside, guider, inside.latent("SD1.5"), steps=3)
+    assert len(seen) == 3 and seen == sorted(set(seen)) and seen[0] == 0
+
+
 def test_a_window_without_a_step_is_said(inside):
     (sentence,) = said(inside, inside.model("SD1.5"), span=(0.1, 0.11))
     assert "no step of the sampling lies between 10% and 11%" in sentence
