@@ -146,7 +146,7 @@ class Steer(io.ComfyNode):
         end_percent: float, seed: int, first_image: int, conditioning: str = "positive", mask: Tensor | None = None,
         sae: SparseAutoencoder | None = None, targets: tuple[Targets, ...] | None = None, run: int = -1,
     ) -> io.NodeOutput:  # fmt: skip
-        check_model(model, recipe)
+        warning = check_model(model, recipe)
         if start_percent > end_percent:
             raise DiffLensError(f"start_percent ({start_percent:g}) lies after end_percent ({end_percent:g}).")
         recipe = with_settings(
@@ -172,8 +172,8 @@ class Steer(io.ComfyNode):
             span=(recipe.start, recipe.end), run=run, deal=repr(dealt), mark=mark, log=dealt.log,
             node_id=host.node_id(cls),
         )  # fmt: skip
-        if not host.belongs(recipe.model, model):
-            host.tell(host.node_id(cls), OTHER_WEIGHTS.format(recipe.attribute))
+        if warning:
+            host.tell(host.node_id(cls), warning)
         return io.NodeOutput(host.with_deal(steered, dealt), (dealt,))
 
 
@@ -189,13 +189,19 @@ def deal(model: Any, recipe: Recipe, shares: tuple[float, ...], seed: int, first
     return Targets(recipe.attribute, recipe.classes, shares, seed, first_image, last)
 
 
-def check_model(model: Any, recipe: Recipe) -> None:
-    """Raise `DiffLensError` if the recipe cannot fit the model; warn in the log if it was made on other weights."""
+def check_model(model: Any, recipe: Recipe) -> str:
+    """A warning, also in the log, if the recipe was made on other weights, else "".
+
+    Raises `DiffLensError` if it cannot fit the model.
+    """
     width = host.site_width(model, recipe.site)
     if width not in (None, recipe.channels):
         raise DiffLensError(
             f"the recipe for {recipe.attribute} was made on {recipe.site} with {recipe.channels} channels, this "
             f"model's has {width}. Use a recipe made on this model."
         )
-    if not host.belongs(recipe.model, model):
-        host.log.warning("%s", OTHER_WEIGHTS.format(recipe.attribute))
+    if host.belongs(recipe.model, model):
+        return ""
+    warning = OTHER_WEIGHTS.format(recipe.attribute)
+    host.log.warning("%s", warning)
+    return warning

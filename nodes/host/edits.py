@@ -57,7 +57,7 @@ class Settings:
     node: what errors begin with; span: the part of the sampling in which it changes anything; run: how many runs of as
     many pictures came before this one, whose numbers go on after theirs, or -1 to count them here, those of one `deal`
     together; mark: tells the edit from others; log: takes what a run tells; node_id: the node of the page that shows
-    it.
+    it; numbered: whether the edit goes by the pictures' numbers, which are looked for in their noise.
     """
 
     node: str
@@ -67,6 +67,7 @@ class Settings:
     mark: str = ""
     log: Log = field(default_factory=Log)
     node_id: str | None = None
+    numbered: bool = True
 
 
 @dataclass(eq=False)
@@ -95,7 +96,7 @@ class SiteEdit:
     ) -> Any:
         """OUTER_SAMPLE."""
         guider, seed = executor.class_obj, kwargs.get("seed", args[5] if len(args) > 5 else None)
-        numbers = picture_numbers(noise, seed)
+        numbers = picture_numbers(noise, seed if self.settings.numbered else None)
         numbers = numbers + self.first_picture(int(numbers.max()) + 1, seed, latent_image)
         run = Run(guider, numbers, progress_of(guider.model_patcher), self.settings.span)
         self.runs.append(run)
@@ -150,8 +151,9 @@ class SiteEdit:
 
         with uncompiled(), hooked(network, site, change, Picture(network, site, x, text_tokens(args, kwargs))):
             out = executor(x, *args, **kwargs)
-        if not visited:
-            self.missed(run)
+        if not visited:  # if it never was, say so before more is sampled in vain
+            with named(self.node):
+                check_account(run.account, self.site)
         return out
 
     def change(self, h: Tensor, run: Run, chosen: Sequence[bool], numbers: Tensor) -> Tensor:
@@ -167,14 +169,7 @@ class SiteEdit:
         ]
         if all(new is old for new, (old, _) in zip(edited, parts, strict=True)):
             return h
-        run.count("changed")
         return torch.cat(edited)
-
-    def missed(self, run: Run) -> None:
-        """The network was evaluated without the site. If it never was run, say so before more is sampled in vain."""
-        if run.inside and run.account.reached == 0:
-            with named(self.node):
-                check_account(run.account, self.site)
 
 
 def check_account(account: Account, site: str) -> None:

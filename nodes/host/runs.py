@@ -95,14 +95,13 @@ class Account:
     """What an edit did in one run, in noise predictions of the guider.
 
     due: those in its part of the sampling; reached: those of them in which the site was run; chosen: those in which a
-    row was its own; changed: those in which it changed something.
+    row was its own.
     """
 
     predictions: int = 0
     due: int = 0
     reached: int = 0
     chosen: int = 0
-    changed: int = 0
 
 
 @dataclass(eq=False)

@@ -141,7 +141,7 @@ class HostSampler:
         """See `Sampler.sample`."""
         model = self.watched(kept) if kept else self.model
         for edit in edits:
-            model = apply_site(model, edit.site, functools.partial(numbered, edit, images), self.node)
+            model = apply_site(model, edit.site, functools.partial(numbered, edit, images), self.node, numbered=False)
         return comfy.sample.sample(
             model, noise.to(self.start.dtype), self.steps, self.cfg, self.sampler_name, self.scheduler, self.positive,
             self.negative or self.positive, self.start[images % len(self.start)], disable_pbar=True,
@@ -162,7 +162,9 @@ class HostSampler:
             return h
 
         for one in kept:
-            model = edit_site(model, one.site, functools.partial(keep, one), follows_first, Settings(self.node))
+            model = edit_site(
+                model, one.site, functools.partial(keep, one), follows_first, Settings(self.node, numbered=False)
+            )
         return model
 
     def decode(self, latents: Tensor) -> Tensor:
