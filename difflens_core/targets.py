@@ -119,8 +119,12 @@ def deal_for_ever(
 
 @dataclass
 class Log:
-    """What sampling told of a deal: the pictures' numbers, run by run, and what did not come about in the last run."""
+    """What sampling told of a deal: the pictures' numbers, run by run, and what did not come about in the last run.
 
+    first: number in the deal of the first picture of the batch that is being drawn.
+    """
+
+    first: int = 0
     numbers: list[np.ndarray] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
 
@@ -184,10 +188,11 @@ class Targets:
         return self.asked[numbers]
 
     def of(self, images: Tensor) -> Tensor:
-        """Class (B, int64) to steer pictures `images` to (B, their indices in the run, on the CPU), or LEFT_ALONE."""
-        classes = self.at(images.numpy())
+        """Class (B, int64) to steer pictures `images` to (B, their indices in the batch, on the CPU), or LEFT_ALONE."""
+        numbers = images.numpy() + self.log.first
+        classes = self.at(numbers)
         if self.moved is not None:
-            classes = np.where(self.moved[images.numpy() + self.first_image], classes, LEFT_ALONE)
+            classes = np.where(self.moved[numbers + self.first_image], classes, LEFT_ALONE)
         return torch.from_numpy(classes)
 
 

@@ -83,7 +83,7 @@ class FairnessReport(io.ComfyNode):
         if after is not None and targets is not None:
             asked = targets_of(targets, attribute, classes)
             assigned = asked.shown_last(len(after))
-            said = [f"Steer: {sentence}" for sentence in asked.log.said]
+            said = [f"Steer: {sentence}" for sentence in [*asked.log.said, *untold(asked, len(after))]]
         path = host.new_output(save_as, ".html") if save_as.strip() else None
         embed = None if clip_vision is None else host.image_embedder(clip_vision)
 
@@ -200,6 +200,16 @@ class CompareImages(io.ComfyNode):
         pictures = [to_bytes(images) for images in rows.values() if images is not None]
         image = host.to_image(image_grid(pictures, titles.splitlines(), columns))
         return host.drawn(cls, image, image)
+
+
+def untold(asked: Targets, count: int) -> list[str]:
+    """A sentence if sampling did not tell which class each of `count` pictures was asked to show."""
+    if asked.log.last(count) is not None or (asked.asked is not None and not asked.log.numbers):
+        return []
+    return [
+        f"its last runs drew other pictures than these {count}, so it is not known which class each was asked to show; "
+        "success is counted as if they were the first ones. Report on all pictures of the last runs, in their order."
+    ]
 
 
 def size_of(images: Tensor) -> str:

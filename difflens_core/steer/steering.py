@@ -223,8 +223,13 @@ class Steering:
 
 def resized(mask: Tensor, h: Tensor, images: Tensor) -> Tensor:
     """The mask (M x height x width) of `images` at the size of h: B x 1 x P, or 1 x 1 x P if there is one for all."""
+    if 1 < len(mask) <= (last := int(images.max())):
+        raise DiffLensError(
+            f"there are {len(mask)} masks and at least {last + 1} pictures. Give one mask for all, or one for each "
+            "picture of the batch."
+        )
     mask = F.interpolate(mask[:, None].to(h.device, torch.float32), h.shape[2:], mode="area").flatten(2)
-    return mask if len(mask) == 1 else mask[images.to(h.device) % len(mask)]
+    return mask if len(mask) == 1 else mask[images.to(h.device)]
 
 
 def kth_largest(rows: Tensor, k: int) -> Tensor:

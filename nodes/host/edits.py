@@ -26,7 +26,7 @@ from ...difflens_core.activations import edit_site as hooked
 from ...difflens_core.files import DiffLensError
 from ...difflens_core.targets import Log
 from .progress import named
-from .runs import DEALS, Account, Deal, Run, part_of, picture_numbers, progress_of
+from .runs import Account, Run, begin_run, part_of
 from .sites import Picture, own_name, run_name, site_width
 
 log = logging.getLogger("difflens")
@@ -84,30 +84,25 @@ class SiteEdit:
     def node(self) -> str:
         return self.settings.node
 
-    def first_picture(self, count: int, seed: int | None, latent_image: Tensor) -> int:
-        """Number of the first picture of a batch of `count`, which is that of the run or follows the last run's."""
-        if self.settings.run >= 0:
-            return self.settings.run * count
-        deal = DEALS.setdefault(self.settings.deal, Deal())
-        return deal.first(seed, count, bool(latent_image.any()))
-
     def around_run(
-        self, executor: WrapperExecutor, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+        self, executor: WrapperExecutor, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
         """OUTER_SAMPLE."""
-        guider, seed = executor.class_obj, kwargs.get("seed", args[5] if len(args) > 5 else None)
-        numbers = picture_numbers(noise, seed if self.settings.numbered else None)
-        numbers = numbers + self.first_picture(int(numbers.max()) + 1, seed, latent_image)
-        run = Run(guider, numbers, progress_of(guider.model_patcher), self.settings.span)
+        seed = kwargs.get("seed", args[3] if len(args) > 3 else None)
+        run = begin_run(
+            executor.class_obj, noise, latent_image, sampler, sigmas, seed, self.settings.span, self.settings.numbered
+        )
         self.runs.append(run)
         try:
-            out = executor(noise, latent_image, *args, **kwargs)
+            out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
             self.runs.remove(run)
+        run.finish()
         with named(self.node):
             check_account(run.account, self.site)
-        self.settings.log.numbers.append(numbers.numpy())
-        self.settings.log.said[:] = shortfalls(run.account, self.site, self.settings.span)
+        self.settings.log.numbers.append((run.numbers + run.first).numpy())
+        self.settings.log.said[:] = [*filter(None, [run.said, shortfall(run.account, self.site, self.settings.span)])]
         for sentence in self.settings.log.said:
             log.warning("%s: %s", self.node, sentence)
             tell(self.settings.node_id, sentence)
@@ -140,7 +135,10 @@ class SiteEdit:
             if not run.inside and run.evaluations > 1:  # the first is always looked at: does the recipe fit?
                 return executor(x, *args, **kwargs)
             chosen = self.choose(run, run.roles(options), options["uuids"])
-            numbers = run.rows(x, options, clip_length(kwargs))
+            if run.evaluations == 1:
+                run.number(options, kwargs, self.settings.run, self.settings.deal)
+            self.settings.log.first = run.first
+            numbers = run.rows(x, options)
         network, visited = executor.class_obj.diffusion_model, []
         site = run_name(network, self.site)
 
@@ -151,9 +149,9 @@ class SiteEdit:
 
         with uncompiled(), hooked(network, site, change, Picture(network, site, x, text_tokens(args, kwargs))):
             out = executor(x, *args, **kwargs)
-        if not visited:  # if it never was, say so before more is sampled in vain
-            with named(self.node):
-                check_account(run.account, self.site)
+        run.account.seen |= bool(visited)
+        with named(self.node):  # sooner is better: before more is sampled in vain
+            check_seen(run.account, self.site)
         return out
 
     def change(self, h: Tensor, run: Run, chosen: Sequence[bool], numbers: Tensor) -> Tensor:
@@ -172,39 +170,48 @@ class SiteEdit:
         return torch.cat(edited)
 
 
-def check_account(account: Account, site: str) -> None:
+def check_seen(account: Account, site: str) -> None:
     """Raise `DiffLensError` if the edit was due and the site was never run."""
-    if account.due and not account.reached:
+    if account.due and not account.seen:
         raise DiffLensError(
             f"{site} was never run while the model sampled, so it was neither read nor changed: another node replaces "
             "the network's code or runs an engine in its place. Leave that node out, or use another site."
         )
 
 
-def shortfalls(account: Account, site: str, span: tuple[float, float]) -> list[str]:
-    """Sentences on what should have been done in a run and was not."""
+def check_account(account: Account, site: str) -> None:
+    """Raise `DiffLensError` if the edit was due and nothing of it came about because the site was not run."""
+    check_seen(account, site)
+    if account.due and not account.reached:
+        raise DiffLensError(
+            f"{site} was run in none of the {account.due} predictions to be read or steered: a cache or another node "
+            "answered them from what came before. Leave that node out, or let it begin later."
+        )
+
+
+def shortfall(account: Account, site: str, span: tuple[float, float]) -> str:
+    """A sentence on what should have been done in a run and was not, or ""."""
     if account.predictions and not account.due:
-        return [
+        return (
             f"no step of the sampling lies between {span[0]:.0%} and {span[1]:.0%}, so nothing was steered. Widen "
             "start_percent and end_percent, or take more steps."
-        ]
+        )
     if account.due and not account.chosen:
-        return [
+        return (
             "the conditioning that was to be steered never came, so nothing was steered. At cfg 1 there is only the "
             "positive."
-        ]
+        )
     if account.reached < account.due:
-        return [
+        return (
             f"{site} was run in {account.reached} of the {account.due} predictions to be steered: a cache or another "
             "node answered the others from what came before."
-        ]
-    return []
-
-
-def clip_length(kwargs: dict) -> int:
-    """Pictures of the batch that are the frames of one clip, for networks that take a video as a batch."""
-    frames = kwargs.get("num_video_frames")
-    return int(frames) if frames is not None else 1
+        )
+    if account.chosen < account.due:
+        return (
+            f"the conditioning that was to be steered came in {account.chosen} of the {account.due} predictions to be "
+            "steered."
+        )
+    return ""
 
 
 def text_tokens(args: Sequence[Any], kwargs: dict) -> int:

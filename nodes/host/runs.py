@@ -12,13 +12,17 @@ from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
-from ...difflens_core.files import DiffLensError
+from ...difflens_core.files import DiffLensError, digest
+from .marks import content
 
 # What an ordinary guider's places in a list of conditionings stand for, where its uuids leave it open.
 BY_PLACE = {0: "positive", 1: "negative"}
-SLICES_TRIED = 1024  # pictures of a batch among which a row of noise is looked for
+NUMBERS_TRIED = 2**24  # random numbers drawn to find a row of noise among the pictures of a batch
+COMPARED = 16  # of a row's numbers
+ANIMATION = "ad_params"  # AnimateDiff Evolved's entry of transformer_options, by which it tells others what it does
 HALVINGS = 40  # of the interval in which a sigma's percent is looked for
 
 
@@ -42,12 +46,12 @@ def progress_of(model: ModelPatcher) -> Callable[[float], float]:
     return progress
 
 
-def picture_numbers(noise: Tensor, seed: int | None) -> Tensor:
+def picture_numbers(noise: Tensor, latent_image: Tensor, seed: int | None) -> Tensor:
     """Which picture of its batch each row of noise (B x ...) belongs to: B, int64.
 
     A batch is numbered from 0. The noise of pictures that were cut out of a batch (LatentFromBatch, RebatchLatents) is
     the one that they have in the whole batch, one picture's after the other's; there their numbers are found again.
-    Noise from elsewhere tells nothing, and is numbered from 0 as well.
+    Noise from elsewhere tells nothing, and is numbered from 0 as well; so are different pictures under one noise.
     """
     plain, found = torch.arange(len(noise)), torch.full((len(noise),), -1)
     if seed is None or not noise.any():
@@ -56,12 +60,16 @@ def picture_numbers(noise: Tensor, seed: int | None) -> Tensor:
     if torch.equal(torch.randn(given.shape, dtype=given.dtype, generator=generator), given):
         return plain
     generator.manual_seed(seed)
-    for number in range(SLICES_TRIED):
+    begins = given.flatten(1)[:, :COMPARED]
+    for number in range(max(len(given), NUMBERS_TRIED // given[0].numel())):
         drawn = torch.randn((1, *given.shape[1:]), dtype=given.dtype, generator=generator)
-        found[torch.tensor([torch.equal(drawn[0], row) for row in given])] = number
+        found[(begins == drawn.flatten(1)[:, :COMPARED]).all(dim=1)] = number
         if (found >= 0).all():
-            return found
-    return plain
+            break
+    else:
+        return plain
+    first = torch.tensor([found.tolist().index(number) for number in found.tolist()])
+    return found if torch.equal(latent_image, latent_image[first.to(latent_image.device)]) else plain
 
 
 @dataclass
@@ -69,22 +77,44 @@ class Deal:
     """How far a deal has come in this server: which pictures the runs of each seed have got."""
 
     next: int = 0
-    last: tuple[int, int] = (0, 0)  # number of the first picture of the last run, and how many it had
-    begun: dict[tuple[int | None, int], int] = field(default_factory=dict)
+    begun: dict[int | None, int] = field(default_factory=dict)
+    went_on: dict[str, int] = field(default_factory=dict)  # of runs that started from pictures of an earlier run
+    last: tuple[str | None, int, int] | None = None  # prompt of the last run, number of its first picture, how many
 
-    def first(self, seed: int | None, count: int, goes_on: bool) -> int:
-        """Number of the first picture of a run of `count` pictures.
+    def first(self, seed: int | None, count: int, start: str, prompt: str | None) -> tuple[int, str]:
+        """Number of the first picture of a run of `count`, and a sentence on what could not be told, or "".
 
-        A seed that was drawn before gets the pictures that it had, a new one those that come next. A run that goes on
-        with pictures that are there already (hires fix, a second sampler) keeps their numbers.
+        A seed that was drawn before gets the pictures that it had, a new one those that come next. A run that starts
+        from pictures (start: their mark) goes on with those that were drawn before it in the same prompt (hires fix, a
+        second sampler), whatever its seed, and with the same ones when it is run alone again.
         """
-        if goes_on and self.last[1] == count:
-            return self.last[0]
-        if (seed, count) not in self.begun:
-            self.begun[seed, count] = self.next
-            self.next += count
-        self.last = self.begun[seed, count], count
-        return self.last[0]
+        if start in self.went_on:
+            return self.went_on[start], ""
+        drawn = self.last[2] if start and self.last and self.last[0] == prompt else 0
+        if count == drawn:
+            self.went_on[start] = self.last[1]
+            return self.last[1], ""
+        first = self.begun.setdefault(seed, self.next)
+        self.next = max(self.next, first + count)
+        self.last = prompt, first, count
+        if drawn:
+            return first, (
+                f"{count} picture{'s' * (count > 1)} went through Steer once more after a run of {drawn}, so which of "
+                "them is not known, and they may have been steered to other classes than before. Take the second "
+                "pass's model from before Steer, or let it have all of them."
+            )
+        return first, ""
+
+
+def start_mark(latent_image: Tensor) -> str:
+    """Tells the pictures that a run starts from from others; "" for an empty latent."""
+    return digest(*content([latent_image])) if latent_image.any() else ""
+
+
+def prompt_id() -> str | None:
+    """The prompt that the server is executing, if it is."""
+    context = get_executing_context()
+    return context and context.prompt_id
 
 
 DEALS: dict[str, Deal] = {}  # of this server, by what tells a deal from others
@@ -95,9 +125,10 @@ class Account:
     """What an edit did in one run, in noise predictions of the guider.
 
     due: those in its part of the sampling; reached: those of them in which the site was run; chosen: those in which a
-    row was its own.
+    row was its own; seen: whether the site was run at all.
     """
 
+    seen: bool = False
     predictions: int = 0
     due: int = 0
     reached: int = 0
@@ -106,12 +137,21 @@ class Account:
 
 @dataclass(eq=False)
 class Run:
-    """A sampling run under way, as one edit sees it. span: the part of the sampling (percent) that the edit is for."""
+    """A sampling run under way, as one edit sees it.
+
+    numbers: of the pictures in their batch; seed, start: of its noise, and the mark of the pictures it starts from;
+    span: the part of the sampling (percent) that the edit is for; steps: progress of the steps of its schedule.
+    """
 
     guider: Any
     numbers: Tensor
+    seed: int | None
+    start: str
     progress_at: Callable[[float], float]
     span: tuple[float, float]
+    steps: list[float]
+    first: int = 0  # number in the deal of the first picture of the batch
+    said: str = ""
     account: Account = field(default_factory=Account)
     progress: float = 0.0
     order: dict[int, str] = field(default_factory=dict)
@@ -119,16 +159,37 @@ class Run:
     told: bool = False  # whether the guider tells when it predicts
     counted: set[str] = field(default_factory=set)
 
+    def number(self, options: dict, kwargs: dict, run: int, deal: str) -> None:
+        """Number the pictures when their network is first run, which tells whether they are the frames of one clip.
+
+        options: of its transformers; kwargs: what else it is given; run, deal: see `Settings`.
+        """
+        if kwargs.get("num_video_frames") is not None or ANIMATION in options:
+            self.numbers = torch.zeros_like(self.numbers)
+        count = int(self.numbers.max()) + 1
+        if run >= 0:
+            self.first = run * count
+        else:
+            self.first, self.said = DEALS.setdefault(deal, Deal()).first(self.seed, count, self.start, prompt_id())
+
     def begin_prediction(self, sigma: float) -> None:
         """The guider is about to predict at this noise level."""
         self.progress, self.counted = self.progress_at(sigma), set()
         self.account.predictions += 1
         self.account.due += self.inside
 
+    def is_inside(self, progress: float) -> bool:
+        return self.span[0] <= progress <= self.span[1]
+
     @property
     def inside(self) -> bool:
         """Whether the edit is for the prediction under way."""
-        return self.span[0] <= self.progress <= self.span[1]
+        return self.is_inside(self.progress)
+
+    def finish(self) -> None:
+        """A cache may answer steps before the guider's prediction is told of them. They were due as well."""
+        if self.account.predictions < len(self.steps):
+            self.account.due = max(self.account.due, sum(map(self.is_inside, self.steps)))
 
     def count(self, what: str) -> None:
         """Count `what`, a field of the account, once a prediction that is due."""
@@ -162,22 +223,35 @@ class Run:
             found.append(role)
         return found
 
-    def rows(self, x: Tensor, options: dict, frames: int) -> Tensor:
-        """Numbers (B, int64) of the pictures of each chunk of x, the latents that the network is run on.
-
-        frames: pictures of one clip that lie side by side in the batch and go by the clip's number.
-        """
+    def rows(self, x: Tensor, options: dict) -> Tensor:
+        """Numbers (B, int64) of the pictures of each chunk of x, the latents that the network is run on."""
         chunks, numbers = len(options["cond_or_uncond"]), self.numbers
-        window = options.get("context_window")
+        window, part = options.get("context_window"), options.get(ANIMATION, {}).get("sub_idxs")
         if window is not None and window.dim == 0:
-            numbers = numbers[torch.tensor(window.index_list)]
+            numbers = window.get_tensor(numbers)
+        elif part is not None:
+            numbers = numbers[part]
         if len(x) != chunks * len(numbers):
             raise DiffLensError(
                 f"the network is run on {len(x)} rows for {chunks} conditioning{'s' * (chunks > 1)} of {len(numbers)} "
                 f"picture{'s' * (len(numbers) > 1)}, so which row is whose is not known. Another node cuts the batch "
                 "into tiles or pieces: let it take one at a time, or leave it out."
             )
-        return numbers // frames
+        return numbers
+
+
+def begin_run(
+    guider: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, seed: int | None,
+    span: tuple[float, float], numbered: bool,
+) -> Run:  # fmt: skip
+    """The run that a guider begins. numbered: whether pictures' numbers are looked for in their noise."""
+    progress = progress_of(guider.model_patcher)
+    # This sampler decides by itself where to predict, and leaves the steps of its schedule aside.
+    adaptive = "adaptive" in getattr(getattr(sampler, "sampler_function", None), "__name__", "")
+    return Run(
+        guider, picture_numbers(noise, latent_image, seed if numbered else None), seed, start_mark(latent_image),
+        progress, span, [] if adaptive else [*map(progress, sigmas[:-1].tolist())],
+    )  # fmt: skip
 
 
 def part_of(h: Tensor, chosen: Sequence[bool], numbers: Tensor, site: str) -> list[tuple[Tensor, Tensor]]:

@@ -25,11 +25,18 @@ XL = {
 SHORT = {
     "num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [1, 1], "transformer_depth_output": [1] * 4,
 }  # fmt: skip
+CLIPS = XL | {
+    "num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [1, 1], "transformer_depth_output": [1] * 4,
+    "transformer_depth_middle": 1, "model_channels": 64, "in_channels": 8, "adm_in_channels": 768,
+    "use_temporal_attention": True, "use_temporal_resblock": True, "extra_ff_mix_layer": True,
+    "merge_strategy": "learned_with_images", "merge_factor": 0.5, "video_kernel_size": [3, 1, 1],
+}  # fmt: skip
 # Of each family a class of configurations, its sizes and the channels of its latents. Prompts are 16 wide.
 SMALL = {
     "SD1.5": (families.SD15, UNET, 4),
     "SDXL": (families.SDXL, UNET | XL, 4),
     "U-Net": (families.SD15, UNET | SHORT, 4),
+    "SVD": (families.SVD_img2vid, UNET | CLIPS, 4),
     "Flux": (
         families.Flux,
         {

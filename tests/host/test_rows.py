@@ -3,19 +3,88 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from difflens_core.networks import AdmConfig
+
 PICTURES, SEED = 3, 5
 AVATARS = Path(__file__).resolve().parents[2] / "models" / "avatars"
 FAMILIES = {
     "SD1.5": "middle_block", "SDXL": "output_blocks.3.1", "Flux": "double_blocks.1", "SD3": "joint_blocks.1",
-    "Qwen-Image": "transformer_blocks.0", "Wan": "blocks.0",
+    "Qwen-Image": "transformer_blocks.0", "Wan": "blocks.0", "ADM": "middle_block",
 }  # fmt: skip
 GUIDERS = ("cfg", "dual", "dual, nested", "perpendicular", "basic")
-BATCHES = ("one batch", "separate calls", "cut out of a batch", "a later run", "an area")
+BATCHES = (
+    "one batch", "separate calls", "cut out of a batch", "a later run", "an area", "a mask", "several prompts",
+    "a part of the sampling", "a LoRA of its own", "windows", "a weaker pass",
+)  # fmt: skip
+ONLY = {  # where they are tried, if not everywhere
+    "an area": (("SD1.5", "SDXL"), ("cfg", "dual", "dual, nested")),
+    "a LoRA of its own": (("SD1.5", "Flux", "Wan"), ("cfg", "dual", "perpendicular")),
+    "windows": (("SD1.5", "Flux", "SD3"), ("cfg", "perpendicular", "basic")),  # along the batch
+    "a weaker pass": (("SD1.5", "SDXL"), ("cfg", "basic")),
+}
+ADM_SIZES = AdmConfig(
+    model_channels=32, channels=(32, 64), attention=(2,), head_channels=0, heads=4, resblock_updown=False, classes=9
+)
+
+
+@pytest.fixture(scope="module")
+def adm(inside, toys, tmp_path_factory):
+    """A small ADM with classes as MODEL."""
+    path = tmp_path_factory.mktemp("pixels") / "adm.pt"
+    torch.save(toys.adm(ADM_SIZES).state_dict(), path)
+    return inside.host.load_model(str(path), "linear", "sample")[0]
+
+
+def prompt_of(inside, family, seed, tokens=8):
+    if family == "ADM":
+        return inside.host.class_conditioning(seed, ADM_SIZES.classes)
+    return inside.prompt(family, seed, tokens=tokens)
+
+
+def prompts_of(inside, family, batch):
+    """A positive, a negative and a third conditioning for a way of batching."""
+    positive, negative, third = (prompt_of(inside, family, seed) for seed in (1, 2, 3))
+    if batch == "separate calls":
+        negative = prompt_of(inside, family, 2, tokens=15)
+    more = {
+        "an area": {"area": (8, 16, 8, 0), "strength": 1.0},
+        "a mask": {"mask": torch.linspace(0, 1, 256).reshape(1, 16, 16), "mask_strength": 1.0},
+        "a part of the sampling": {"start_percent": 0.0, "end_percent": 0.2},
+    }.get(batch, {})
+    if more or batch == "several prompts":
+        positive = [[tokens, settings | more] for tokens, settings in positive]
+        positive += prompt_of(inside, family, 4)  # another for all of the picture
+    return positive, negative, third
+
+
+def with_hooks(inside, model, conditioning):
+    """The conditioning with a LoRA that is for it alone."""
+    hooks = inside.comfy.hooks
+    weights = model.model.state_dict()
+    name = next(key for key, weight in weights.items() if key.startswith("diffusion_model.") and weight.ndim == 2)
+    difference = torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(8))
+    group = hooks.create_hook_lora({f"{name.removesuffix('.weight')}.diff": 0.1 * difference}, 1.0, 0.0)
+    return hooks.set_hooks_for_conditioning(conditioning, group)
+
+
+def patched(model, batch):
+    """The MODEL behind ComfyUI's own node for a way of batching."""
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+    from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+
+    if batch == "windows":
+        (model,) = ContextWindowsManualNode.execute(
+            model, 2, 1, "standard_static", 1, False, "pyramid", 0, False, [], False, [], True
+        ).result
+    if batch == "a weaker pass":
+        (model,) = PerturbedAttentionGuidance.execute(model, 2.0).result
+    return model
 
 
 def guider_of(inside, kind, model, positive, negative, third):
@@ -45,35 +114,51 @@ def guider_of(inside, kind, model, positive, negative, third):
 
 
 class Spy:
-    """Sees from outside what a site puts out, chunk by chunk, and under which uuid the network was run."""
+    """Sees from outside what a site puts out, chunk by chunk, and under which uuid and at which place it was run."""
 
-    def __init__(self, inside, model, site):
-        self.chunks, self.site = [], site
-        self.model = model.clone()
-        self.model.add_wrapper_with_key(inside.comfy.patcher_extension.WrappersMP.APPLY_MODEL, "spy", self.watch)
-        self.name = inside.pack_module("nodes.host.sites").run_name
-        self.picture = inside.pack_module("nodes.host.sites").Picture
+    def __init__(self, inside, site):
+        self.chunks, self.site, self.inside = [], site, inside
         self.hooked = inside.pack_module("difflens_core.activations").edit_site
+        self.sites = inside.pack_module("nodes.host.sites")
+
+    def on(self, model):
+        """A clone of the MODEL with the spy: it sees what edits before it in the graph have changed, none behind it."""
+        clone = model.clone()
+        clone.add_wrapper_with_key(
+            self.inside.comfy.patcher_extension.WrappersMP.APPLY_MODEL, str(id(self)), self.watch
+        )
+        return clone
 
     def watch(self, executor, x, *args, **kwargs):
         options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "sigmas" in a)
         network, found = executor.class_obj.diffusion_model, []
-        site = self.name(network, self.site)
-        with self.hooked(network, site, lambda h: found.append(h.clone()) or h, self.picture(network, site, x)):
+        site = self.sites.run_name(network, self.site)
+        picture = self.sites.Picture(network, site, x)
+        with self.hooked(network, site, lambda h: found.append(h.clone()) or h, picture):
             out = executor(x, *args, **kwargs)
-        self.chunks += zip(options["uuids"], found[0].chunk(len(options["uuids"])), strict=True)
+        told = zip(options["uuids"], options["cond_or_uncond"], found[0].chunk(len(options["uuids"])), strict=True)
+        self.chunks += told
         return out
 
 
-class Push:
-    """An edit that adds what is each picture's own, and notes what it was given."""
+def push(inside):
+    return Push(inside.pack_module("difflens_core.targets").Log())
 
-    def __init__(self):
-        self.given = []
+
+class Push:
+    """An edit that adds what is each picture's own. log: tells the number of the batch's first picture in the deal."""
+
+    def __init__(self, log):
+        self.log, self.numbers, self.places = log, [], []
 
     def __call__(self, h, progress, images):
-        self.given.append((h.clone(), images))
-        return h + images[:, None, None, None].to(h) * torch.linspace(-1, 1, h.shape[1])[:, None, None]
+        numbers = images + self.log.first
+        self.numbers.append(numbers.tolist())
+        self.places.append(images.tolist())
+        return h + self.of(numbers, h)
+
+    def of(self, numbers, h):
+        return numbers[:, None, None, None].to(h) * torch.linspace(-1, 1, h.shape[1])[:, None, None]
 
 
 def sampled(inside, guider, latent, numbers=None, steps=2):
@@ -94,43 +179,81 @@ def sampled(inside, guider, latent, numbers=None, steps=2):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("conditioning", ["positive", "negative"])
 def test_exactly_the_rows_of_the_conditioning_are_edited_with_their_pictures_numbers(
-    inside, family, batch, kind, conditioning
+    inside, adm, family, batch, kind, conditioning
 ):
-    if conditioning == "negative" and kind == "basic":
-        pytest.skip("a basic guider has no negative")
-    if batch == "an area" and (family not in ("SD1.5", "SDXL") or kind in ("perpendicular", "basic")):
-        pytest.skip("areas are tried where ComfyUI's U-Nets take them")
-    model, edit = inside.model(family), Push()
-    positive, negative, third = (inside.prompt(family, seed) for seed in (1, 2, 3))
-    if batch == "separate calls":
-        negative = inside.prompt(family, 2, tokens=15)
-    if batch == "an area":
-        positive = [[tokens, more | {"area": (8, 16, 8, 0), "strength": 1.0}] for tokens, more in positive]
-        positive += inside.prompt(family, 4)  # another for all of the picture
+    families, guiders = ONLY.get(batch, (FAMILIES, GUIDERS))
+    if family not in families or kind not in guiders or (conditioning, kind) == ("negative", "basic"):
+        pytest.skip("tried with other families and guiders")
+    model, log = adm if family == "ADM" else inside.model(family), inside.pack_module("difflens_core.targets").Log()
+    positive, negative, third = prompts_of(inside, family, batch)
+    if batch == "a LoRA of its own":
+        positive = with_hooks(inside, model, positive)
     cut, run = ([6, 1, 4] if batch == "cut out of a batch" else None), 2 * (batch == "a later run")
-    spy = Spy(inside, model, FAMILIES[family])
-    steered = inside.host.apply_site(spy.model, FAMILIES[family], edit, "Steer", conditioning, run=run)
-    guider = guider_of(inside, kind, steered, positive, negative, third)
-    sampled(inside, guider, inside.latent(family, PICTURES), cut)
-    names = {cond["uuid"]: name for name, conds in guider.original_conds.items() for cond in conds}
-    if batch == "an area":  # ComfyUI makes a negative for the area under the same uuid: rows differ, numbers do not
-        assert len(edit.given) == 2 * (2 if conditioning == "positive" else 2)
-    else:
-        expected = [rows for uuid, rows in spy.chunks if names[uuid] == conditioning]
-        assert len(expected) == len(edit.given) == 2
-        for (rows, _), wanted in zip(edit.given, expected, strict=True):
-            torch.testing.assert_close(rows, wanted)
+    before, edit, after = Spy(inside, FAMILIES[family]), Push(log), Spy(inside, FAMILIES[family])
+    steered = inside.host.apply_site(
+        before.on(patched(model, batch)), FAMILIES[family], edit, "Steer", conditioning, run=run, log=log
+    )
+    guider = guider_of(inside, kind, after.on(steered), positive, negative, third)
+    latent = {"samples": torch.zeros(1, 3, 16, 16)} if family == "ADM" else inside.latent(family, 1)
+    sampled(inside, guider, {"samples": latent["samples"].repeat_interleave(PICTURES, 0)}, cut)
+
     numbers = cut or [run * PICTURES + i for i in range(PICTURES)]
-    assert all(images.tolist() == numbers for _, images in edit.given)
+    names = {cond["uuid"]: name for name, conds in guider.original_conds.items() for cond in conds}
+    # ComfyUI makes a negative for an area under the positive's uuid. Where a uuid comes at several places, the place
+    # decides, and what it stands for is told by uuids that come there alone.
+    places = {uuid: {place for one, place, _ in before.chunks if one == uuid} for uuid, _, _ in before.chunks}
+    roles = {next(iter(where)): names[uuid] for uuid, where in places.items() if len(where) == 1}
+    edited = 0
+    for (uuid, place, plain), (_, _, changed) in zip(before.chunks, after.chunks, strict=True):
+        if (names[uuid] if len(places[uuid]) == 1 else roles[place]) != conditioning:
+            assert torch.equal(plain, changed)
+            continue
+        shown = torch.tensor(edit.numbers[edited])
+        edited += 1
+        assert set(shown.tolist()) <= set(numbers) and (batch == "windows" or shown.tolist() == numbers)
+        torch.testing.assert_close(changed, plain + edit.of(shown, plain))
+    assert edited == len(edit.numbers) >= 2 and set(sum(edit.numbers, [])) == set(numbers)
+    assert log.said == [] and log.numbers[0].tolist() == numbers
+    assert set(sum(edit.places, [])) == set(cut or range(PICTURES)), "masks go by a picture's place in its batch"
 
 
-def said(inside, model, wrap=None, steps=4, cfg=1.0, **settings):
-    """What the log says after a run of a steered SD 1.5; wrap: changes the MODEL behind Steer."""
+def test_windows_along_the_batch_hold_their_pictures(inside):
+    """Windows of two of three pictures that overlap, the second one behind a picture that steadies it."""
+    edit = Push(inside.pack_module("difflens_core.targets").Log())
+    steered = inside.host.apply_site(inside.model("SD1.5"), "middle_block", edit, "Steer")
+    inside.sample(patched(steered, "windows"), inside.prompt("SD1.5", 1), latent=inside.latent("SD1.5", PICTURES))
+    assert edit.numbers == [[0, 1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("family", ["SVD", "Wan", "AnimateDiff"])
+def test_frames_of_a_clip_are_one_picture(inside, family):
+    """Of a batch that is a clip, of frames in the latent, and of a pack that tells by its documented entry."""
+    log = inside.pack_module("difflens_core.targets").Log()
+    edit, name = Push(log), "SD1.5" if family == "AnimateDiff" else family
+    model, latent = inside.model(name).clone(), inside.latent(name, 1, frames=5)["samples"]
+    if family == "AnimateDiff":
+        told = {"full_length": 5, "context_length": 2, "sub_idxs": None}
+        model.model_options["transformer_options"]["ad_params"] = told
+    batch = 2 if family == "Wan" else 5
+    steered = inside.host.apply_site(
+        model, "blocks.0" if family == "Wan" else "middle_block", edit, "Steer", run=-1, deal=f"clips {family}", log=log
+    )
+    for seed in (1, 2):
+        inside.sample(
+            steered, inside.prompt(name, 1, tokens=1), latent={"samples": latent.repeat_interleave(batch, 0)}, seed=seed
+        )
+    assert edit.numbers == ([[0, 1], [2, 3]] if family == "Wan" else [[0] * 5, [1] * 5])
+    assert [numbers.tolist() for numbers in log.numbers] == edit.numbers
+
+
+def said(inside, model, wrap=None, steps=4, cfg=1.0, behind=lambda model: model, **settings):
+    """What the log says after a run of a steered SD 1.5; wrap, behind: what changes the MODEL behind Steer."""
     log = inside.pack_module("difflens_core.targets").Log()
     conditioning = settings.pop("conditioning", "positive")
-    steered = inside.host.apply_site(model, "mid_block", Push(), "Steer", conditioning, log=log, **settings)
+    steered = inside.host.apply_site(model, "mid_block", Push(log), "Steer", conditioning, log=log, **settings)
     if wrap:
         steered.set_model_unet_function_wrapper(wrap)
+    steered = behind(steered)
     inside.sample(steered, inside.prompt("SD1.5", 1), inside.prompt("SD1.5", 2), cfg, inside.latent("SD1.5"), steps)
     return log.said
 
@@ -178,6 +301,51 @@ def test_steps_that_a_cache_answers_are_counted(inside):
     assert "in 2 of the 4 predictions" in sentence
 
 
+def cached(name, first=0.0):
+    """ComfyUI's own node that answers predictions from earlier ones, set to answer all that it may."""
+    from comfy_extras import nodes_easycache
+
+    node = getattr(nodes_easycache, f"{name}Node")
+    return lambda model: node.execute(model, 1e9, first, 1.0, False).result[0]
+
+
+@pytest.mark.parametrize("place", ["before Steer", "behind Steer"])
+@pytest.mark.parametrize("name", ["EasyCache", "LazyCache"])
+def test_predictions_that_comfyuis_caches_answer_are_counted(inside, name, place):
+    cache, model = cached(name), inside.model("SD1.5")
+    behind = {"behind": cache} if place == "behind Steer" else {}
+    (sentence,) = said(inside, model if behind else cache(model), steps=10, cfg=3.0, **behind)
+    assert re.search(r"in \d of the 10 predictions", sentence)
+
+
+def test_a_cache_that_answers_every_prediction_that_is_due_is_an_error(inside):
+    with pytest.raises(inside.DiffLensError, match="was run in none of the . predictions"):
+        said(inside, inside.model("SD1.5"), steps=10, behind=cached("EasyCache"), span=(0.5, 0.8))
+
+
+def test_a_conditioning_that_comes_for_a_part_of_the_sampling_only_is_said(inside):
+    def often(args):  # as packs do that save the negative at late steps
+        conds = args["conds"] if float(args["sigma"][0]) > 3 else [args["conds"][0], None]
+        return inside.comfy.samplers.calc_cond_batch(
+            args["model"], conds, args["input"], args["sigma"], args["model_options"]
+        )
+
+    def behind(model):
+        model.set_model_sampler_calc_cond_batch_function(often)
+        return model
+
+    (sentence,) = said(inside, inside.model("SD1.5"), steps=6, cfg=3.0, behind=behind, conditioning="negative")
+    assert re.search(r"came in \d of the 6 predictions", sentence)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_fast", "dpm_adaptive", "uni_pc", "dpmpp_3m_sde", "lcm"])
+def test_no_sampler_is_taken_for_a_cache(inside, sampler):
+    log = inside.pack_module("difflens_core.targets").Log()
+    steered = inside.host.apply_site(inside.model("U-Net"), "mid_block", Push(log), "Steer", log=log)
+    inside.sample(steered, inside.prompt("U-Net", 1), latent=inside.latent("U-Net"), steps=25, sampler=sampler)
+    assert log.said == []
+
+
 def test_a_network_that_others_run_is_an_error(inside):
     with pytest.raises(inside.DiffLensError, match="Steer: middle_block was never run"):
         said(inside, inside.model("SD1.5"), lambda apply_model, args: 0 * args["input"])
@@ -209,7 +377,7 @@ def test_a_network_whose_forward_knows_no_patches_is_steered(inside):
     old.add_wrapper_with_key(wrappers.DIFFUSION_MODEL, "old", without_patches)
     plain, steered = (
         inside.sample(by, inside.prompt("SD1.5", 1), latent=inside.latent("SD1.5"))
-        for by in (old, inside.host.apply_site(old, "mid_block", Push(), "Steer"))
+        for by in (old, inside.host.apply_site(old, "mid_block", push(inside), "Steer"))
     )
     assert torch.equal(plain[0], steered[0]) and not torch.equal(plain[1], steered[1])  # picture 0 is pushed by 0
 
@@ -223,7 +391,9 @@ def test_a_block_that_was_compiled_by_itself_is_steered(inside, family, site):
     try:
         plain = inside.sample(model, inside.prompt(family, 1), latent=inside.latent(family))
         found = inside.sample(
-            inside.host.apply_site(model, site, Push(), "Steer"), inside.prompt(family, 1), latent=inside.latent(family)
+            inside.host.apply_site(model, site, push(inside), "Steer"),
+            inside.prompt(family, 1),
+            latent=inside.latent(family),
         )
     finally:
         blocks[int(number)] = kept
@@ -238,7 +408,7 @@ def test_a_single_block_that_is_not_told_where_its_picture_is_is_steered_alike(i
     whole = block.forward
 
     def steered():
-        edited = inside.host.apply_site(model, "single_blocks.0", Push(), "Steer")
+        edited = inside.host.apply_site(model, "single_blocks.0", push(inside), "Steer")
         return inside.sample(edited, inside.prompt("Flux", 1), latent=inside.latent("Flux"))
 
     expected = steered()
@@ -265,7 +435,7 @@ def classes_of(inside, batches, seeds):
     deal = inside.pack_module("difflens_core.targets").Targets(name, ("a", "b"), (0.5, 0.5))
     edited = inside.host.apply_site(
         model, "mid_block", lambda h, progress, images: given.append(deal.of(images).tolist()) or h, "Steer",
-        run=-1, deal=name,
+        run=-1, deal=name, log=deal.log,
     )  # fmt: skip
     for batch, seed in zip(batches, seeds, strict=True):
         inside.sample(edited, inside.prompt("U-Net", 1), latent=inside.latent("U-Net", batch), seed=seed)
@@ -291,10 +461,41 @@ def test_a_seed_that_was_drawn_before_gets_the_classes_it_had(inside):
 
 def test_a_second_pass_keeps_the_classes_of_the_pictures_it_goes_on_with(inside):
     deal = inside.pack_module("nodes.host.runs").Deal()
-    assert [deal.first(1, 2, False), deal.first(5, 2, True), deal.first(6, 2, False), deal.first(1, 2, False)] == [
-        0, 0, 2, 0,
-    ]  # fmt: skip
-    assert deal.first(9, 3, True) == 4, "pictures from elsewhere"
+    first = [
+        deal.first(1, 2, "", "prompt 1"),
+        deal.first(5, 2, "drawn", "prompt 1"),  # hires fix
+        deal.first(6, 2, "", "prompt 2"),
+        deal.first(9, 2, "drawn", "prompt 3"),  # the second pass alone, with another seed: the first one is cached
+        deal.first(1, 2, "", "prompt 4"),
+    ]
+    assert first == [(0, ""), (0, ""), (2, ""), (0, ""), (0, "")]
+
+
+def test_pictures_that_others_drew_are_dealt_out_as_any(inside):
+    """A photograph as the start of sixteen queued singles."""
+    deal = inside.pack_module("nodes.host.runs").Deal()
+    assert [deal.first(seed, 1, "photograph", f"prompt {seed}")[0] for seed in range(16)] == [*range(16)]
+
+
+def test_a_second_pass_of_a_part_of_the_pictures_is_said(inside):
+    deal = inside.pack_module("nodes.host.runs").Deal()
+    deal.first(1, 4, "", "prompt 1")
+    number, sentence = deal.first(2, 1, "a face", "prompt 1")
+    assert number == 4 and "1 picture went through Steer once more after a run of 4" in sentence
+
+
+def test_a_batch_of_more_pictures_holds_those_of_its_seed(inside):
+    deal = inside.pack_module("nodes.host.runs").Deal()
+    assert [deal.first(seed, count, "", None)[0] for seed, count in ((1, 2), (1, 4), (2, 2))] == [0, 0, 4]
+
+
+def test_different_pictures_under_one_noise_are_numbered_by_place(inside):
+    """LatentBatchSeedBehavior "fixed"."""
+    numbers = inside.pack_module("nodes.host.runs").picture_numbers
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(SEED)).repeat(3, 1, 1, 1)
+    assert numbers(noise, torch.zeros_like(noise), SEED).tolist() == [0, 0, 0]
+    assert numbers(noise, torch.arange(3.0)[:, None, None, None].expand_as(noise), SEED).tolist() == [0, 1, 2]
+    assert numbers(torch.rand_like(noise), torch.zeros_like(noise), SEED).tolist() == [0, 1, 2]  # drawn elsewhere
 
 
 # --- progress ---

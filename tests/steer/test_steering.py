@@ -310,10 +310,12 @@ def test_the_mask_weighs_the_edit_position_by_position(toys, mode):
 
 def test_each_picture_has_its_own_mask_if_there_are_several(toys):
     recipe, h = toys.recipe(), toys.activations(pictures=8).values[1]
-    mask = torch.stack([torch.ones(2, 2), torch.zeros(2, 2)])
+    mask = torch.stack([torch.full((2, 2), float(picture != 3)) for picture in range(7)])
     order = torch.tensor([3, 6, 0])
     found, full = steer(recipe, h[order], images=order, mask=mask), steer(recipe, h[order], images=order)
     assert torch.equal(found[0], h[3]) and torch.equal(found[1:], full[1:]) and not torch.equal(full[0], h[3])
+    with pytest.raises(DiffLensError, match="there are 6 masks and at least 7 pictures"):
+        steer(recipe, h[order], images=order, mask=mask[:6])
 
 
 def test_steering_twice_gives_the_same_when_maps_are_kept_and_when_they_are_not(toys, monkeypatch):
