@@ -80,6 +80,11 @@ class CaptureActivations(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, save_as: str | None = None, **_: Any) -> str:
+        """A folder that was deleted is written again."""
+        return str(host.times_missed(host.new_store(save_as))) if save_as and save_as.strip() else ""
+
+    @classmethod
     @host.clear_errors
     def execute(
         cls, model: Any, positive: list, latent_image: dict, vae: Any, pictures: int, steps: int, sampler_name: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from typing import Any
 
 from comfy_api.latest import io
 from torch import Tensor
@@ -90,6 +91,11 @@ class TrainSAE(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, save_as: str | None = None, **_: Any) -> str:
+        """A file that was deleted is written again."""
+        return str(host.times_missed(host.new_file(host.SAES, save_as)[0])) if save_as and save_as.strip() else ""
 
     @classmethod
     @host.clear_errors

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ..activations import Activations
-from ..files import DiffLensError, written
+from ..files import DiffLensError, read_content, written
 from .autoencoder import TENSORS, SparseAutoencoder, fit_normalisation
 from .loss import ACTIVATIONS, PRECISIONS, BatchLoss, TrainingOptions, over_processes, processes
 from .quality import Quality, measure_sae
@@ -137,16 +137,25 @@ class State:
             temporary.replace(path)
 
     def load(self, path: Path) -> None:
-        """Go on from `path`. Raises `DiffLensError` if it was begun on other activations or with other options."""
-        saved = torch.load(path, weights_only=True, map_location=self.device)
+        """Go on from `path`.
+
+        Raises `DiffLensError` if it is damaged, or was begun on other activations or with other options.
+        """
+        saved = read_content(path)
+        if not isinstance(saved, dict):
+            raise DiffLensError(f"{path}: holds no training that was begun. Delete it, or use another name.")
         for what, now in (("options", repr(self.options)), ("data", self.data)):
             if saved.get(what) != now:
                 raise DiffLensError(
                     f"{path.name}: was begun with other {what} ({saved.get(what)}), not {now}. Delete it or use those."
                 )
-        self.module.load_state_dict(saved["weights"])
-        self.optimiser.load_state_dict(saved["optimiser"])
-        self.idle, self.threshold, self.step = saved["idle"], saved["threshold"], saved["step"]
+        try:
+            self.module.load_state_dict(saved["weights"])
+            self.optimiser.load_state_dict(saved["optimiser"])
+            self.idle, self.threshold = (saved[name].to(self.device) for name in ("idle", "threshold"))
+            self.step = int(saved["step"])
+        except Exception as error:  # what is missing or changed may bring up anything
+            raise DiffLensError(f"{path}: is damaged. Delete it, and training begins anew.") from error
 
 
 def learning_rate_share(step: int, steps: int) -> float:

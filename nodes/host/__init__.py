@@ -25,6 +25,7 @@ from .files import (
     new_store,
     on_disk,
     temporary_file,
+    times_missed,
 )
 from .marks import (
     belongs,
@@ -114,6 +115,7 @@ __all__ = [
     "site_width",
     "some_sites",
     "temporary_file",
+    "times_missed",
     "text_embeddings",
     "to_image",
     "training",

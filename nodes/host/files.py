@@ -87,6 +87,15 @@ def state_of(file: Path) -> str:
     return f"{file}: {found.st_mtime_ns}, {found.st_size}"
 
 
+MISSED: dict[Path, int] = {}  # files and folders that nodes write, and how often they were not there
+
+
+def times_missed(path: Path) -> int:
+    """For `fingerprint_inputs` of a node that takes long and writes `path`: changes only when that is gone."""
+    MISSED[path] = MISSED.get(path, -1) + (not path.exists())
+    return MISSED[path]
+
+
 def name_state(kind: str, name: str | None) -> str:
     """For `fingerprint_inputs`: the state of all that a name stands for, a file or a folder, and what lies beside it.
 

@@ -73,6 +73,23 @@ def test_whatever_a_name_stands_for_is_noticed_when_it_changes(inside, folder):
     assert host.name_state(host.RECIPES, "gone") == "none"
 
 
+def test_what_takes_long_to_make_is_made_again_only_if_it_is_gone(inside, tmp_path):
+    times, made = inside.host.times_missed, tmp_path / "sae.safetensors"
+    seen = [times(made)]
+    made.write_text("trained")
+    seen += [times(made), times(made)]
+    made.write_text("trained anew")
+    seen += [times(made)]
+    made.unlink()
+    seen += [times(made)]
+    made.write_text("once more")
+    assert [*seen, times(made)] == [0, 0, 0, 0, 1, 1]
+    for module, node in (("train", "TrainSAE"), ("capture", "CaptureActivations")):
+        node = getattr(inside.pack_module(f"nodes.{module}"), node)
+        assert node.fingerprint_inputs(save_as="gone") != node.fingerprint_inputs(save_as="gone"), node
+        assert node.fingerprint_inputs(save_as=" ") == node.fingerprint_inputs() == ""
+
+
 # --- on a server ---
 
 

@@ -51,6 +51,24 @@ def test_a_cancelled_training_goes_on_to_the_same_weights(sparse, tmp_path, stop
         train_sae(sparse, replace(options, lr=1.0), checkpoint=checkpoint)
 
 
+@pytest.mark.parametrize("damage", ["cut off", "no training", "a part missing", "pickled objects"])
+def test_a_checkpoint_that_cannot_be_read_is_refused_in_a_sentence(sparse, tmp_path, damage):
+    checkpoint = tmp_path / "sae.pt"
+    with pytest.raises(ZeroDivisionError):
+        train_sae(sparse, OPTIONS, lambda *_: 1 / 0, checkpoint)
+    if damage == "cut off":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-900])
+    elif damage == "no training":
+        torch.save(torch.ones(3), checkpoint)
+    elif damage == "a part missing":
+        saved = torch.load(checkpoint, weights_only=True)
+        torch.save({**saved, "weights": {}}, checkpoint)
+    else:
+        torch.save(OPTIONS, checkpoint)
+    with pytest.raises(DiffLensError, match=r"sae\.pt: "):
+        train_sae(sparse, OPTIONS, checkpoint=checkpoint)
+
+
 def test_training_explains_sparse_data_and_keeps_unit_decoder_rows(sparse):
     options = replace(OPTIONS, steps=500, batch=256, lr=1e-2)
     seen, held_out = (
