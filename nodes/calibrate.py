@@ -101,7 +101,7 @@ class Calibrate(io.ComfyNode):
         sampler_name: str, scheduler: str, seed: int, negative: list | None = None, cfg: float = 1.0,
         sae: SparseAutoencoder | None = None,
     ) -> io.NodeOutput:  # fmt: skip
-        check_model(model, recipe)
+        host.warn(cls, check_model(model, recipe))
         check_classes(classifier, recipe)
         shares = parse_target(target, recipe.classes)
         options = CalibrationOptions(budget, tolerance, clear, only_where_needed, seed % 2**31)
@@ -245,8 +245,8 @@ class CrossEffects(io.ComfyNode):
         negative: list | None = None, cfg: float = 1.0, sae: SparseAutoencoder | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         chosen = different_attributes(recipes)
+        host.warn(cls, [sentence for recipe in chosen for sentence in check_model(model, recipe)])
         for recipe in chosen:
-            check_model(model, recipe)
             check_classes(classifier, recipe)
         draw = host.drawer(
             model, positive, latent_image, vae, pictures, steps, sampler_name, scheduler, seed,

@@ -90,7 +90,7 @@ class Diagnose(io.ComfyNode):
         labels: Labels | None = None, negative: list | None = None, cfg: float = 1.0,
     ) -> io.NodeOutput:  # fmt: skip
         check_classes(classifier, recipe)
-        check_model(model, recipe)
+        host.warn(cls, check_model(model, recipe))
         check_captured(model, recipe, sae, activations, labels)
         draw = host.drawer(
             model, positive, latent_image, vae, UNSTEERED * pictures, steps, sampler_name, scheduler, seed,

@@ -153,7 +153,7 @@ class RankByEffect(io.ComfyNode):
         change: str, strength: float, pictures: int, features_per_class: int, steps: int, sampler_name: str,
         scheduler: str, seed: int, negative: list | None = None, cfg: float = 1.0,
     ) -> io.NodeOutput:  # fmt: skip
-        check_model(model, recipe)
+        host.warn(cls, check_model(model, recipe))
         check_classes(classifier, recipe)
         draw = host.drawer(
             model, positive, latent_image, vae, pictures, steps, sampler_name, scheduler, seed,

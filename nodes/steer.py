@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..difflens_core.experiments import asked_shares
+from ..difflens_core.experiments import asked_shares, plan_is_stale
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.sae import SparseAutoencoder
 from ..difflens_core.steer import MODES, Recipe, Steering, at_dose, with_settings
@@ -17,7 +17,11 @@ from . import host
 from .sockets import CATEGORY, SAE, RecipeSocket, TargetsSocket
 
 AS_RECIPE = "from recipe"
-OTHER_WEIGHTS = "Steer: the recipe for {} was made on other weights than this model's; it may steer badly."
+OTHER_WEIGHTS = "The recipe for {} was made on other weights than this model's; it may steer badly."
+STALE_PLAN = (
+    "Plan Targets asks for shares of {} that make up for what the recipe misses as it was calibrated, but it is used "
+    "with other settings here. Set them back, or calibrate it with these."
+)
 
 
 class Steer(io.ComfyNode):
@@ -129,7 +133,6 @@ class Steer(io.ComfyNode):
                     "of the run, for the same pictures on every machine.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Model.Output(tooltip="The steered model. The model that came in stays as it was."),
                 TargetsSocket.Output(
@@ -146,7 +149,7 @@ class Steer(io.ComfyNode):
         end_percent: float, seed: int, first_image: int, conditioning: str = "positive", mask: Tensor | None = None,
         sae: SparseAutoencoder | None = None, targets: tuple[Targets, ...] | None = None, run: int = -1,
     ) -> io.NodeOutput:  # fmt: skip
-        warning = check_model(model, recipe)
+        warnings, as_loaded = check_model(model, recipe), recipe
         if start_percent > end_percent:
             raise DiffLensError(f"start_percent ({start_percent:g}) lies after end_percent ({end_percent:g}).")
         recipe = with_settings(
@@ -155,14 +158,17 @@ class Steer(io.ComfyNode):
             start=max(recipe.start, start_percent),
             end=min(recipe.end, end_percent),
         )
+        as_calibrated = mask is None and conditioning == "positive"
         if targets is None:
             shares = parse_target(target, recipe.classes)
-            if mask is None and conditioning == "positive":  # as it was calibrated
+            if as_calibrated:
                 shares = asked_shares(recipe, shares)
             dealt = deal(model, recipe, tuple(shares.tolist()), seed, first_image)
         else:
             dealt = replace(targets_of(targets, recipe.attribute, recipe.classes), first_image=first_image, log=Log())
             run = max(run, 0)  # a plan is for the pictures that it was made from
+            if plan_is_stale(as_loaded, recipe if as_calibrated else None, dealt.shares):
+                warnings.append(STALE_PLAN.format(recipe.attribute))
         if mask is not None:
             mask = mask.reshape(-1, *mask.shape[-2:])  # some nodes put out a single mask without a batch
         steering = Steering(recipe, dealt.of, sae, mask)
@@ -170,10 +176,9 @@ class Steer(io.ComfyNode):
         steered = host.apply_site(
             model, recipe.site, steering, cls.define_schema().display_name, conditioning,
             span=(recipe.start, recipe.end), run=run, deal=repr(dealt), mark=mark, log=dealt.log,
-            node_id=host.node_id(cls),
+            node_id=host.node_id(),
         )  # fmt: skip
-        if warning:
-            host.tell(host.node_id(cls), warning)
+        host.warn(cls, warnings)
         return io.NodeOutput(host.with_deal(steered, dealt), (dealt,))
 
 
@@ -189,8 +194,8 @@ def deal(model: Any, recipe: Recipe, shares: tuple[float, ...], seed: int, first
     return Targets(recipe.attribute, recipe.classes, shares, seed, first_image, last)
 
 
-def check_model(model: Any, recipe: Recipe) -> str:
-    """A warning, also in the log, if the recipe was made on other weights, else "".
+def check_model(model: Any, recipe: Recipe) -> list[str]:
+    """A warning if the recipe was made on other weights.
 
     Raises `DiffLensError` if it cannot fit the model.
     """
@@ -200,8 +205,4 @@ def check_model(model: Any, recipe: Recipe) -> str:
             f"the recipe for {recipe.attribute} was made on {recipe.site} with {recipe.channels} channels, this "
             f"model's has {width}. Use a recipe made on this model."
         )
-    if host.belongs(recipe.model, model):
-        return ""
-    warning = OTHER_WEIGHTS.format(recipe.attribute)
-    host.log.warning("%s", warning)
-    return warning
+    return [] if host.belongs(recipe.model, model) else [OTHER_WEIGHTS.format(recipe.attribute)]

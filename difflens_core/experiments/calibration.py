@@ -339,6 +339,18 @@ def asked_shares(recipe: Recipe, target: np.ndarray, only_where_needed: bool = F
     return target
 
 
+def plan_is_stale(recipe: Recipe, used: Recipe | None, shares: tuple[float, ...]) -> bool:
+    """Whether a plan's `shares` (K) make up for misses of the recipe as calibrated, and it is not used as such.
+
+    used: the recipe with the settings that it is used with, None if it is used in a way that was not calibrated.
+    """
+    record = recipe.info.get("calibration")
+    if not record or not record["only_where_needed"] or np.allclose(record["ask"], record["target"], atol=1e-6):
+        return False
+    planned = np.allclose(record["ask"], shares, atol=1e-6) and calibrated_as_is(recipe, record)
+    return planned and (used is None or not calibrated_as_is(used, record))
+
+
 def calibrated_as_is(recipe: Recipe, record: dict[str, Any]) -> bool:
     """Whether the recipe still has the settings that its calibration found.
 

@@ -1,7 +1,7 @@
 """All that the nodes need of ComfyUI itself: the only room that touches its internals."""
 
 from .ddim import ddim_sigmas, reference_sampler
-from .edits import CONDITIONINGS, apply_site, tell
+from .edits import CONDITIONINGS, apply_site
 from .files import (
     CLASSIFIERS,
     MODELS,
@@ -52,6 +52,7 @@ from .progress import (
     to_image,
     training,
     training_device,
+    warn,
 )
 from .runs import progress_of
 from .sampling import SAMPLERS, SCHEDULERS, capture, drawer, run_mark
@@ -59,7 +60,7 @@ from .sites import own_name, site_width, some_sites
 
 __all__ = [
     "node_id",
-    "tell",
+    "warn",
     "dealt",
     "with_deal",
     "CLASSIFIERS",

@@ -9,7 +9,6 @@ a cache, an engine or a compiled graph, is noticed by the difference.
 from __future__ import annotations
 
 import functools
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,17 +18,14 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
-from server import PromptServer
 from torch import Tensor
 
 from ...difflens_core.activations import edit_site as hooked
 from ...difflens_core.files import DiffLensError
 from ...difflens_core.targets import Log
-from .progress import named
+from .progress import log, named, tell
 from .runs import Account, Run, begin_run, part_of
 from .sites import Picture, own_name, run_name, site_width
-
-log = logging.getLogger("difflens")
 
 Edit = Callable[[Tensor, float, Tensor], Tensor]
 UNEDITED = "difflens_unedited"  # entry of transformer_options: in this evaluation all sites stay as they are
@@ -255,9 +251,3 @@ def apply_site(
 ) -> ModelPatcher:
     """`edit_site` for the rows of a conditioning (one of CONDITIONINGS); settings: further ones of `Settings`."""
     return edit_site(model, site, edit, follows(conditioning), Settings(node, **settings))
-
-
-def tell(node_id: str | None, text: str) -> None:
-    """Show a text on a node of the page."""
-    if node_id is not None and getattr(PromptServer, "instance", None):
-        PromptServer.instance.send_progress_text(text, node_id)

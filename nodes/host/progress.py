@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,9 @@ import comfy.utils
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
+from comfy_execution.utils import get_executing_context
 from PIL import Image
+from server import PromptServer
 from torch import Tensor
 
 from ...difflens_core.files import DiffLensError
@@ -42,9 +44,24 @@ def clear_errors(execute: Callable) -> Callable:
     return wrapper
 
 
-def node_id(cls: type[io.ComfyNode]) -> str | None:
-    """Which node of the page is being executed, for `tell`; its schema must ask for the hidden `unique_id`."""
-    return cls.hidden.unique_id if getattr(cls, "hidden", None) else None
+def tell(node_id: str | None, text: str) -> None:
+    """Show a text on a node of the page."""
+    if node_id is not None and getattr(PromptServer, "instance", None):
+        PromptServer.instance.send_progress_text(text, node_id)
+
+
+def node_id() -> str | None:
+    """Which node of the page is being executed, for `tell`."""
+    context = get_executing_context()
+    return context and context.node_id
+
+
+def warn(cls: type[io.ComfyNode], sentences: Sequence[str]) -> None:
+    """Show sentences on the node that is being executed, and log them."""
+    for sentence in sentences:
+        log.warning("%s: %s", cls.define_schema().display_name, sentence)
+    if sentences:
+        tell(node_id(), " ".join(sentences))
 
 
 Preview = tuple[str, Image.Image, int]

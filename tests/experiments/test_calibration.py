@@ -10,7 +10,7 @@ import pytest
 import torch
 from toy import CLASSES, UNIFORM, Toy, recipe
 
-from difflens_core.experiments import CalibrationOptions, asked_shares, calibrate
+from difflens_core.experiments import CalibrationOptions, asked_shares, calibrate, plan_is_stale
 from difflens_core.experiments.calibration import weakest_clear
 from difflens_core.files import DiffLensError
 from difflens_core.measure import pictures_for_fd, solve_shares
@@ -133,6 +133,17 @@ def test_calibrated_shares_count_only_for_what_was_calibrated():
     found = replace(found, info={"calibration": old})
     assert asked_shares(found, UNIFORM).tolist() == ask
     assert asked_shares(at_dose(found, 1.1), UNIFORM).tolist() == UNIFORM.tolist()
+
+
+def test_a_plan_for_a_calibrated_recipe_is_stale_under_other_settings():
+    found, ask = run(Toy(), recipe(), only_where_needed=True), [0.3, 0.3, 0.4]
+    found = replace(found, info={"calibration": found.info["calibration"] | {"ask": ask}})
+    assert not plan_is_stale(found, found, ask) and not plan_is_stale(found, at_dose(found, 1.0), ask)
+    assert plan_is_stale(found, at_dose(found, 0.5), ask)
+    assert plan_is_stale(found, with_settings(found, mode="add"), ask)
+    assert plan_is_stale(found, None, ask), "a mask, or another conditioning"
+    assert not plan_is_stale(found, None, UNIFORM), "a plan that does not go by the calibration"
+    assert not plan_is_stale(recipe(), None, ask)
 
 
 def test_a_target_that_is_not_excluded_is_not_reached_yet():
