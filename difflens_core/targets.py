@@ -121,10 +121,11 @@ def deal_for_ever(
 class Log:
     """What sampling told of a deal: the pictures' numbers, run by run, and what did not come about in the last run.
 
-    first: number in the deal of the first picture of the batch that is being drawn.
+    first: number in the deal of the first picture of the batch that is being drawn; warned: what was said before.
     """
 
     first: int = 0
+    warned: tuple[str, ...] = ()
     numbers: list[np.ndarray] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
 

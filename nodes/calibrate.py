@@ -21,7 +21,7 @@ from ..difflens_core.targets import parse_target
 from . import host
 from .classify import check_classes, classify
 from .explore import experiment_inputs
-from .inputs import guidance_inputs, schedule_inputs
+from .inputs import guidance_inputs, schedule_inputs, seed_input
 from .sockets import CATEGORY, SAE, Classifier, RecipeSocket, TargetsSocket
 from .steer import check_model
 
@@ -159,9 +159,7 @@ class PlanTargets(io.ComfyNode):
                     tooltip="The mix, written as in Steer: one line for all recipes, or a line each in their order. "
                     "Several attributes are asked to be independent of one another.",
                 ),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=2**31 - 1, tooltip="Which of pictures that are alike are changed."
-                ),
+                seed_input("Which of pictures that are alike are changed."),
             ],
             outputs=[
                 TargetsSocket.Output(

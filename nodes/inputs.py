@@ -1,10 +1,17 @@
-"""Inputs that are the same on all nodes that sample pictures of their own."""
+"""Inputs that several nodes have."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
 from . import host
+
+
+def seed_input(tooltip: str, largest: int = 2**31 - 1) -> io.Input:
+    """A seed that stays as it is from run to run, unlike ComfyUI's own ones: results can be cached and compared."""
+    return io.Int.Input(
+        "seed", default=0, min=0, max=largest, control_after_generate=io.ControlAfterGenerate.fixed, tooltip=tooltip
+    )
 
 
 def sampling_inputs() -> list[io.Input]:
@@ -34,14 +41,7 @@ def schedule_inputs() -> list[io.Input]:
             tooltip="As for KSampler. To capture, one that keeps to the schedule.",
         ),
         io.Combo.Input("scheduler", options=host.SCHEDULERS, default="simple", tooltip="As for KSampler."),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**64 - 1,
-            control_after_generate=True,
-            tooltip="Seed of the pictures' noise.",
-        ),
+        seed_input("Seed of the pictures' noise.", 2**64 - 1),
     ]
 
 

@@ -83,7 +83,9 @@ class FairnessReport(io.ComfyNode):
         if after is not None and targets is not None:
             asked = targets_of(targets, attribute, classes)
             assigned = asked.shown_last(len(after))
-            said = [f"Steer: {sentence}" for sentence in [*asked.log.said, *untold(asked, len(after))]]
+            said = [
+                f"Steer: {sentence}" for sentence in [*asked.log.warned, *asked.log.said, *untold(asked, len(after))]
+            ]
         path = host.new_output(save_as, ".html") if save_as.strip() else None
         embed = None if clip_vision is None else host.image_embedder(clip_vision)
 

@@ -14,6 +14,7 @@ from ..difflens_core.sae import SparseAutoencoder
 from ..difflens_core.steer import MODES, Recipe, Steering, at_dose, with_settings
 from ..difflens_core.targets import Log, Targets, parse_target, targets_of
 from . import host
+from .inputs import seed_input
 from .sockets import CATEGORY, SAE, RecipeSocket, TargetsSocket
 
 AS_RECIPE = "from recipe"
@@ -78,12 +79,9 @@ class Steer(io.ComfyNode):
                     step=0.01,
                     tooltip="End at this share of the sampling (narrows what the recipe says).",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**31 - 1,
-                    tooltip="Which picture gets which class. Chained Steers are independent, whatever their seeds.",
+                seed_input(
+                    "Which picture gets which class. A new seed deals anew; leave it to balance pictures over several "
+                    "runs. Chained Steers are independent, whatever their seeds."
                 ),
                 io.Int.Input(
                     "first_image",
@@ -178,6 +176,7 @@ class Steer(io.ComfyNode):
             span=(recipe.start, recipe.end), run=run, deal=repr(dealt), mark=mark, log=dealt.log,
             node_id=host.node_id(),
         )  # fmt: skip
+        dealt.log.warned = tuple(warnings)
         host.warn(cls, warnings)
         return io.NodeOutput(host.with_deal(steered, dealt), (dealt,))
 

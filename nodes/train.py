@@ -22,6 +22,7 @@ from ..difflens_core.sae import (
     training_bytes,
 )
 from . import host
+from .inputs import seed_input
 from .sockets import CATEGORY, SAE, Activations
 
 CHART_EVERY = 50  # steps
@@ -53,9 +54,7 @@ class TrainSAE(io.ComfyNode):
                 io.Float.Input(
                     "learning_rate", default=0.001, min=1e-6, max=1.0, step=1e-5, tooltip="Peak learning rate of Adam."
                 ),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=2**31 - 1, tooltip="Seed of the first weights and of the batches."
-                ),
+                seed_input("Seed of the first weights and of the batches."),
                 io.String.Input(
                     "save_as",
                     default="",

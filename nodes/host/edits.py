@@ -97,11 +97,13 @@ class SiteEdit:
         run.finish()
         with named(self.node):
             check_account(run.account, self.site)
-        self.settings.log.numbers.append((run.numbers + run.first).numpy())
-        self.settings.log.said[:] = [*filter(None, [run.said, shortfall(run.account, self.site, self.settings.span)])]
-        for sentence in self.settings.log.said:
+        told = self.settings.log
+        told.numbers.append((run.numbers + run.first).numpy())
+        told.said[:] = [*filter(None, [run.said, shortfall(run.account, self.site, self.settings.span)])]
+        for sentence in told.said:
             log.warning("%s: %s", self.node, sentence)
-            tell(self.settings.node_id, sentence)
+        if told.said:
+            tell(self.settings.node_id, " ".join([*told.warned, *told.said]))
         return out
 
     def around_prediction(

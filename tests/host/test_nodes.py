@@ -35,6 +35,18 @@ def test_every_node_explains_itself(server, object_info, name):
     assert info["display_name"] in page and len(page) > 200
 
 
+def test_seeds_stay_as_they_are_from_run_to_run(object_info):
+    """ComfyUI makes a seed random after every run unless it is told otherwise: every run would deal and train anew."""
+    seeds = {
+        name: options.get("control_after_generate")
+        for name, node in object_info.items() if name.startswith("DiffLens")
+        for kind in ("required", "optional")
+        for socket, (_, options, *_) in ((key, (*value, {})) for key, value in node["input"].get(kind, {}).items())
+        if socket == "seed"
+    }  # fmt: skip
+    assert "DiffLensSteer" in seeds and "DiffLensTrainSAE" in seeds and set(seeds.values()) == {"fixed"}
+
+
 def test_the_shipped_files_are_listed(object_info):
     for node, name, files in (
         ("LoadModel", "model_name", ["avatars"]),

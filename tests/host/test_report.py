@@ -145,3 +145,15 @@ def test_a_missing_package_does_not_stop_a_report(inside, monkeypatch):
     found, reasons = inside.pack_module("nodes.report").what_changed(before, before, "DISTS", None, lambda done: None)
     assert found["ssim"] == pytest.approx(1) and "DISTS" not in found
     assert len(reasons) == 1 and "DISTS is computed by torchmetrics" in reasons[0] and "pip install" in reasons[0]
+
+
+def test_it_is_said_when_sampling_did_not_tell_which_class_each_picture_was_asked_to_show(inside):
+    targets, report = inside.pack_module("difflens_core.targets"), inside.pack_module("nodes.report")
+    asked = targets.Targets("age", ("young", "senior"), (0.5, 0.5))
+    (sentence,) = report.untold(asked, 2)
+    assert "its last runs drew other pictures than these 2" in sentence
+    asked.log.numbers += [np.array([6, 1]), np.array([4])]
+    assert report.untold(asked, 1) == report.untold(asked, 3) == [] and report.untold(asked, 2)
+    assert asked.shown_last(3).tolist() == asked.at(np.array([6, 1, 4])).tolist()
+    planned = targets.Targets("age", ("young", "senior"), (0.5, 0.5), asked=np.array([0, 1]))
+    assert report.untold(planned, 2) == []

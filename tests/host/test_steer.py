@@ -11,6 +11,7 @@ from expected import sampled, shipped
 from graphs import to_api
 from small_graphs import AVATARS, Avatars, latents, text_of
 
+from difflens_core.classifiers import load_classifier
 from difflens_core.sae import load_sae
 from difflens_core.steer import save_recipe
 
@@ -70,3 +71,16 @@ def test_steer_asks_for_the_shares_that_were_calibrated(server):
     shown = graph.show(report[1])
     after = json.loads(text_of(server.run(to_api(graph)), shown))["after"]
     assert after["success"] >= 0.75 and after["shares"][1] >= 0.6
+
+
+def test_pictures_queued_one_by_one_with_default_widgets_are_balanced(server):
+    """As an artist queues them: every prompt another noise, nothing else said; the mix is that of one batch."""
+    shown, classifier = [], load_classifier(AVATARS / "difflens_classifiers" / "avatars.safetensors")
+    for seed in range(700, 708):
+        graph = Avatars(pictures=1)
+        steered = graph.steer(graph.recipe("avatars_presentation"))
+        del steered.inputs["run"]
+        saved = graph.save(graph.draw(steered[0], seed=seed))
+        images = latents(server, server.run(to_api(graph)), saved).movedim(1, -1) / 2 + 0.5
+        shown += classifier.classify(images.clamp(0, 1))["presentation"].argmax(dim=1).tolist()
+    assert shown.count(0) == shown.count(1) == 4

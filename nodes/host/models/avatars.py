@@ -22,6 +22,7 @@ from ....difflens_core.files import DiffLensError
 from ....difflens_core.networks import END, Denoiser, DenoiserConfig, TextEncoder, load_denoiser_weights, tokenize
 from .pixels import Hosted, after_middle, as_patcher
 
+LATENT = 8  # pixels a side of what Empty Latent Image takes for one latent, unless it hands on that they are pixels
 TIMESTEPS = 1000  # what ComfyUI's flow models multiply sigma by
 
 
@@ -35,10 +36,17 @@ class HostedDenoiser(Hosted, Denoiser):
         """See `Hosted.check_input`; x must be B x 3 x size x size."""
         size, width = self.config.size, self.config.context_width
         if x.shape[1:] != (3, size, size):
-            found = " x ".join(map(str, x.shape[1:]))
+            found, node = " x ".join(map(str, x.shape[1:])), "Prompted" if width else "Unconditional"
+            ask = f"Set Empty Latent Image to {size} x {size}."
+            if x.shape[2:] == (size // LATENT, size // LATENT):
+                ask = (
+                    "A node between Empty Latent Image and the sampler, such as Rebatch Latents, does not hand on that "
+                    f"these are pixels: set Empty Latent Image to {LATENT * size} x {LATENT * size} there, or use "
+                    "Latent From Batch."
+                )
             raise DiffLensError(
-                f"Load Unconditional Model: this model draws {size} x {size} pictures (latents 3 x {size} x {size}), "
-                f"got a latent of {found}. Set Empty Latent Image to {size} x {size}."
+                f"Load {node} Model: this model draws {size} x {size} pictures (latents 3 x {size} x {size}), "
+                f"got a latent of {found}. {ask}"
             )
         if width and (context is None or context.shape[-1] != width):
             found = "none" if context is None else f"one of width {context.shape[-1]}"
