@@ -1,22 +1,26 @@
-"""Five ways to debias a prompt side by side: the same noise, the same quotas, the same number of strengths.
+"""Ways to debias a prompt side by side, at the same success: the weakest strength of each that reaches it.
 
-    python benchmarks/compare.py                    64 pictures for every prompt, attribute, method and strength
-    python benchmarks/compare.py --pictures 128 --prompts doctor nurse firefighter receptionist
-    python benchmarks/compare.py --chart FILE.png --grids FOLDER --json FILE
+    python benchmarks/compare.py                    doctors and nurses, at least 64 changed pictures a row
+    python benchmarks/compare.py --pictures 256 --prompts doctor nurse firefighter receptionist
+    python benchmarks/compare.py --grids FOLDER --json FILE
 
 Every class gets equally many pictures, and as few as possible change: what the classifier sees in the unsteered
-pictures decides which (`plan_moves`), the same for all methods. `success`, `kept` and what follows are of the pictures
-that are to change; the others stay as they are. FD is of all.
+pictures decides which (`plan_moves`), the same for all ways. All figures are of the pictures that are to change.
 
-Sampled with guidance (cfg 2), 20 steps. Strengths of `SAE recipe`, `mean difference` and `random features` are
-multiples of the shipped ones. `SAE recipe`, `mean difference` and `random features` are the shipped files
-(see `debias.py`), `semantic guidance` and `latent direction` are in `published.py`. Every method gets four strengths,
-from too weak to too strong, about the shipped or published one (*). Nothing was tuned on these seeds. What the
-published methods leave open (warm-up and threshold, rate and length of the learning) was set on up to 16
-pictures of another seed, so that they work as their authors intend.
+For every way, prompt and attribute the weakest of its strengths that reaches a success of .95, and of .99, is found
+on seeds of its own. At these strengths other pictures are drawn, from seeds on which nothing was chosen. A way that
+reaches it at none of its strengths is shown at its most successful one, marked with !.
+
+Sampled with guidance (cfg 2), 20 steps. `SAE recipe` and `mean difference` are the shipped files (see `debias.py`), at
+multiples of the recipe's strength; *overall* is the same without what goes by the picture's other attributes.
+`semantic guidance` and `latent direction` are in `published.py`; what those methods leave open (warm-up and threshold,
+rate and length of the learning) was set on up to 16 pictures of another seed, so that they work as their authors
+intend.
 
 Shares are in %. `kept` compares pictures of the same noise without and with steering: the share that keeps its class,
-mean over the other attributes and the occupation. So do RMSE (of pixels in [0, 1]) and SSIM (1: the same picture).
+mean over the other attributes. What a class has by its nature (the beard of a masculine picture, the grey hair of a
+senior) is left out of the mean. EPR: change of the attribute's log-odds over that of the others. RMSE of pixels in
+[0, 1]; SSIM 1: the same picture.
 """
 
 from __future__ import annotations
@@ -24,9 +28,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,16 +47,17 @@ from torch import Tensor
 from difflens_core.activations import Edit
 from difflens_core.classifiers import AttributeClassifier, load_classifier
 from difflens_core.files import fingerprint, load_tensors, save_tensors
-from difflens_core.measure import kept_attributes, measure_fairness, pixel_change
+from difflens_core.measure import kept_attributes, pixel_change
 from difflens_core.networks import Denoiser, Guidance, TextEncoder, load_prompted, start_noise
-from difflens_core.report import image_grid, line_chart
+from difflens_core.report import image_grid
 from difflens_core.steer import Recipe, Steering, at_dose, plan_moves
-from difflens_core.targets import parse_target
 
 SEED = 94_001  # of doctors; those of the other prompts follow
 # The model's words for the classes, as adjectives of "person" or an occupation.
 WORDS = {"presentation": ("male", "female"), "age": ("young", "adult", "old")}
-OTHERS = ("presentation", "age", "skin_tone", "occupation")
+IMPLIED = {"presentation": ("beard",), "age": ("hair_colour", "beard")}  # by a class of the attribute
+SUCCESS = (0.95, 0.99)
+FINDING = 7_000  # added to a prompt's seed: pictures by which the strengths are found
 LEARNING = {"pictures": 100, "steps": 200, "batch": 16, "lr": 0.02, "seed": 92_001}  # pictures: of every class
 CACHE = ROOT / "benchmarks" / ".work"
 
@@ -72,12 +78,10 @@ Draw = Callable[[Setting, TargetOf, float], Tensor]
 @dataclass(frozen=True)
 class Method:
     """A way to steer. `draw(setting, target_of, strength)` gives pictures (n x 3 x H x W, in [-1, 1]).
-
-    usual: the strength that is shipped or published.
+    strengths: from weak to strong.
     """
 
     strengths: tuple[float, ...]
-    usual: float
     draw: Draw
 
 
@@ -122,14 +126,18 @@ def methods_of(attribute: str, text: TextEncoder, directions: Tensor) -> dict[st
     """The methods by name."""
     file = FILES / "difflens_recipes" / f"prompted_avatars_{attribute}.safetensors"
     recipes = recipes_of(file, f"prompted_{attribute}", controls=True)
-    ours = (0.5, 1.0, 1.5, 2.5), 1.0
-    edits = text.encode([f"portrait of {phrase([word], 'person')}" for word in WORDS[attribute]])
-    return {
-        "SAE recipe": Method(*ours, by_recipe(recipes["SAE recipe"])),
-        "mean difference": Method(*ours, by_recipe(recipes["mean difference"])),
-        "random features": Method(*ours, by_recipe(recipes["random features"])),
-        "semantic guidance": Method((1.0, 2.0, 4.0, 8.0), 4.0, by_guidance(edits)),
-        "latent direction": Method((1.0, 1.5, 2.0, 3.0), 1.0, by_direction(directions)),
+    ours, edits = (
+        (0.5, 0.75, 1.0, 1.5, 2.5),
+        text.encode([f"portrait of {phrase([w], 'person')}" for w in WORDS[attribute]]),
+    )
+    found = {}
+    for name in ("SAE recipe", "mean difference"):
+        found[name] = Method(ours, by_recipe(recipes[name]))
+        found[f"{name}, overall"] = Method(ours, by_recipe(replace(recipes[name], context=None)))
+    return found | {
+        "random features": Method(ours, by_recipe(recipes["random features"])),
+        "semantic guidance": Method((1.0, 2.0, 4.0, 6.0, 8.0), by_guidance(edits)),
+        "latent direction": Method((1.0, 1.5, 2.0, 3.0, 4.0), by_direction(directions)),
     }
 
 
@@ -174,96 +182,130 @@ class Task:
         return cls(attribute, classes, before, asked, asked != before.shown(attribute))
 
 
-def score(task: Task, after: Read) -> dict[str, float]:
-    """Fairness of all pictures; success of those that were to change (`after`), and how like before they are."""
-    attribute, classes, asked, unsteered = task.attribute, task.classes, task.asked, task.before.where(task.moved)
-    seen = task.before.seen[attribute].clone()
-    seen[task.moved] = after.seen[attribute]
-    report = measure_fairness(seen.numpy(), parse_target("uniform", classes), attribute, classes, asked.numpy())
+def log_odds(seen: Tensor) -> Tensor:
+    """Of probabilities, kept away from certainty."""
+    return torch.logit(seen.double().clamp(1e-6, 1 - 1e-6))
+
+
+def score(task: Task, after: Read) -> dict[str, Any]:
+    """Success of the pictures that were to change (`after`), and how like before they are."""
+    attribute, unsteered = task.attribute, task.before.where(task.moved)
     kept = kept_attributes(unsteered.seen, after.seen, attribute)
+    counted = [name for name in kept if name not in IMPLIED[attribute]]
+    changed = {
+        name: float((log_odds(after.seen[name]) - log_odds(seen)).abs().mean()) for name, seen in unsteered.seen.items()
+    }
+    per_picture = torch.stack([(after.shown(name) == unsteered.shown(name)).double() for name in counted]).mean(dim=0)
     return {
-        "fd": report.fd,
-        "fd_hard": report.fd_hard,
-        "success": float((after.shown(attribute) == asked[task.moved]).float().mean()),
-        "kept": float(np.mean([kept[name] for name in OTHERS if name in kept])),
-        "occupation": kept["occupation"],
-        "background": kept["background"],
+        "success": float((after.shown(attribute) == task.asked[task.moved]).float().mean()),
+        "kept": kept,
+        "mean_kept": float(np.mean([kept[name] for name in counted])),
+        "per_picture": per_picture.tolist(),
+        "epr": changed[attribute] / float(np.mean([changed[name] for name in counted])),
         "rmse": pixel_change(unsteered.pictures.numpy(), after.pictures.numpy()),
         "ssim": float(ssim(unsteered.pictures.movedim(-1, 1), after.pictures.movedim(-1, 1), 11).mean()),
     }
 
 
-HEADER = f"{'':18s} strength     FD   hard  success   kept  occupation  background   RMSE   SSIM  s/picture"
+SHORT = (
+    "presentation",
+    "age",
+    "skin_tone",
+    "hair_colour",
+    "occupation",
+    "background",
+    "glasses",
+    "expression",
+    "beard",
+)
+HEADER = f"{'':25s} at   strength success  kept  {' '.join(f'{name[:6]:>6s}' for name in SHORT)}    EPR  RMSE  SSIM"
 
 
-def line(name: str, strength: str, r: Mapping[str, float]) -> str:
+def line(name: str, at: float, strength: str, r: Mapping[str, Any]) -> str:
     """A line of the table under HEADER."""
-    shares = f"{100 * r['kept']:6.1f}      {100 * r['occupation']:6.1f}      {100 * r['background']:6.1f}"
-    fd = f"{r['fd']:.3f}  {r['fd_hard']:.3f}"
-    change = f"{r['rmse']:.3f}  {r['ssim']:.3f}  {r['seconds']:9.2f}"
-    return f"{name:18s} {strength:>8s}  {fd}   {r['success']:6.3f} {shares}  {change}"
+    shares = " ".join(f"{100 * r['kept'][key]:6.1f}" if key in r["kept"] else f"{'-':>6s}" for key in SHORT)
+    head = f"{name:25s} {at:.2f} {strength:>8s} {r['success']:7.3f} {100 * r['mean_kept']:5.1f}"
+    return f"{head}  {shares}  {r['epr']:5.2f} {r['rmse']:.3f} {r['ssim']:.3f}"
 
 
-def steered(
-    setting: Setting, task: Task, method: Method, classifier: AttributeClassifier
-) -> Iterator[tuple[float, dict[str, float], Read]]:
-    """Every strength of a method with its scores and the pictures that were to change."""
+def steered(setting: Setting, task: Task, method: Method, strength: float, classifier: AttributeClassifier) -> Read:
+    """The pictures that were to change."""
     to_change, targets = replace(setting, noise=setting.noise[task.moved]), task.asked[task.moved]
+    return Read.of(to_images(method.draw(to_change, lambda i: targets[i], strength)), classifier)
+
+
+def weakest(setting: Setting, task: Task, method: Method, classifier: AttributeClassifier) -> dict[float, tuple]:
+    """For every success asked for the weakest strength that reaches it, and whether it does."""
+    found: list[tuple[float, float]] = []
     for strength in method.strengths:
-        since = time.time()
-        drawn = method.draw(to_change, lambda i: targets[i], strength)
-        seconds = (time.time() - since) / len(drawn)
-        after = Read.of(to_images(drawn), classifier)
-        yield strength, score(task, after) | {"seconds": seconds}, after
+        after = steered(setting, task, method, strength, classifier)
+        found.append((float((after.shown(task.attribute) == task.asked[task.moved]).float().mean()), strength))
+        if found[-1][0] >= max(SUCCESS):
+            break
+    best = max(found, key=lambda pair: (pair[0], -pair[1]))[1]
+    reached = {at: [strength for success, strength in found if success >= at] for at in SUCCESS}
+    return {at: (strengths[0], True) if strengths else (best, False) for at, strengths in reached.items()}
 
 
 def compare(
-    setting: Setting,
+    settings: tuple[Setting, Setting],
     seed: int,
     methods: Mapping[str, Mapping[str, Method]],
     classifier: AttributeClassifier,
-    on_rows: Callable[[str, str, list[np.ndarray]], None],
+    on_rows: Callable[[str, list[np.ndarray], list[str]], None],
 ) -> list[dict]:
     """Results of all methods of every attribute for one prompt, printed as they come.
 
-    on_rows: gets attribute, method and its pictures, those without steering first.
+    settings: to find the strengths, and to report. on_rows: gets an attribute, pictures of every way and their titles,
+    those without steering first.
     """
-    results, before = [], Read.of(to_images(plain(setting)), classifier)
+    results = []
+    befores = [Read.of(to_images(plain(setting)), classifier) for setting in settings]
     for attribute, own in methods.items():
-        task = Task.of(before, attribute, classifier.attributes[attribute], seed)
-        same = before.where(task.moved)
-        unsteered = score(task, same) | {"seconds": 0.0}
-        print(f"\n{setting.prompt}, {attribute}: {task.moved.sum()} to change")
-        print(f"{HEADER}\n{line('before', '', unsteered)}")
+        classes = classifier.attributes[attribute]
+        finding, task = (Task.of(before, attribute, classes, seed) for before in befores)
+        print(f"\n{settings[1].prompt}, {attribute}: {task.moved.sum()} to change\n{HEADER}")
+        rows, titles = [befores[1].where(task.moved).pictures], ["before"]
         for name, method in own.items():
-            rows = [same.pictures]
-            for strength, scores, after in steered(setting, task, method, classifier):
-                results.append({"attribute": attribute, "method": name, "strength": strength, **scores})
-                rows.append(after.pictures)
-                print(line(name, label(method, strength), scores), flush=True)
-            on_rows(attribute, name, [(pictures[:12] * 255).round().byte().numpy() for pictures in rows])
+            drawn: dict[float, Read] = {}
+            for at, (strength, reached) in weakest(settings[0], finding, method, classifier).items():
+                if strength not in drawn:
+                    drawn[strength] = steered(settings[1], task, method, strength, classifier)
+                scores = score(task, drawn[strength])
+                print(line(name, at, f"{strength:g}{' ' if reached else '!'}", scores), flush=True)
+                results.append(
+                    {
+                        "way": "default" if name == DEFAULT else name,
+                        "model": "prompted_avatars",
+                        "attribute": attribute,
+                        "at_success": at,
+                        "reached": reached,
+                        "strength": strength,
+                        **scores,
+                    }
+                )
+            rows.append(drawn[strength].pictures)
+            titles.append(f"{name}, strength {strength:g}")
+        on_rows(attribute, [(pictures[:12] * 255).round().byte().numpy() for pictures in rows], titles)
     return results
 
 
-def label(method: Method, strength: float) -> str:
-    return f"{strength:g}{'*' if strength == method.usual else ' '}"
+def print_means(results: Sequence[Mapping]) -> None:
+    """Mean over prompts and attributes of what is kept, and the interval of the difference from the default's."""
+    print(f"\nmean over all{'':12s} at   kept   default minus this [95 %]   EPR  SSIM")
+    for at in SUCCESS:
+        own = {(r["prompt"], r["attribute"]): r for r in results if (r["way"], r["at_success"]) == ("default", at)}
+        for way in dict.fromkeys(r["way"] for r in results):
+            rows = [r for r in results if (r["way"], r["at_success"]) == (way, at)]
+            pairs = [np.subtract(own[r["prompt"], r["attribute"]]["per_picture"], r["per_picture"]) for r in rows]
+            gain, error = np.mean([d.mean() for d in pairs]), np.sqrt(sum(d.var() / len(d) for d in pairs)) / len(pairs)
+            kept, epr, like = (np.mean([r[key] for r in rows]) for key in ("mean_kept", "epr", "ssim"))
+            mark = "" if all(r["reached"] for r in rows) else "!"
+            interval = f"{100 * gain:5.1f} [{100 * (gain - 1.96 * error):5.1f}, {100 * (gain + 1.96 * error):5.1f}]"
+            print(f"{way + mark:25s} {at:.2f} {100 * kept:5.1f}   {interval:26s} {epr:5.2f} {like:.3f}")
 
 
-def means(results: Sequence[Mapping], methods: Mapping[str, Method]) -> dict[str, list[dict[str, float]]]:
-    """Mean over prompts and attributes of every score: a list in order of strength for each method."""
-    scores = [key for key in results[0] if key not in ("prompt", "attribute", "method", "strength")]
-    found = {}
-    for name, method in methods.items():
-        of = [[r for r in results if (r["method"], r["strength"]) == (name, s)] for s in method.strengths]
-        found[name] = [{key: float(np.mean([r[key] for r in rows])) for key in scores} for rows in of]
-    return found
-
-
-def chart_of(mean: Mapping[str, Sequence[Mapping[str, float]]]) -> np.ndarray:
-    """FD against likeness: a line a method, a point a strength."""
-    lines = {name: [(r["ssim"], r["fd"]) for r in rows] for name, rows in mean.items()}
-    x_label = "likeness to the picture without steering (SSIM)"
-    return line_chart("FD against likeness: lower right is better", lines, x_label, "FD")
+DEFAULT = "SAE recipe"  # what we ship
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
@@ -273,11 +315,10 @@ def save_picture(path: Path, picture: np.ndarray) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--pictures", type=int, default=128)
     parser.add_argument("--prompts", nargs="+", choices=OCCUPATIONS, default=["doctor", "nurse"])
     parser.add_argument("--attributes", nargs="+", choices=ATTRIBUTES, default=list(ATTRIBUTES))
-    parser.add_argument("--chart", type=Path, default=CACHE / "compare.png")
-    parser.add_argument("--grids", type=Path, help="a folder for pictures of every method")
+    parser.add_argument("--grids", type=Path, help="a folder for pictures of every way")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model, text = load_prompted(FILES / "difflens_models" / "prompted_avatars.safetensors")
@@ -288,31 +329,26 @@ def main() -> None:
         methods[attribute] = methods_of(attribute, text, directions)
         print(f"latent directions of {attribute}: learned in {seconds:.0f} s", flush=True)
     model = at_precision(model)
-    print(f"n = {options.pictures} a row, cfg {CFG:g}, {STEPS} steps, seeds from {SEED}, {PRECISION}; shares in %")
+    print(f"n = {options.pictures} a prompt, cfg {CFG:g}, {STEPS} steps, seeds from {SEED}, {PRECISION}; shares in %")
     for job in options.prompts:
 
-        def save_grid(attribute: str, name: str, rows: list[np.ndarray], job: str = job) -> None:
+        def save_grid(attribute: str, rows: list[np.ndarray], titles: list[str], job: str = job) -> None:
             if options.grids:
-                titles = ["before", *(f"{name}, strength {s:g}" for s in methods[attribute][name].strengths)]
-                file = options.grids / f"{job}_{attribute}_{name.replace(' ', '_')}.png"
-                save_picture(file, image_grid(rows, titles, columns=12))
+                save_picture(options.grids / f"{job}_{attribute}.png", image_grid(rows, titles, columns=12))
 
         seed = SEED + OCCUPATIONS.index(job)
         prompt = f"portrait of {phrase([], job)}"
         guidance = Guidance(text.encode([prompt]), text.encode([""]), CFG)
-        setting = Setting(model, guidance, start_noise(options.pictures, seed), prompt)
-        found = compare(setting, seed, methods, classifier, save_grid)
+        finding, reporting = (
+            Setting(model, guidance, start_noise(count, own), prompt)
+            for count, own in ((64, seed + FINDING), (options.pictures, seed))
+        )
+        found = compare((finding, reporting), seed, methods, classifier, save_grid)
         results += [{"prompt": prompt, **result} for result in found]
-    some = methods[options.attributes[0]]
-    mean = means(results, some)
-    print(f"\nmean over {', '.join(options.prompts)} and {', '.join(options.attributes)}\n{HEADER}")
-    for name, method in some.items():
-        for strength, scores in zip(method.strengths, mean[name], strict=True):
-            print(line(name, label(method, strength), scores))
-    save_picture(options.chart, chart_of(mean))
-    print(f"\nchart: {options.chart}\n{time.time() - began:.0f} seconds")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1))
+    print_means(results)
+    print(f"\n{time.time() - began:.0f} seconds")
 
 
 if __name__ == "__main__":

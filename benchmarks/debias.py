@@ -5,8 +5,8 @@
     python benchmarks/debias.py --json FILE        the same numbers for machines
 
 The seed is one on which no strength was tuned. All runs of an attribute start from the same noise, so that pictures
-are paired: `kept` is the share whose other attributes, background and clothes read as before. The first line says
-whether the model ran in bf16 or fp32 (see precision.py).
+are paired: `kept` is the share whose other attributes, hair colour, background and clothes read as before. The first
+line says whether the model ran in bf16 or fp32 (see precision.py).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from difflens_core.targets import Targets, parse_target  # noqa: E402
 
 AVATARS = ROOT / "models" / "avatars"
 ATTRIBUTES = ("presentation", "age", "skin_tone")
+NUISANCES = ("hair_colour", "background", "clothes")
 SEED = 90_001
 STEPS = 20
 BATCH = 64
@@ -125,7 +126,7 @@ def measured(name: str, result: dict) -> str:
 def row(name: str, result: dict) -> str:
     kept = result["kept"]
     others = " ".join(f"{100 * kept[key]:5.1f}" for key in kept if key in ATTRIBUTES)
-    nuisance = f"{100 * kept['background']:5.1f} {100 * kept['clothes']:5.1f}"
+    nuisance = " ".join(f"{100 * kept[key]:5.1f}" for key in NUISANCES)
     return f"{measured(name, result)}  {others:11s}  {nuisance}  {result['pixel_change']:.3f}"
 
 
@@ -143,7 +144,7 @@ def main() -> None:
     print(f"n = {options.pictures}, {STEPS} steps, seed {SEED}, {PRECISION}; kept and others in %")
     for attribute in ATTRIBUTES:
         others = [name for name in ATTRIBUTES if name != attribute]
-        kept = f"{' '.join(others)} background clothes"
+        kept = " ".join([*others, *NUISANCES])
         print(f"\n{attribute:18s} FD [95 % interval] hard        success  {kept}  change")
         classes = classifier.attributes[attribute]
         results[attribute] = {"before": outcome(classes, before, before, attribute, None)}

@@ -25,13 +25,13 @@ from difflens_core.networks import Guidance, load_prompted
 FILES = ROOT / "models" / "prompted_avatars"
 OCCUPATIONS = ("doctor", "nurse", "firefighter", "receptionist")
 ATTRIBUTES = ("presentation", "age")
-SHOWN = ("presentation", "age", "skin_tone", "background")
+SHOWN = ("presentation", "age", "skin_tone", "hair_colour", "background")
 SEED = 91_001
 CFG = 2.0
 
 
 def row(name: str, result: dict, attribute: str) -> str:
-    kept = " ".join(f"{100 * result['kept'][key]:10.1f}" for key in SHOWN if key != attribute)
+    kept = " ".join(f"{100 * result['kept'][key]:11.1f}" for key in SHOWN if key != attribute)
     return f"  {measured(name, result)}  {100 * result['occupation']:10.1f} {kept}  {result['pixel_change']:.3f}"
 
 
@@ -54,7 +54,7 @@ def main() -> None:
         before = Read.of(run(model, options.pictures, None, seed, guidance)[0], classifier)
         results[job] = {}
         for attribute in ATTRIBUTES:
-            others = " ".join(f"{name:>10s}" for name in SHOWN if name != attribute)
+            others = " ".join(f"{name:>11s}" for name in SHOWN if name != attribute)
             print(f"\n{job}, {attribute}")
             print(f"  {'':18s} FD [95 % interval] hard          success  occupation {others}  change")
             results[job][attribute] = found = {}

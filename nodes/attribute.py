@@ -81,7 +81,8 @@ class AttributeFeatures(io.ComfyNode):
                 Activations.Input("activations", tooltip="From Capture Activations."),
                 SAE.Input("sae", tooltip="An SAE of the same model and site."),
                 ProbesSocket.Input("probes", tooltip="From Train Probes."),
-                LabelsSocket.Input("labels", tooltip="The labels that the probes were trained on."),
+                LabelsSocket.Input("labels", tooltip="The labels that the probes were trained on. By the other "
+                                  "attributes that the classifier reads, the recipe spares what else a picture shows."),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
@@ -125,12 +126,16 @@ class AttributeFeatures(io.ComfyNode):
             )
         host.site_width(model, activations.site)
         check_model_of(activations, model)
-        report = host.progress_bar(len(activations.progress))
-        weights = balancing_weights(labels.indices, labels.others)
+        steps = len(activations.progress)
+        report = host.progress_bar(2 * steps)
+        weights = balancing_weights(labels.indices, [indices for _, indices in labels.others.values()])
         found = attribute_features(
             activations, sae, probes, labels.indices, method, weights, baseline=baseline, on_step=report
         )
-        recipe = build_recipe(found, sae, probes, activations, features_per_class, host.model_fingerprint(model))
+        recipe = build_recipe(
+            found, sae, probes, activations, features_per_class, host.model_fingerprint(model), labels.indices,
+            labels.others, lambda step: report(steps + step),
+        )  # fmt: skip
         image = host.to_image(ranking_chart(found))
         text = ranking_table(found, features_per_class)
         return host.drawn(cls, image, recipe, image, text, text=text)

@@ -59,7 +59,10 @@ class ClassifyImages(io.ComfyNode):
         classes = classes_of(classifier, attribute)
         report = host.progress_bar(len(images))
         read = classify(classifier, images, report)
-        others = tuple(seen_classes(seen(read, name)) for name in other_attributes(classifier.attributes, attribute))
+        others = {
+            name: (classifier.attributes[name], seen_classes(seen(read, name)))
+            for name in other_attributes(classifier.attributes, attribute)
+        }
         labels = Labels(attribute, classes, seen_classes(seen(read, attribute)), others)
         return io.NodeOutput(labels, label_table(read, classifier.attributes, attribute))
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from comfy_api.latest import io
 from torch import Tensor
+
+from ..difflens_core.locate import Labelled
 
 
 @dataclass(frozen=True)
 class Labels:
     """The class that a classifier sees in each picture.
 
-    indices: n, int64, into `classes`, NO_CLASS for a picture without a face; others: the same for the classifier's
-    other attributes.
+    indices: n, int64, into `classes`, NO_CLASS for a picture without a face; others: for each other attribute
+    of the classifier, its classes and the same.
     """
 
     attribute: str
     classes: tuple[str, ...]
     indices: Tensor
-    others: tuple[Tensor, ...] = ()
+    others: Labelled = field(default_factory=dict)
 
 
 CATEGORY = "DiffLens"

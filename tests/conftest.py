@@ -19,7 +19,7 @@ from launch_comfyui import install_mends  # noqa: E402
 install_mends()  # a torchvision built for a GPU beside a CPU build of torch: diffusers imports it
 
 from difflens_core.activations import Activations  # noqa: E402
-from difflens_core.locate import Probes  # noqa: E402
+from difflens_core.locate import Context, Probes  # noqa: E402
 from difflens_core.networks import Adm, AdmConfig, Denoiser, DenoiserConfig  # noqa: E402
 from difflens_core.sae import Normalisation, SparseAutoencoder  # noqa: E402
 from difflens_core.steer import Recipe  # noqa: E402
@@ -71,6 +71,16 @@ def recipe(features: int = 5, steps: int = 3, width: int = 6, positions: int = 4
     )  # fmt: skip
 
 
+def context(
+    features: int = 5, steps: int = 3, width: int = 6, positions: int = 4, maps: int = 2, seed: int = 9
+) -> Context:
+    """How the levels of `recipe` differ by two attributes of two and three classes."""
+    draw, k, attributes = random(seed), len(CLASSES), {"hair": ("short", "long"), "tone": ("a", "b", "c")}
+    return Context(
+        attributes, draw(steps, 5, width), draw(steps, 5), draw(steps, k, 5, maps), draw(maps, features, positions)
+    )
+
+
 def denoiser(seed: int = 6, **sizes) -> Denoiser:
     """A tiny denoiser whose blocks all do something (a fresh one begins as the identity)."""
     draw = random(seed)
@@ -103,7 +113,7 @@ def unet2d(seed: int = 8, **settings):
 
 @pytest.fixture(scope="session")
 def toys() -> SimpleNamespace:
-    makers = (random, normalisation, activations, sae, probes, recipe, denoiser, adm, unet2d)
+    makers = (random, normalisation, activations, sae, probes, recipe, context, denoiser, adm, unet2d)
     return SimpleNamespace(classes=CLASSES, **{maker.__name__: maker for maker in makers})
 
 

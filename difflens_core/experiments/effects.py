@@ -142,4 +142,6 @@ def keep_best(recipe: Recipe, score: Tensor, count: int, ranking: str) -> Recipe
     rows = {name: getattr(recipe, name)[kept] for name in ("features", "encoder", "bias", "threshold", "decoder")}
     info = {name: value for name, value in recipe.info.items() if name != "calibration"}  # of other features
     info["ranking"] = ranking
-    return replace(recipe, **rows, member=member[:, kept], levels=recipe.levels[:, :, kept], info=info)
+    context = recipe.context and replace(recipe.context, maps=recipe.context.maps[:, kept])
+    levels = recipe.levels[:, :, kept]
+    return replace(recipe, **rows, member=member[:, kept], levels=levels, context=context, info=info)

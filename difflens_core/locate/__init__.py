@@ -1,20 +1,26 @@
-"""Which latents carry an attribute: probes, attribution, and how well single latents tell the classes apart."""
+"""Which latents carry an attribute: probes, attribution, levels, and how well single latents tell the classes apart."""
 
 from .attribution import METHODS, Attribution, attribute_features, balancing_weights, contrast, integrated_gradients
 from .gradients import integrated_gradients_of, picture_objective
+from .levels import Context, Labelled, channel_rows, fit_levels, latent_rows
 from .probes import Probes, load_probes, save_probes, train_probes
 from .separation import Separation, measure_separation
 
 __all__ = [
     "Attribution",
+    "Context",
+    "Labelled",
     "METHODS",
     "Probes",
     "Separation",
     "attribute_features",
     "balancing_weights",
+    "channel_rows",
     "contrast",
+    "fit_levels",
     "integrated_gradients",
     "integrated_gradients_of",
+    "latent_rows",
     "load_probes",
     "measure_separation",
     "picture_objective",

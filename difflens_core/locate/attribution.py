@@ -149,11 +149,12 @@ def balancing_weights(labels: Tensor, others: Iterable[Tensor], rounds: int = 20
     labels and each of `others`: B, int64; pictures of NO_CLASS weigh nothing. Without them a rare class lends its
     pictures' chance features to its levels: if most of the seniors captured happen to be light-skinned, steering to
     senior would lighten the skin. Raking (Deming & Stephan 1940): the weights are scaled to one attribute's overall
-    shares after the other. No picture weighs more than `limit` times the mean.
+    shares after the other. No picture weighs more than `limit` times the mean. An attribute of which a class never
+    shows what others show (the hair of seniors is never black) is left out: no weights can balance it.
     """
     known = labels != NO_CLASS
-    labels, others = labels[known], [other[known] for other in others]
-    classes = int(labels.max()) + 1
+    labels, classes = labels[known], int(labels.max()) + 1
+    others = [other for other in (other[known] for other in others) if shown_by_all(labels, other)]
     weights = torch.ones(len(labels))
     for _ in range(rounds):
         for other in others:
@@ -164,6 +165,14 @@ def balancing_weights(labels: Tensor, others: Iterable[Tensor], rounds: int = 20
             weights = weights * (wanted / found.clamp(min=1e-12)).flatten()[cells]
             weights = weights.clamp(max=limit * float(weights.mean()))
     return torch.zeros(len(known)).masked_scatter_(known, weights)
+
+
+def shown_by_all(labels: Tensor, other: Tensor) -> bool:
+    """Whether every class (of `labels`, B) shows every class of `other` (B) that is shown at all."""
+    cells = torch.stack(
+        [other[labels == k].add(1).bincount(minlength=int(other.max()) + 2)[1:] for k in labels.unique()]
+    )
+    return bool((cells > 0)[:, cells.sum(dim=0) > 0].all())
 
 
 METHODS = ("contrastive", "integrated gradients", "activation x gradient", "class mean difference")

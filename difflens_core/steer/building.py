@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from ..activations import Activations
 from ..files import DiffLensError
-from ..locate import Attribution, Probes
+from ..locate import Attribution, Labelled, Probes, fit_levels, latent_rows
 from ..sae import Normalisation, SparseAutoencoder
 from .recipes import UNKNOWN, Recipe, with_settings
 
@@ -25,10 +26,15 @@ def build_recipe(
     activations: Activations,
     count: int = 60,
     model: str = "",
+    labels: Tensor | None = None,
+    others: Labelled = MappingProxyType({}),
+    on_step: Callable[[int], None] = lambda step: None,
 ) -> Recipe:
     """Recipe from the `count` best latents of every class, as far as they speak for it (a score above 0).
 
     It has one row a step of `attribution`; SAE and probes may come from captures of other steps: the nearest serve.
+    labels, others: classes of the captured pictures, in the attribute and in others. With them the levels are those of
+    `fit_levels`, by what else a picture shows; without, the means of each class.
     """
     own = [latents[row[latents] > 0] for latents, row in zip(attribution.top(count), attribution.scores, strict=True)]
     chosen = torch.cat(own).unique()
@@ -46,11 +52,16 @@ def build_recipe(
     probe_weight, probe_bias = probes.weight[probe_rows] / SOFTENING, probes.bias[probe_rows] / SOFTENING
     normalisation = Normalisation(attribution.progress, sae.normalisation.mean[rows], sae.normalisation.scale[rows])
     start, end = captured_part(attribution.progress)
+    levels, context = attribution.levels[:, :, chosen], None
+    if labels is not None:
+        levels, context = fit_levels(
+            activations, sae.normalisation, latent_rows(sae, chosen), labels, len(classes), others, on_step
+        )
     return Recipe(
         attribution.attribute, classes, sae.site, model, chosen, encoder, bias, threshold, sae.decoder[chosen],
-        member, attribution.levels[:, :, chosen], probe_weight, probe_bias, normalisation,
+        member, levels, probe_weight, probe_bias, normalisation,
         strength=(1.0,) * len(classes), start=start, end=end,
-        map=activations.map if sae.kernel == 1 else None,
+        map=activations.map if sae.kernel == 1 else None, context=context,
         info={"gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures},
     )  # fmt: skip
 

@@ -6,30 +6,24 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..activations import Activations
 from ..files import DiffLensError
-from ..sae import SparseAutoencoder, nearest_step
+from ..locate import Labelled, channel_rows, fit_levels
+from ..sae import SparseAutoencoder
 from .recipes import Recipe
 
 
-def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, weights: Tensor) -> Recipe:
-    """The recipe with the class means of the raw activations in place of its latents' levels: no SAE at all.
+def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, others: Labelled) -> Recipe:
+    """The recipe with the site's channels in place of its latents: no SAE at all.
 
-    labels: B, the class of every captured picture; weights: B, how much it counts in its class's mean. Mode,
-    strengths and probes stay, so that only what is added differs. Its "latents" are the site's channels: encoder
-    and decoder are the identity.
+    labels: B, the class of every captured picture; others: those of its other attributes, by which the levels differ as
+    the recipe's do. Mode, strengths and probes stay, so that only what is added differs. Its "latents" are the
+    channels: encoder and decoder are the identity.
     """
-    channels = torch.eye(recipe.width)
-    shares = F.one_hot(labels, len(recipe.classes)).T * weights
-    shares = shares / shares.sum(dim=1, keepdim=True)
-    steps = len(recipe.normalisation.progress)
-    levels = torch.zeros(steps, len(recipe.classes), activations.width, activations.positions)
-    for row, progress in enumerate(recipe.normalisation.progress):
-        for first, values in activations.batches(nearest_step(activations.progress, float(progress))):
-            rows = recipe.normalisation.apply(values, row)
-            levels[row] += torch.einsum("kb,bpc->kcp", shares[:, first : first + len(values)], rows)
+    channels, classes = torch.eye(recipe.width), len(recipe.classes)
+    rows = channel_rows(recipe.normalisation)
+    levels, context = fit_levels(activations, recipe.normalisation, rows, labels, classes, others)
     return replace(
         recipe,
         features=torch.arange(recipe.width),
@@ -37,8 +31,9 @@ def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, we
         bias=torch.zeros(recipe.width),
         threshold=torch.full((recipe.width,), -1e9),
         decoder=channels,
-        member=torch.ones(len(recipe.classes), recipe.width, dtype=torch.bool),
-        levels=levels.half(),
+        member=torch.ones(classes, recipe.width, dtype=torch.bool),
+        levels=levels,
+        context=context,
         info={"control": "mean difference of the raw activations"},
     )
 

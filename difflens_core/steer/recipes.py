@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..files import DiffLensError, as_half, load_tensors, refuse_whole_numbers, save_tensors
+from ..locate import Context
 from ..sae import NORMALISATION, Normalisation
 
 MODES = ("reach", "shift", "add", "add own", "add fixed", "add own fixed", "move", "clamp", "scale", "ablate")
@@ -30,7 +31,8 @@ class Recipe:
     K x F, which latents belong to which class; levels: S x K x F x P, mean activity per step, class and position (no
     positions: not known); probe_weight: S x K x width and probe_bias: S x K read the class that a picture is about to
     show. mode, strength, start, end: how to edit, see `Steering`. model: fingerprint of the weights it was made on.
-    map: height and width of the map whose positions they are, None if not known. info: provenance and figures.
+    map: height and width of the map whose positions they are, None if not known. context: how the levels differ by
+    what else a picture shows, None if they are the same for all. info: provenance and figures.
     """
 
     attribute: str
@@ -52,6 +54,7 @@ class Recipe:
     start: float = 0.0
     end: float = 1.0
     map: tuple[int, int] | None = None
+    context: Context | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -105,10 +108,12 @@ class Recipe:
 TENSORS = (
     "features", "encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias"
 )  # fmt: skip
-# Features, width, classes, steps of the capture and of the normalisation, positions and channels.
+CONTEXT = ("weight", "bias", "coefficients", "maps")
+# Features, width, classes, steps of the capture and of the normalisation, positions, channels, traits and maps.
 AXES = {
     "features": "F", "encoder": "FW", "decoder": "FW", "bias": "F", "threshold": "F", "member": "KF",
-    "levels": "SKFP", "probe_weight": "SKW", "probe_bias": "SK", "normalisation.progress": "N",
+    "levels": "SKFP", "context.weight": "SGW", "context.bias": "SG", "context.coefficients": "SKGR",
+    "context.maps": "RFP", "probe_weight": "SKW", "probe_bias": "SK", "normalisation.progress": "N",
     "normalisation.mean": "NC", "normalisation.scale": "N",
 }  # fmt: skip
 PLAIN = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "map", "info")
@@ -132,7 +137,11 @@ def save_recipe(path: str | Path, recipe: Recipe) -> None:
     for name in ("encoder", "decoder", "levels", "probe_weight"):
         tensors[name] = as_half(tensors[name])
     tensors |= {f"normalisation.{name}": getattr(recipe.normalisation, name) for name in NORMALISATION}
-    save_tensors(path, "recipe", tensors, {name: getattr(recipe, name) for name in PLAIN})
+    plain = {name: getattr(recipe, name) for name in PLAIN}
+    if recipe.context:
+        tensors |= {f"context.{name}": as_half(getattr(recipe.context, name)) for name in CONTEXT}
+        plain["context"] = {name: list(classes) for name, classes in recipe.context.attributes.items()}
+    save_tensors(path, "recipe", tensors, plain)
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -147,9 +156,13 @@ def load_recipe(path: str | Path) -> Recipe:
         normalisation = Normalisation(*(tensors.pop(f"normalisation.{name}") for name in NORMALISATION))
         for name in ("encoder", "decoder", "probe_weight"):
             tensors[name] = tensors[name].float()
+        context = None
+        if "context" in info:
+            attributes = {name: tuple(classes) for name, classes in info["context"].items()}
+            context = Context(attributes, *(tensors.pop(f"context.{name}").float() for name in CONTEXT))
         parts = {name: info[name] for name in PLAIN} | {name: tensors[name] for name in TENSORS}
         parts["classes"], parts["strength"] = tuple(parts["classes"]), tuple(parts["strength"])
-        return Recipe(**parts, normalisation=normalisation)
+        return Recipe(**parts, normalisation=normalisation, context=context)
     except DiffLensError as error:
         raise DiffLensError(f"{Path(path).name}: {error}") from error
 
@@ -158,6 +171,8 @@ def check_shapes(tensors: Mapping[str, Tensor]) -> None:
     """Raise `DiffLensError` if the parts of a recipe do not belong together."""
     sizes: dict[str, int] = {}
     for name, axes in AXES.items():
+        if name.startswith("context.") and name not in tensors:
+            continue  # levels that are the same for all pictures
         shape = tuple(tensors[name].shape)
         if len(shape) != len(axes) or any(sizes.setdefault(axis, n) != n for axis, n in zip(axes, shape, strict=True)):
             expected = " x ".join(str(sizes.get(axis, axis)) for axis in axes)

@@ -17,6 +17,7 @@ from .recipes import READING, WITHOUT_LEVELS, Recipe
 
 DEVICE_TENSORS = ("encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias")
 MAPPED = ("reach", "shift", "add", "add own", "add fixed", "add own fixed")  # modes that add maps of the classes
+BY_LEVELS = ("reach", "shift", "add", "add own")
 CHUNK = 2**22  # pre-activations of the full SAE that are held at once
 CACHE_BYTES = 2**26  # for the decoded class maps
 GROUP = 16  # pre-activations a group in `kth_largest`
@@ -46,6 +47,7 @@ class Steering:
     scale          z' = (1 + s) z on c's own latents, as in the DiffLens paper
     ablate         z' = (1 - s) z on c's own latents, with s at most 1
 
+    Where the recipe has a context, the levels are those of pictures with the traits that its probes read.
     A latent is active where its pre-activation exceeds the recipe's threshold; with `sae` (the one that the recipe
     was made from) where it is among the k largest, exactly. mask: M x height x width in [0, 1], a picture each or
     one for all, resized to the site's map; the edit is multiplied by it. Steps whose progress lies outside
@@ -122,16 +124,41 @@ class Steering:
                 own = logits.scatter(1, target[:, None], -torch.inf).argmax(dim=1)
                 left = 1 - self.way(rows, own, target, step, t)
                 share = left[:, None] * (share - F.one_hot(own, len(self.recipe.classes)))
-        maps = self.class_maps(step, t)
-        return ((t["strength"][target][:, None] * share) @ maps.flatten(1)).unflatten(1, maps.shape[1:])
+        maps, share = self.class_maps(step, t), t["strength"][target][:, None] * share
+        change = (share @ maps.flatten(1)).unflatten(1, maps.shape[1:])
+        if self.recipe.context is None or self.recipe.mode not in BY_LEVELS:
+            return change
+        if self.recipe.mode in ("add", "add own"):
+            share = contrast(share.T).T
+        extra = self.by_context(rows, share, step, t)
+        if self.recipe.mode == "add own":
+            extra = extra * t["member"][target][:, :, None]
+        return change + torch.matmul(t["decoder"].T, t["scale"][step] * extra)
+
+    def by_context(self, rows: Tensor, share: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
+        """What the pictures' own traits add to `share` (B x K) of each class's level: B x F x P."""
+        context = self.recipe.context
+        assert context is not None
+        pooled = (rows.mean(dim=2, dtype=torch.float32) - t["mean"][step]) / t["scale"][step]
+        traits = context.traits(pooled, step)
+        weights = torch.einsum("bk,bg,kgr->br", share, traits, t["coefficients"][step])
+        return (weights @ t["maps"].flatten(1)).unflatten(1, t["maps"].shape[1:])
 
     def way(self, rows: Tensor, own: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
         """How far the latents of rows (B x width x P) have come from `own`'s levels to `target`'s: B, at most 1."""
         z = self.read(rows, step, t)
-        start, end = (t["levels"][step][classes].float() for classes in (own, target))
+        start, end = (self.level(rows, classes, step, t) for classes in (own, target))
         gap = end - start
         come = ((z - start) * gap).flatten(1).sum(dim=1) / gap.square().flatten(1).sum(dim=1).clamp(min=1e-12)
         return come.clamp(max=1)
+
+    def level(self, rows: Tensor, classes: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
+        """Level (B x F x P) of `classes` (B), for pictures such as these."""
+        level = t["levels"][step][classes].float()
+        if self.recipe.context is None:
+            return level
+        share = F.one_hot(classes, len(self.recipe.classes)).float()
+        return level + self.by_context(rows, share, step, t)
 
     def class_maps(self, step: int, t: dict[str, Tensor]) -> Tensor:
         """What a unit of each class's share adds to rows at a step: K x width x P (or 1). Kept while they are few."""
@@ -161,7 +188,7 @@ class Steering:
         elif mode == "ablate":
             change = -strength.clamp(max=1) * t["member"][target][:, :, None] * z
         else:
-            gap = t["levels"][step][target].float() - z
+            gap = self.level(rows, target, step, t) - z
             change = strength.clamp(max=1) * (gap if mode == "move" else gap.clamp(max=0))
         return torch.matmul(t["decoder"].T, t["scale"][step] * change)
 
@@ -210,6 +237,8 @@ class Steering:
             moved |= {"mean": self.recipe.means.to(device)}
             moved |= {"scale": self.recipe.normalisation.scale.to(device)}
             moved |= {"strength": torch.tensor(self.recipe.strength, device=device)}
+            if self.recipe.context:
+                moved |= {name: getattr(self.recipe.context, name).to(device) for name in ("coefficients", "maps")}
             if sae := self.rivals:
                 # The recipe's latents first, so that one product gives them and their rivals for the k places.
                 others = torch.ones(sae.latents, dtype=torch.bool)

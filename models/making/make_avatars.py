@@ -62,8 +62,8 @@ SAE = {"pictures": 3_072, "latents": 1_024, "k": 32, "steps": 3_000, "seed": 2_0
 RECIPE = {
     "per_class": 120,
     "start": 0.2,
-    "modes": {"presentation": "reach", "age": "shift", "skin_tone": "shift"},
-    "strengths": {"shift": (1.5, 2.0), "reach": (2.0, 3.0)},
+    "modes": {"presentation": "shift", "age": "shift", "skin_tone": "shift"},
+    "strengths": {"shift": (0.75, 1.0, 1.5, 2.0)},
     "success": 0.98,
     "tuning_pictures": 192,
     "tuning_seed": 3_000,
@@ -88,8 +88,7 @@ def draw_balanced(count: int, seed: int) -> Drawings:
 
 
 def train_classifier() -> None:
-    # Not the hair colour: seniors' hair is grey whatever it says.
-    heads = portraits.ATTRIBUTES | {n: c for n, c in portraits.NUISANCES.items() if n != "hair_colour"}
+    heads = portraits.ATTRIBUTES | portraits.NUISANCES
     model, accuracy = fit_classifier(draw_balanced, heads, CLASSIFIER)
     save_classifier(CLASSIFIER_FILE, model, {"training": CLASSIFIER, "accuracy": accuracy})
 
@@ -112,8 +111,9 @@ def make_recipes() -> None:
     """Probes, recipe and controls of every attribute; strengths found on tuning seeds only."""
     model, classifier, sae = load_denoiser(DENOISER_FILE), load_classifier(CLASSIFIER_FILE), load_sae(SAE_FILE)
     activations, pictures = captured()
-    read = read_attributes(classifier, pictures)
-    save_labels(WORK / "capture", {name: (classifier.attributes[name], labels) for name, labels in read.items()})
+    seen = read_attributes(classifier, pictures)
+    read = {name: (classifier.attributes[name], labels) for name, labels in seen.items()}
+    save_labels(WORK / "capture", read)
 
     def try_out(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
         count = RECIPE["tuning_pictures"]
@@ -193,10 +193,10 @@ TopK, {s[latents]} latents, k = {s[k]}, trained on the activations of {s[picture
 an eighth of them held out. Held-out figures: FVU {fvu:.4f}, L0 {l0:.1f}, dead latents {dead:.1f} %.
 
 ## Recipes
-The {r[per_class]} best latents of every class by the contrastive score. Strengths: the weakest of
-{r[strengths][shift]} in mode shift, of {r[strengths][reach]} in mode reach, that shows the class asked for in at least
+The {r[per_class]} best latents of every class by the contrastive score. Their levels go by
+what else a picture shows. Strengths: the weakest of {r[strengths][shift]} that shows the class asked for in at least
 {r[success]:.0%} of its pictures, on {r[tuning_pictures]} pictures of seed {r[tuning_seed]}. The benchmark uses other
-seeds. Mode reach draws long hair in full, where shift stops as soon as the probe is convinced.
+seeds.
 
 | attribute | latents | mode | from | strength per class | gate agrees with TopK |
 |---|---|---|---|---|---|
@@ -205,7 +205,7 @@ seeds. Mode reach draws long hair in full, where shift stops as soon as the prob
 `difflens_probes/` holds the linear probes behind them, one a step and attribute
 (`difflens_core.locate.probes.load_probes`).
 `difflens_recipes/controls/` holds what the recipes are compared with: random latents of the same count and edit norm,
-and the mean difference of the raw activations.
+and the mean difference of the raw activations, by what else a picture shows as well.
 
 ## Limits
 - Portraits are aligned and centred. Levels per position, which the recipes use, need that.

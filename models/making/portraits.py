@@ -21,7 +21,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 NUISANCES: dict[str, tuple[str, ...]] = {
     "background": ("sky", "mint", "pink", "lilac", "lemon", "teal"),
     "clothes": ("red", "orange", "yellow", "green", "blue", "purple"),
-    "hair_colour": ("black", "chestnut", "red", "blond"),
+    "hair_colour": ("black", "chestnut", "red", "blond", "grey"),
     "glasses": ("no", "yes"),
     "beard": ("no", "yes"),
     "expression": ("neutral", "smile", "open"),
@@ -53,8 +53,8 @@ _CLOTHES: tuple[Colour, ...] = (
     (38, 92, 214),
     (124, 52, 172),
 )
-_HAIR: tuple[Colour, ...] = ((30, 27, 36), (120, 52, 26), (206, 76, 24), (244, 200, 84))
-_GREY: Colour = (208, 210, 216)
+_HAIR: tuple[Colour, ...] = ((30, 27, 36), (120, 52, 26), (206, 76, 24), (244, 200, 84), (208, 210, 216))
+GREY = 4  # the last of them
 _SKIN: tuple[Colour, ...] = ((252, 220, 194), (224, 170, 122), (162, 106, 70), (98, 62, 46))
 _SHADE: tuple[Colour, ...] = ((232, 188, 158), (198, 140, 96), (134, 82, 52), (74, 44, 32))
 _LINE: tuple[Colour, ...] = ((176, 122, 98), (146, 92, 58), (92, 50, 28), (44, 22, 16))
@@ -102,12 +102,12 @@ def _curve(x0: float, y0: float, xm: float, ym: float, x1: float, y1: float, ste
 
 
 def sample_traits(n: int, seed: int, balanced: bool) -> dict[str, np.ndarray]:
-    """Trait indices for n portraits; row i depends only on (seed, i, balanced)."""
+    """Trait indices for n portraits; row i depends only on (seed, i, balanced). See `grey_seniors` for their hair."""
     names = [*ATTRIBUTES, *NUISANCES]
     u = np.random.default_rng([seed, 0]).random((n, len(names)))
     traits: dict[str, np.ndarray] = {}
     for k, name in enumerate(names):
-        size = len(ATTRIBUTES.get(name) or NUISANCES[name])
+        size = len(ATTRIBUTES.get(name) or NUISANCES[name]) - (name == "hair_colour" and not balanced)
         p = np.full(size, 1.0 / size)
         if not balanced and name in BIAS:
             p = np.asarray(BIAS[name])
@@ -121,21 +121,26 @@ def sample_traits(n: int, seed: int, balanced: bool) -> dict[str, np.ndarray]:
     return traits
 
 
+def grey_seniors(traits: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The traits with the hair of seniors turned grey, as it is unless drawings are balanced."""
+    return traits | {"hair_colour": np.where(traits["age"] == 2, GREY, traits["hair_colour"])}
+
+
 def draw(traits: dict[str, int], seed: int) -> np.ndarray:
     """One portrait, uint8 (64, 64, 3); deterministic in (traits, seed), the seed giving small jitter only."""
     u = np.random.default_rng(seed).uniform(-1.0, 1.0, 24)
     fem, age, tone = traits["presentation"] == 1, int(traits["age"]), int(traits["skin_tone"])
-    young, senior = age == 0, age == 2
+    young, senior, grey = age == 0, age == 2, traits["hair_colour"] == GREY
     glow = u[0:3] * 3 + u[3] * 3
     skin, shade, line, blush = (_shift(c[tone], glow) for c in (_SKIN, _SHADE, _LINE, _BLUSH))
     lips = _shift(_LIPS[tone] if fem else _PLAIN_LIPS[tone], glow)
-    hair = _shift(_GREY if senior else _HAIR[traits["hair_colour"]], u[4:7] * 6)
-    hair_dark = _mix(hair, (30, 20, 30), 0.28 if senior else 0.22)
+    hair = _shift(_HAIR[traits["hair_colour"]], u[4:7] * 6)
+    hair_dark = _mix(hair, (30, 20, 30), 0.28 if grey else 0.22)
     hair_light = _mix(hair, (255, 250, 240), 0.16)
-    brow = _mix(hair, (150, 150, 160), 0.35) if senior else _mix(hair, (60, 34, 20), 0.45)
-    if tone == 0 and senior:
+    brow = _mix(hair, (150, 150, 160), 0.35) if grey else _mix(hair, (60, 34, 20), 0.45)
+    if tone == 0 and grey:
         brow = _mix(hair, (120, 120, 130), 0.6)
-    if tone == 3 and not senior and traits["hair_colour"] <= 1:
+    if tone == 3 and traits["hair_colour"] <= 1:
         brow = (24, 14, 14)
     cloth = _shift(_CLOTHES[traits["clothes"]], u[7:10] * 8)
     cloth_dark = _mix(cloth, (20, 10, 40), 0.25)
@@ -212,7 +217,7 @@ def draw(traits: dict[str, int], seed: int) -> np.ndarray:
             + _curve(cx - 21, mouth_y - 9, cx, mouth_y - 14, cx + 21, mouth_y - 9)
             + _curve(cx + 21, mouth_y - 9, cx + w * 0.72, cy + cheek, cx + w, cy + 14)
         )
-        d.polygon(b + inner, fill=_mix(hair, hair_dark, 0.1 if fem else (0.4 if senior else 1.0)))
+        d.polygon(b + inner, fill=_mix(hair, hair_dark, 0.1 if fem else (0.4 if grey else 1.0)))
 
     if young:
         for s in (-1, 1):
@@ -350,6 +355,7 @@ def draw(traits: dict[str, int], seed: int) -> np.ndarray:
 def render(n: int, seed: int, balanced: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """n portraits, uint8 (n, 64, 64, 3), and their traits; image i depends only on (seed, i, balanced)."""
     traits = sample_traits(n, seed, balanced)
+    traits = traits if balanced else grey_seniors(traits)
     return draw_all(trait_rows(traits), seed), traits
 
 

@@ -71,6 +71,7 @@ def phrase(adjectives: Sequence[str], noun: str, article: str = "") -> str:
 def render(n: int, seed: int, balanced: bool) -> tuple[np.ndarray, dict[str, np.ndarray], list[str]]:
     """n portraits, uint8 (n, 64, 64, 3), their traits and prompts; image i depends only on (seed, i, balanced)."""
     traits = sample_traits(n, seed, balanced)
+    traits = traits if balanced else portraits.grey_seniors(traits)
     rows = portraits.trait_rows(traits)
     wording = np.random.default_rng([seed, 4]).random((n, 7))
     return portraits.draw_all(rows, seed), traits, [describe(row, u) for row, u in zip(rows, wording, strict=True)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from difflens_core.activations import Activations
 from difflens_core.classifiers import AttributeClassifier
-from difflens_core.locate import Probes, attribute_features, balancing_weights, train_probes
+from difflens_core.locate import Labelled, Probes, attribute_features, balancing_weights, train_probes
 from difflens_core.sae import SparseAutoencoder, TrainingOptions, hold_out, learning_rate_share, measure_sae, train_sae
 from difflens_core.steer import Recipe, build_recipe, mean_difference, random_features, with_settings
 
@@ -146,18 +146,18 @@ TryOut = Callable[[Recipe], tuple[Tensor, Tensor]]
 
 def make_recipe(
     attribute: str, classes: tuple[str, ...], activations: Activations, sae: SparseAutoencoder,
-    read: Mapping[str, Tensor], fingerprint: str, c: Options, try_out: TryOut,
+    read: Labelled, fingerprint: str, c: Options, try_out: TryOut,
 ) -> tuple[Recipe, Probes, dict[str, Recipe]]:  # fmt: skip
     """Recipe of an attribute with strengths found by `try_out`, its probes, and the controls to compare it with."""
-    labels = read[attribute]
+    labels, others = read[attribute][1], {name: other for name, other in read.items() if name != attribute}
     probes = train_probes(activations, sae, labels, attribute, classes)
-    weights = balancing_weights(labels, [others for name, others in read.items() if name != attribute])
+    weights = balancing_weights(labels, [other for _, other in others.values()])
     attribution = attribute_features(activations, sae, probes, labels, weights=weights)
-    recipe = build_recipe(attribution, sae, probes, activations, c["per_class"], fingerprint)
+    recipe = build_recipe(attribution, sae, probes, activations, c["per_class"], fingerprint, labels, others)
     recipe = tuned(with_settings(recipe, start=c["start"], mode=c["modes"][attribute]), c, try_out)
     controls = {
         "random": random_features(recipe, sae, seed=1),
-        "mean_difference": mean_difference(recipe, activations, labels, weights),
+        "mean_difference": mean_difference(recipe, activations, labels, others),
     }
     return recipe, probes, controls
 

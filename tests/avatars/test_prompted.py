@@ -39,8 +39,8 @@ def read(classifier, pictures):
     return {name: p.argmax(1) for name, p in classifier.classify(pictures.movedim(1, -1) / 2 + 0.5).items()}
 
 
-def test_shipped_files_stay_under_30_megabytes():
-    assert sum(path.stat().st_size for path in FILES.rglob("*") if ".work" not in path.parts) < 30e6
+def test_shipped_files_stay_under_40_megabytes():
+    assert sum(path.stat().st_size for path in FILES.rglob("*") if ".work" not in path.parts) < 40e6
 
 
 def test_the_classifier_knows_drawings_and_was_measured(classifier):

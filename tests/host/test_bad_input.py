@@ -28,10 +28,12 @@ def bad_files(server):
     save_recipe(recipes / "height.safetensors", replace(recipe, attribute="height"))
     save_recipe(recipes / "inner_site.safetensors", replace(recipe, site="middle_block.0.qkv"))
     save_recipe(recipes / "flat_site.safetensors", replace(recipe, site="embed.0"))
-    save_recipe(recipes / "small_map.safetensors", replace(recipe, levels=recipe.levels[..., :16]))
+    save_recipe(
+        recipes / "small_map.safetensors", replace(recipe, levels=recipe.levels[..., :16], map=(4, 4), context=None)
+    )
     narrow = {name: getattr(recipe, name)[..., :100] for name in ("encoder", "decoder", "probe_weight")}
     normalisation = replace(recipe.normalisation, mean=recipe.normalisation.mean[:, :100])
-    save_recipe(recipes / "narrow.safetensors", replace(recipe, normalisation=normalisation, **narrow))
+    save_recipe(recipes / "narrow.safetensors", replace(recipe, normalisation=normalisation, context=None, **narrow))
     foreign_sae(server, "nameless")
     model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
     model.position.data *= 1.1
@@ -78,7 +80,7 @@ def one_picture(graph: Avatars) -> None:
 
 
 def another_model(graph: Avatars) -> None:
-    captured = graph.capture(pictures=32, steps=2)
+    captured = graph.capture(pictures=64, steps=6)
     avatars = graph.add("DiffLensLoadModel", model_name="avatars.safetensors")
     graph.show(graph.attribute(captured, graph.sae(), avatars[0])[2])
 

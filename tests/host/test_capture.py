@@ -70,7 +70,7 @@ def test_a_store_holds_the_pictures_of_a_ksampler_and_is_loaded_again(server):
 
 def test_training_and_attribution_take_a_store(server):
     graph = Avatars(pictures=32)
-    captured = graph.capture(pictures=96, steps=3, save_as="labelled")
+    captured = graph.capture(pictures=96, steps=6, save_as="labelled")
     found = graph.attribute(captured, graph.train(captured, 30)[0])
     shown = graph.show(found[2])
     assert text_of(server.run(to_api(graph)), shown).startswith("presentation, by contrastive")

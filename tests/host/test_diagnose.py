@@ -11,7 +11,7 @@ from small_graphs import Avatars, cancel_in, diagnose, image_of, text_of
 
 def test_a_good_recipe_and_random_features_are_told_apart(server):
     graph = Avatars(pictures=32)
-    captured = graph.capture(pictures=64)
+    captured = graph.capture(pictures=64, steps=6)
     labels = {"activations": captured[0], "labels": graph.labels(captured)}
     good = diagnose(graph, "avatars_presentation", steps=8, scan_sites=True, **labels)
     bad = diagnose(graph, str(Path("controls", "presentation_random")), steps=8)

@@ -79,7 +79,7 @@ def test_a_picture_without_a_face_has_no_label_and_no_place_in_a_plan(inside, gi
     classifier = Tone(0.5)
     labels, csv = inside.pack_module("nodes.classify").ClassifyImages.execute(images, classifier, "tone").result
     assert labels.indices.tolist() == [0, NO_CLASS, 0, 0, 0, 0, 1, NO_CLASS]
-    assert (labels.others[0] == NO_CLASS).nonzero().flatten().tolist() == [1, 7]
+    assert (next(iter(labels.others.values()))[1] == NO_CLASS).nonzero().flatten().tolist() == [1, 7]
     plan = inside.pack_module("nodes.calibrate").PlanTargets
     recipe = replace(given["recipe"], info={})
     targets, words = plan.execute(classifier, images, {"recipe0": recipe}, "uniform", 0).result

@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 import pytest
+from expected import shipped
 from host import HostError
 from small_graphs import NAMES, api_file, find, image_of, text_of
 
@@ -27,7 +28,7 @@ def runs(*names: str) -> list:
 FEW = {
     "EmptyLatentImage": {"batch_size": 8},
     "KSampler": {"steps": 4},
-    "DiffLensCapture": {"pictures": 48, "steps": 4},
+    "DiffLensCapture": {"pictures": 64, "steps": 6},
     "DiffLensTrainSAE": {"steps": 40, "batch_size": 256},
     "DiffLensRankByEffect": {"pictures": 2, "steps": 3},
 }
@@ -154,7 +155,7 @@ def test_the_scan_tells_where_it_is_decided(server, ran):
 def test_few_features_that_count_steer(ran, name, whole):
     prompt, entry = ran(name, whole)
     table = text_of(entry, find(prompt, "PreviewAny", source=[find(prompt, "DiffLensRankByEffect"), 2]))
-    assert len(table.splitlines()) == 2 + 120
+    assert len(table.splitlines()) == 2 + len(shipped("presentation").features)
     if whole:
         report = read_report(prompt, entry)
         assert report["after"]["success"] >= 0.85 > report["before"]["shares"][1]

@@ -153,6 +153,16 @@ def test_balancing_weights_give_every_class_the_same_mix_of_the_other_attributes
                 torch.testing.assert_close(mix / mix.sum(), overall, atol=0.02, rtol=0)
 
 
+def test_what_a_class_never_shows_is_not_balanced_away():
+    """All of a class would weigh nothing."""
+    labels = torch.arange(90) % 3
+    grey = (labels == 2).long()
+    tone = torch.arange(90) // 3 % 2
+    weights = balancing_weights(labels, [grey, tone])
+    torch.testing.assert_close(weights, balancing_weights(labels, [tone]))
+    assert weights.min() > 0.5
+
+
 def test_contrast_is_each_class_minus_the_mean_of_the_others(toys):
     rows = toys.random(0)(3, 5)
     expected = [rows[i] - (rows[(i + 1) % 3] + rows[(i + 2) % 3]) / 2 for i in range(3)]

@@ -87,7 +87,7 @@ def test_completeness_through_the_rest_of_the_avatars_network_and_the_classifier
         ]
         explained = (explained - sae.decoder_bias[:, None, None]) * sae.normalisation.scale[step]
     objective = picture_objective(lambda h, pictures: model.decode(h, emb[pictures]), classifier, "age", shown)
-    _, ig, error = integrated_gradients_of(objective, h, sae, step, points=64, batch=16)
+    _, ig, error = integrated_gradients_of(objective, h, sae, step, points=256, batch=32)
     with torch.no_grad():
         gain = float(objective(h, torch.tensor([0])) - objective(h - explained, torch.tensor([0])))
     assert gain > 0.5  # the latents decide what is shown

@@ -12,7 +12,16 @@ from difflens_core.experiments import causal_effect
 from difflens_core.files import DiffLensError
 from difflens_core.networks import sample, start_noise
 from difflens_core.sae import Normalisation, SparseAutoencoder
-from difflens_core.steer import MODES, WITHOUT_LEVELS, Recipe, Steering, recipe_from_features, with_settings
+from difflens_core.steer import (
+    MODES,
+    WITHOUT_LEVELS,
+    Recipe,
+    Steering,
+    load_recipe,
+    recipe_from_features,
+    save_recipe,
+    with_settings,
+)
 from difflens_core.steer.recipes import READING
 from difflens_core.steer.steering import kth_largest
 from difflens_core.targets import LEFT_ALONE
@@ -316,6 +325,37 @@ def test_each_picture_has_its_own_mask_if_there_are_several(toys):
     assert torch.equal(found[0], h[3]) and torch.equal(found[1:], full[1:]) and not torch.equal(full[0], h[3])
     with pytest.raises(DiffLensError, match="there are 6 masks and at least 7 pictures"):
         steer(recipe, h[order], images=order, mask=mask[:6])
+
+
+@pytest.mark.parametrize("mode", ["reach", "shift", "add", "add own", "move", "clamp"])
+def test_levels_go_by_what_else_a_picture_shows(toys, mode):
+    """As a recipe whose levels are, picture by picture, those of its traits; without traits nothing is different."""
+    plain, context, h = toys.recipe(mode=mode, start=0.0), toys.context(), toys.activations(pictures=8).values[1]
+    found = steer(replace(plain, context=context), h, progress=0.34)
+    x = (h.mean(dim=(2, 3)) - plain.normalisation.mean[1]) / plain.normalisation.scale[1]
+    logits = torch.nn.functional.linear(x, context.weight[1], context.bias[1])
+    u = torch.cat([logits[:, :2].softmax(1) - 1 / 2, logits[:, 2:].softmax(1) - 1 / 3], dim=1)
+    more = torch.einsum("bg,kgr,rfp->bkfp", u, context.coefficients[1], context.maps)
+    for b in range(8):
+        own = replace(plain, levels=plain.levels.float() + more[b])
+        torch.testing.assert_close(found[b], steer(own, h, progress=0.34)[b], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, steer(plain, h, progress=0.34), atol=1e-2)
+    silent = replace(context, weight=0 * context.weight, bias=0 * context.bias)
+    torch.testing.assert_close(steer(replace(plain, context=silent), h), steer(plain, h))
+
+
+def test_a_recipe_with_a_context_is_read_as_it_was_written(toys, tmp_path):
+    recipe = toys.recipe(context=toys.context())
+    save_recipe(tmp_path / "r.safetensors", recipe)
+    loaded = load_recipe(tmp_path / "r.safetensors").context
+    assert loaded.attributes == recipe.context.attributes
+    for name in ("weight", "bias", "coefficients", "maps"):
+        torch.testing.assert_close(getattr(loaded, name), getattr(recipe.context, name), atol=1e-3, rtol=1e-3)
+    save_recipe(
+        tmp_path / "bad.safetensors", replace(recipe, context=replace(recipe.context, maps=torch.ones(2, 5, 3)))
+    )
+    with pytest.raises(DiffLensError, match="context.maps has shape"):
+        load_recipe(tmp_path / "bad.safetensors")
 
 
 def test_steering_twice_gives_the_same_when_maps_are_kept_and_when_they_are_not(toys, monkeypatch):

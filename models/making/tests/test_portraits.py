@@ -54,6 +54,9 @@ def test_biased_traits_have_the_documented_shares():
     may = (traits["presentation"] == 0) & (traits["age"] != 0)
     assert_shares(traits["beard"][may], np.array([0.7, 0.3]))
     assert not traits["beard"][~may].any()
+    hair = portraits.grey_seniors(traits)["hair_colour"]
+    assert ((hair == portraits.GREY) == (traits["age"] == 2)).all()
+    assert_shares(hair[traits["age"] != 2], np.full(4, 1 / 4))
 
 
 def test_every_combination_of_traits_draws_and_none_looks_like_another():
@@ -64,7 +67,7 @@ def test_every_combination_of_traits_draws_and_none_looks_like_another():
         image = portraits.draw(traits, seed=i % 10)
         assert image.shape == (64, 64, 3) and image.std() > 20
         seen[image.tobytes()] = traits
-    assert len(seen) == 2 * 3 * 4 * 4 * 2 * 2 * 3
+    assert len(seen) == 2 * 3 * 4 * 5 * 2 * 2 * 3
 
 
 @pytest.mark.parametrize("name", NAMES)

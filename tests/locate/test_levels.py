@@ -1,0 +1,114 @@
+"""Levels by class and by what else a picture shows, against plain least squares in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from difflens_core.activations import Activations
+from difflens_core.classifiers import NO_CLASS
+from difflens_core.locate import channel_rows, fit_levels, latent_rows
+from difflens_core.locate.levels import RANK, SHRINKAGE, SUPPORT, in_few_maps
+
+PICTURES, CLASSES = 90, 2
+
+
+def drawn(seed: int = 1) -> tuple[torch.Tensor, dict]:
+    """Labels of two classes, and of others: one of three, one that class 1 never shows, one that never varies."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (PICTURES,), generator=generator)
+    hair = torch.randint(3, (PICTURES,), generator=generator)
+    beard = torch.randint(2, (PICTURES,), generator=generator) * (labels == 0)
+    labels[:5], hair[3:9] = NO_CLASS, NO_CLASS
+    same = torch.zeros(PICTURES, dtype=torch.int64)
+    return labels, {"hair": (("a", "b", "c"), hair), "beard": (("no", "yes"), beard), "hat": (("no", "yes"), same)}
+
+
+def by_least_squares(rows: np.ndarray, labels: torch.Tensor, others: dict) -> tuple[np.ndarray, np.ndarray]:
+    """b_0 + b_c (K x X) and centred d (K x G x X) of rows (n x X): ridge as more rows of a least squares problem."""
+
+    def code(of: np.ndarray, size: int) -> np.ndarray:
+        return np.array([[(float(i == k) - 1 / size) if i >= 0 else 0.0 for k in range(size)] for i in of])
+
+    known = labels.numpy() >= 0
+    c, u, shared = code(labels.numpy(), CLASSES), [], []
+    for names, of in others.values():
+        u.append(code(of.numpy(), len(names)))
+        for k in range(len(names)):
+            shown = [int(((of == k) & (labels == own)).sum()) for own in range(CLASSES)]
+            shared.append(u[-1][:, k] * (min(shown) >= SUPPORT))
+    u, shared = np.concatenate(u, axis=1), np.stack(shared, axis=1)
+    pairs = np.stack([c[:, k, None] * u for k in range(CLASSES)], axis=1).reshape(len(u), -1)
+    x = np.concatenate([np.ones((len(u), 1)), c, shared, pairs], axis=1)[known]
+    weight = np.full(x.shape[1], SHRINKAGE**0.5)
+    weight[: 1 + CLASSES] = 1e-3
+    target = np.concatenate([rows[known], np.zeros((x.shape[1], rows.shape[1]))])
+    found = np.linalg.lstsq(np.concatenate([x, np.diag(weight)]), target, rcond=None)[0]
+    classes, d = found[1 : 1 + CLASSES], found[1 + CLASSES + u.shape[1] :].reshape(CLASSES, u.shape[1], -1)
+    return found[0] + classes - classes.mean(axis=0), d - d.mean(axis=0)
+
+
+@pytest.mark.parametrize("kind", ["latents", "channels"])
+def test_levels_and_effects_are_those_of_one_ridge_regression(toys, kind):
+    activations, sae, (labels, others) = toys.activations(pictures=PICTURES), toys.sae(), drawn()
+    features = torch.tensor([3, 7, 11, 15])
+    rows_of = latent_rows(sae, features) if kind == "latents" else channel_rows(sae.normalisation)
+    levels, context = fit_levels(activations, sae.normalisation, rows_of, labels, CLASSES, others)
+    assert context.attributes == {"hair": ("a", "b", "c"), "beard": ("no", "yes")}
+    effects = torch.einsum("skgr,rfp->skgfp", context.coefficients, context.maps)
+    for s in range(3):
+        x = sae.normalisation.apply(activations.values[s], s)
+        if kind == "latents":
+            pre = torch.nn.functional.linear(x, sae.encoder, sae.encoder_bias)
+            active = (pre >= pre.topk(sae.k, dim=2).values[..., -1:]) & (pre > 0)
+            x = torch.where(active, pre, 0.0)[..., features]
+        rows = x.transpose(1, 2).flatten(1).double().numpy()
+        del others["hat"]
+        expected, by_trait = by_least_squares(rows, labels, others)
+        others["hat"] = (("no", "yes"), torch.zeros(PICTURES, dtype=torch.int64))
+        np.testing.assert_allclose(levels[s].flatten(1), expected, atol=2e-3, rtol=2e-3)
+        np.testing.assert_allclose(effects[s].flatten(2), by_trait, atol=1e-4)
+
+
+def test_a_class_difference_that_turns_round_with_a_trait_is_found_and_read_off_the_picture(toys):
+    """What tells the classes apart in pictures with one trait says the opposite in pictures with the other."""
+    labels = torch.arange(80) % 2
+    trait = torch.arange(80) // 2 % 2
+    values = 0.01 * torch.randn(1, 80, 4, 2, 2, generator=torch.Generator().manual_seed(3))
+    values[:, :, 0] += (2.0 * trait - 1)[:, None, None]
+    values[:, :, 1] += ((2.0 * trait - 1) * (2.0 * labels - 1))[:, None, None]
+    activations = Activations(values, torch.zeros(1), "middle")
+    normalisation = toys.normalisation(1, 4)
+    others = {"trait": (("without", "with"), trait)}
+    levels, context = fit_levels(activations, normalisation, channel_rows(normalisation), labels, 2, others)
+    rows, pooled = channel_rows(normalisation)(values[0], 0)
+    assert float((levels[0, 1] - levels[0, 0]).abs().max()) < 0.05, "all alike, there is no difference"
+    u = context.traits(pooled, 0)
+    assert u[trait == 1][:, 1].min() > 0.4 and u[trait == 0][:, 1].max() < -0.4
+    amounts = torch.einsum("bg,kgr,rfp->bkfp", u, context.coefficients[0], context.maps)
+    found = (amounts[:, 1] - amounts[:, 0])[:, 1].mean(dim=1)
+    expected = 2 * (2.0 * trait - 1) / normalisation.scale[0]
+    assert float((found / expected).min()) > 0.75 and float((found / expected).max()) < 1.01, "shrunk a little"
+
+
+def test_without_other_attributes_the_levels_are_the_classes_means(toys):
+    activations, sae, (labels, _) = toys.activations(pictures=PICTURES), toys.sae(), drawn()
+    levels, context = fit_levels(
+        activations, sae.normalisation, channel_rows(sae.normalisation), labels, CLASSES, {"hat": drawn()[1]["hat"]}
+    )
+    assert context is None
+    for s in range(3):
+        rows = sae.normalisation.apply(activations.values[s], s).transpose(1, 2)
+        means = torch.stack([rows[labels == k].mean(dim=0) for k in range(CLASSES)])
+        torch.testing.assert_close(levels[s].float(), means, atol=2e-3, rtol=2e-3)
+
+
+def test_effects_are_kept_in_the_best_few_maps():
+    effects = torch.randn(4, 2, 3, 5, 6, generator=torch.Generator().manual_seed(4))
+    coefficients, maps = in_few_maps(effects, 7)
+    u, s, v = np.linalg.svd(effects.reshape(24, 30).double().numpy(), full_matrices=False)
+    best = (u[:, :7] * s[:7]) @ v[:7]
+    np.testing.assert_allclose(torch.einsum("skgr,rfp->skgfp", coefficients, maps).reshape(24, 30), best, atol=1e-5)
+    whole, more = in_few_maps(effects, RANK)
+    torch.testing.assert_close(torch.einsum("skgr,rfp->skgfp", whole, more), effects, atol=1e-5, rtol=1e-5)
