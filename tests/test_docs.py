@@ -190,7 +190,8 @@ def test_the_sentences_of_the_readme_follow_from_the_tables():
     del others[1][2]  # seniors are grey
     assert min(map(min, others)) >= float(kept)
     start, end, success, age = re.search(
-        r"FD starts at ([\d.]+) or more and ends below ([\d.]+), and success is at least (\d+) %. .*? (\d+) % keep their age",
+        r"FD starts at ([\d.]+) or more and ends below ([\d.]+), and success is at least (\d+) %. "
+        r".*? (\d+) % keep their age",
         readme,
     ).groups()
     assert min(row[0] for row in prompted["before"]) >= float(start)
