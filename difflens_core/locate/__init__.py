@@ -2,12 +2,13 @@
 
 from .attribution import METHODS, Attribution, attribute_features, balancing_weights, contrast, integrated_gradients
 from .gradients import integrated_gradients_of, picture_objective
-from .levels import Context, Labelled, channel_rows, fit_levels, latent_rows
+from .levels import CONTEXT, Context, Labelled, channel_rows, fit_levels, latent_rows
 from .probes import Probes, load_probes, save_probes, train_probes
 from .separation import Separation, measure_separation
 
 __all__ = [
     "Attribution",
+    "CONTEXT",
     "Context",
     "Labelled",
     "METHODS",

@@ -169,10 +169,14 @@ def balancing_weights(labels: Tensor, others: Iterable[Tensor], rounds: int = 20
 
 def shown_by_all(labels: Tensor, other: Tensor) -> bool:
     """Whether every class (of `labels`, B) shows every class of `other` (B) that is shown at all."""
-    cells = torch.stack(
-        [other[labels == k].add(1).bincount(minlength=int(other.max()) + 2)[1:] for k in labels.unique()]
-    )
+    cells = seen_together(labels, int(labels.max()) + 1, other, int(other.max()) + 1)[labels.unique()]
     return bool((cells > 0)[:, cells.sum(dim=0) > 0].all())
+
+
+def seen_together(labels: Tensor, classes: int, other: Tensor, size: int) -> Tensor:
+    """Pictures (classes x size) of each class of `labels` (B) that show each class of `other` (B); NO_CLASS is none."""
+    known = (labels != NO_CLASS) & (other != NO_CLASS)
+    return torch.bincount(labels[known] * size + other[known], minlength=classes * size).view(classes, size)
 
 
 METHODS = ("contrastive", "integrated gradients", "activation x gradient", "class mean difference")

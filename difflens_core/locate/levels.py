@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,12 +12,15 @@ from torch.nn import functional as F
 from ..activations import Activations
 from ..classifiers import NO_CLASS
 from ..sae import Normalisation, SparseAutoencoder
+from .attribution import seen_together
 from .probes import fit_logistic
 
 SHRINKAGE = 5.0  # of all coefficients but the classes' own levels, in pictures
 SUPPORT = 8  # pictures of every class that a trait needs before it may do the same to all classes
 RANK = 32  # maps that the coefficients are kept in
 WEIGHT_DECAY = 1e-3  # of the probes that read the traits
+
+CONTEXT = ("weight", "bias", "coefficients", "maps")  # tensors of a `Context`
 
 # Of an attribute its classes and the class (B, int64, or NO_CLASS) of every picture.
 Labelled = Mapping[str, tuple[tuple[str, ...], Tensor]]
@@ -44,9 +47,18 @@ class Context:
 
     def traits(self, pooled: Tensor, step: int) -> Tensor:
         """u (B x G) of pooled rows (B x width)."""
-        logits = F.linear(pooled, self.weight[step].to(pooled), self.bias[step].to(pooled))
+        logits = F.linear(pooled, self.weight[step], self.bias[step])
         parts = logits.split([len(classes) for classes in self.attributes.values()], dim=1)
         return torch.cat([part.softmax(dim=1) - 1 / part.shape[1] for part in parts], dim=1)
+
+    def more(self, share: Tensor, traits: Tensor, step: int) -> Tensor:
+        """What traits u (B x G) add to `share` (B x K) of each class's level: B x F x P."""
+        weights = torch.einsum("bk,bg,kgr->br", share, traits, self.coefficients[step])
+        return (weights @ self.maps.flatten(1)).unflatten(1, self.maps.shape[1:])
+
+    def to(self, device: torch.device) -> Context:
+        """The same on a device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in CONTEXT})
 
 
 def coded(labels: Tensor, classes: int) -> Tensor:
@@ -110,11 +122,7 @@ def fit_levels(
     known = (labels != NO_CLASS).float()[:, None]
     own = coded(labels, classes) * known
     u = torch.cat([known[:, :0], *(coded(of, len(names)) for names, of in others.values())], dim=1) * known
-    seen = [labels == k for k in range(classes)]
-    counts = [
-        torch.stack([of[mine].clamp(min=-1).add(1).bincount(minlength=len(names) + 1)[1:] for mine in seen])
-        for names, of in others.values()
-    ]  # of each trait in each class
+    counts = [seen_together(labels, classes, of, len(names)) for names, of in others.values()]
     shared = u * (torch.cat([known[:classes, :0], *counts], dim=1) >= SUPPORT).all(dim=0)
     x = torch.cat([known, own, shared, (own[:, :, None] * u[:, None]).flatten(1)], dim=1).double()
     penalty = torch.full((x.shape[1],), SHRINKAGE, dtype=torch.float64)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..files import DiffLensError, as_half, load_tensors, refuse_whole_numbers, save_tensors
-from ..locate import Context
+from ..locate import CONTEXT, Context
 from ..sae import NORMALISATION, Normalisation
 
 MODES = ("reach", "shift", "add", "add own", "add fixed", "add own fixed", "move", "clamp", "scale", "ablate")
@@ -108,7 +108,6 @@ class Recipe:
 TENSORS = (
     "features", "encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias"
 )  # fmt: skip
-CONTEXT = ("weight", "bias", "coefficients", "maps")
 # Features, width, classes, steps of the capture and of the normalisation, positions, channels, traits and maps.
 AXES = {
     "features": "F", "encoder": "FW", "decoder": "FW", "bias": "F", "threshold": "F", "member": "KF",

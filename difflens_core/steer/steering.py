@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..files import DiffLensError
-from ..locate import contrast
+from ..locate import Context, contrast
 from ..sae import SparseAutoencoder
 from ..targets import LEFT_ALONE
 from .recipes import READING, WITHOUT_LEVELS, Recipe
@@ -59,6 +59,7 @@ class Steering:
     sae: SparseAutoencoder | None = None
     mask: Tensor | None = field(default=None, compare=False)
     _moved: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    _contexts: dict[torch.device, Context] = field(default_factory=dict, compare=False, repr=False)
     _maps: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -115,50 +116,60 @@ class Steering:
         A combination of K class maps: cheaper than decoding B pictures' latents.
         """
         share = F.one_hot(target, len(self.recipe.classes)).float()
+        traits = self.traits(rows, step, t) if self.recipe.mode in BY_LEVELS else None
         if self.recipe.mode in ("reach", "shift"):
-            pooled = (rows.mean(dim=2, dtype=torch.float32) - t["mean"][step]) / t["scale"][step]
-            logits = F.linear(pooled, t["probe_weight"][step], t["probe_bias"][step])
+            logits = F.linear(self.pooled(rows, step, t), t["probe_weight"][step], t["probe_bias"][step])
             if self.recipe.mode == "shift":
                 share = share - logits.softmax(dim=1)
             else:
                 own = logits.scatter(1, target[:, None], -torch.inf).argmax(dim=1)
-                left = 1 - self.way(rows, own, target, step, t)
+                left = 1 - self.way(rows, own, target, traits, step, t)
                 share = left[:, None] * (share - F.one_hot(own, len(self.recipe.classes)))
         maps, share = self.class_maps(step, t), t["strength"][target][:, None] * share
         change = (share @ maps.flatten(1)).unflatten(1, maps.shape[1:])
-        if self.recipe.context is None or self.recipe.mode not in BY_LEVELS:
+        if traits is None:
             return change
         if self.recipe.mode in ("add", "add own"):
             share = contrast(share.T).T
-        extra = self.by_context(rows, share, step, t)
+        extra = self.context(rows.device).more(share, traits, step)
         if self.recipe.mode == "add own":
             extra = extra * t["member"][target][:, :, None]
         return change + torch.matmul(t["decoder"].T, t["scale"][step] * extra)
 
-    def by_context(self, rows: Tensor, share: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
-        """What the pictures' own traits add to `share` (B x K) of each class's level: B x F x P."""
-        context = self.recipe.context
-        assert context is not None
-        pooled = (rows.mean(dim=2, dtype=torch.float32) - t["mean"][step]) / t["scale"][step]
-        traits = context.traits(pooled, step)
-        weights = torch.einsum("bk,bg,kgr->br", share, traits, t["coefficients"][step])
-        return (weights @ t["maps"].flatten(1)).unflatten(1, t["maps"].shape[1:])
-
-    def way(self, rows: Tensor, own: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
+    def way(
+        self, rows: Tensor, own: Tensor, target: Tensor, traits: Tensor | None, step: int, t: dict[str, Tensor]
+    ) -> Tensor:
         """How far the latents of rows (B x width x P) have come from `own`'s levels to `target`'s: B, at most 1."""
         z = self.read(rows, step, t)
-        start, end = (self.level(rows, classes, step, t) for classes in (own, target))
+        start, end = (self.level(classes, traits, step, t) for classes in (own, target))
         gap = end - start
         come = ((z - start) * gap).flatten(1).sum(dim=1) / gap.square().flatten(1).sum(dim=1).clamp(min=1e-12)
         return come.clamp(max=1)
 
-    def level(self, rows: Tensor, classes: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
-        """Level (B x F x P) of `classes` (B), for pictures such as these."""
+    def level(self, classes: Tensor, traits: Tensor | None, step: int, t: dict[str, Tensor]) -> Tensor:
+        """Level (B x F x P) of `classes` (B), for pictures with such traits."""
         level = t["levels"][step][classes].float()
-        if self.recipe.context is None:
+        if traits is None:
             return level
         share = F.one_hot(classes, len(self.recipe.classes)).float()
-        return level + self.by_context(rows, share, step, t)
+        return level + self.context(traits.device).more(share, traits, step)
+
+    def pooled(self, rows: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
+        """Mean over positions of the normalised rows (B x width x P): B x width."""
+        return (rows.mean(dim=2, dtype=torch.float32) - t["mean"][step]) / t["scale"][step]
+
+    def traits(self, rows: Tensor, step: int, t: dict[str, Tensor]) -> Tensor | None:
+        """What else the pictures show (B x G), None if the levels do not go by it."""
+        if self.recipe.context is None:
+            return None
+        return self.context(rows.device).traits(self.pooled(rows, step, t), step)
+
+    def context(self, device: torch.device) -> Context:
+        """The recipe's context on `device`, moved once."""
+        if device not in self._contexts:
+            assert self.recipe.context is not None
+            self._contexts[device] = self.recipe.context.to(device)
+        return self._contexts[device]
 
     def class_maps(self, step: int, t: dict[str, Tensor]) -> Tensor:
         """What a unit of each class's share adds to rows at a step: K x width x P (or 1). Kept while they are few."""
@@ -188,7 +199,7 @@ class Steering:
         elif mode == "ablate":
             change = -strength.clamp(max=1) * t["member"][target][:, :, None] * z
         else:
-            gap = self.level(rows, target, step, t) - z
+            gap = self.level(target, self.traits(rows, step, t), step, t) - z
             change = strength.clamp(max=1) * (gap if mode == "move" else gap.clamp(max=0))
         return torch.matmul(t["decoder"].T, t["scale"][step] * change)
 
@@ -237,8 +248,6 @@ class Steering:
             moved |= {"mean": self.recipe.means.to(device)}
             moved |= {"scale": self.recipe.normalisation.scale.to(device)}
             moved |= {"strength": torch.tensor(self.recipe.strength, device=device)}
-            if self.recipe.context:
-                moved |= {name: getattr(self.recipe.context, name).to(device) for name in ("coefficients", "maps")}
             if sae := self.rivals:
                 # The recipe's latents first, so that one product gives them and their rivals for the k places.
                 others = torch.ones(sae.latents, dtype=torch.bool)
