@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from ..activations import Draw
@@ -58,14 +59,15 @@ class OneLatent:
 class Effects:
     """What changing each latent of a recipe does: F latents, K classes, `pictures` paired pictures each.
 
-    effect: F x K, mean change of the probability of each class; error: F x K, its standard error; mode: how the
-    latents were changed; uncounted: pairs of all F x `pictures` in which a face is missing, which do not count. A
-    latent with fewer than two pairs left has effect 0 and error 1: nothing is known.
+    effect: F x K, mean change of the probability of each class; margin: F x K, half of its 95 % interval over the
+    pictures, by Student's t; mode: how the latents were changed; uncounted: pairs of all F x `pictures` in which a
+    face is missing, which do not count. A latent with fewer than two pairs left has effect 0 and margin 1: nothing is
+    known.
     """
 
     features: Tensor
     effect: Tensor
-    error: Tensor
+    margin: Tensor
     mode: str
     pictures: int
     uncounted: int = 0
@@ -74,6 +76,11 @@ class Effects:
     def carried(self) -> Tensor:
         """How much each latent speaks for each class (F x K): the effect of amplifying, or of not ablating it."""
         return -self.effect if self.mode == "ablate" else self.effect
+
+    @property
+    def stands_for(self) -> Tensor:
+        """The class that each latent carries most (F)."""
+        return self.carried.argmax(dim=1)
 
 
 def causal_effect(
@@ -89,7 +96,7 @@ def causal_effect(
     """Change each latent of `recipe` alone while `draw` samples the same `pictures` noises, and read the class.
 
     classify(images) gives the attribute's class probabilities (B x K), as `seen`. Pictures are paired by their noise,
-    so that the standard error is that of the difference. All latents and noises form one long run, cut into batches of
+    so that the interval is that of the difference. All latents and noises form one long run, cut into batches of
     `batch`, whatever latent they belong to. on_picture(done, total) may raise to cancel.
     """
     if mode not in EFFECTS:
@@ -121,8 +128,9 @@ def causal_effect(
     effect = change.sum(dim=1) / n
     spread = ((change - effect[:, None]) * counted[:, :, None]).square().sum(dim=1) / (n - 1).clamp(min=1)
     enough = counted.sum(dim=1)[:, None] >= 2
-    effect, error = effect.where(enough, 0.0), (spread / n).sqrt().where(enough, 1.0)
-    return Effects(recipe.features, effect, error, mode, pictures, int((~counted).sum()))
+    quantile = torch.from_numpy(stats.t.ppf(0.975, (n - 1).clamp(min=1).numpy())).float()
+    effect, margin = effect.where(enough, 0.0), (quantile * (spread / n).sqrt()).where(enough, 1.0)
+    return Effects(recipe.features, effect, margin, mode, pictures, int((~counted).sum()))
 
 
 def keep_effective(recipe: Recipe, effects: Effects, count: int) -> Recipe:

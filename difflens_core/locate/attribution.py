@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,7 +30,9 @@ class Attribution:
     scores: K x N, summed over steps and positions, averaged over the pictures of the class; by_step: the same before
     the sum over steps, S x K x N; by_position: before the sum over positions, K x N x P in fp16 (P positions);
     levels: mean activity of every latent in the pictures of each class, S x K x N x P in fp16; progress: S;
-    completeness: largest |sum of IG - (p(1) - p(0))| met, None for other methods.
+    completeness: largest |sum of IG - (p(1) - p(0))| met, None for other methods; difference: how much more active a
+    latent is in the pictures of a class than in those of the others, mean over steps and positions, K x N; margin: half
+    of its 95 % interval over pictures, K x N, see `class_differences`.
     """
 
     scores: Tensor
@@ -41,12 +44,30 @@ class Attribution:
     attribute: str
     classes: tuple[str, ...]
     method: str
+    difference: Tensor
+    margin: Tensor
 
-    def top(self, count: int) -> Tensor:
-        """Latents of the `count` highest scores of every class, K x count, best first."""
+    def own(self, count: int) -> list[Tensor]:
+        """The at most `count` best latents of every class that speak for it, best first.
+
+        They have a score above 0 and are more active in the class than in the others. Scores alone do not tell: the
+        contrastive ones of two classes are the same, and gradients may favour both where the probes of several steps
+        differ. So of two classes a latent is one's only. Of more it may be two's: what adults and seniors share tells
+        both from the young.
+        """
         if count > self.scores.shape[1]:
             raise DiffLensError(f"asked for the top {count} of {self.scores.shape[1]} latents. Ask for fewer.")
-        return self.scores.topk(count, dim=1).indices
+        best = self.scores.masked_fill(self.difference <= 0, 0.0).topk(count, dim=1)
+        return [latents[score > 0] for latents, score in zip(best.indices, best.values, strict=True)]
+
+    @property
+    def stands_for(self) -> Tensor:
+        """The class that every latent stands for (N): the one that uses it most.
+
+        Not the one whose difference is surest, which would favour classes with many pictures; how sure it is, the
+        interval says.
+        """
+        return self.difference.argmax(dim=0)
 
 
 def precise(x: Tensor) -> Tensor:
@@ -200,9 +221,8 @@ def attribute_features(
     activation x gradient: the same with `activation_gradient`.
     class mean difference: mean activity in the class minus in the others.
     contrastive: that, times (probe weight of the class minus the others' mean, through the decoder): it also ranks
-    latents of a class that the probe already predicts without any latent, where IG from zero says nothing. Where a
-    class uses a latent less than the others do, it speaks against the class: two differences below 0 do not make it
-    one of the class's (`own_only`).
+    latents of a class that the probe already predicts without any latent, where IG from zero says nothing.
+    Which class a latent belongs to, `Attribution.own` says, by the same rule for all methods.
     labels: B, int64, NO_CLASS for a picture that does not count.
     weights: B, how much each picture counts in its class's mean activity (`balancing_weights`); all alike if None.
     baseline: where the path of integrated gradients begins instead of at no latents: the same noises drawn under
@@ -221,7 +241,7 @@ def attribute_features(
     shares = weights / torch.bincount(labels, weights, minlength=classes)[labels]  # of the picture in its class
     positions = activations.positions // sae.kernel**2
     levels, sums, by_position = [], [], torch.zeros(classes, size, positions, device=device)
-    used = torch.zeros(classes, size, device=device)
+    activity = torch.zeros(len(labels), size, device=device)
     by_gradient = method in ("integrated gradients", "activation x gradient")
     worst = torch.zeros((), device=device)
     for s, progress in enumerate(activations.progress):
@@ -231,6 +251,7 @@ def attribute_features(
             own = slice(first, first + len(values))
             latents = sae.encode(values.to(device), sae.normalisation.step_at(float(progress)))
             level += class_sum(latents.values * shares[own, None, None], latents, labels[own], classes, size)
+            activity[own].scatter_add_(1, latents.indices.flatten(1), latents.values.flatten(1))
             if not by_gradient:
                 continue
             if method == "integrated gradients":
@@ -253,24 +274,43 @@ def attribute_features(
         sums.append(part.sum(dim=2))
         by_position += part
         levels.append(level.half())
-        used += level.sum(dim=2)
         on_step(s + 1)
     by_step = torch.stack(sums)
-    if method == "contrastive":
-        sign = own_only(by_step.sum(dim=0), used)
-        by_step, by_position = by_step * sign, by_position * sign[:, :, None]
+    activity /= positions * len(activations.progress)
     return Attribution(
         by_step.sum(dim=0), by_step, by_position.half(), torch.stack(levels), activations.progress,
         float(worst) if method == "integrated gradients" else None, probes.attribute, probes.classes, method,
+        *class_differences(activity, labels, shares, classes),
     )  # fmt: skip
 
 
-def own_only(scores: Tensor, used: Tensor) -> Tensor:
-    """1, or -1 (K x N) where a class has a score above 0 for a latent that it uses less than the others do.
+def class_differences(activity: Tensor, labels: Tensor, shares: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Mean activity of each class minus the mean of the others', and half of its 95 % interval, both K x N.
 
-    scores: K x N, products of two differences, which for two classes are the same for both; used: K x N, activity.
+    activity: B x N, of every picture; labels: B; shares: B, what a picture weighs, 1 in all over a class. Pictures are
+    independent draws, so with s^2 the variance within a class and n its pictures, the error of a class's mean is
+    s^2 / n, and of a difference sum_k g_k m_k
+
+        error^2 = sum_k g_k^2 s_k^2 / n_k,   degrees of freedom = error^4 / sum_k (g_k^2 s_k^2 / n_k)^2 / (n_k - 1)
+
+    (Welch 1947, for more than two means), by Student's t. With weights, n = 1 / sum of shares^2 (Kish 1965) and
+    s^2 = sum of shares (a - m)^2 / (1 - 1 / n).
     """
-    return torch.where((contrast(used) <= 0) & (scores > 0), -1.0, 1.0)
+    means, errors, counts = [], [], []
+    for c in range(classes):
+        own = (labels == c) & (shares > 0)
+        share, rows = shares[own], activity[own]
+        count = 1 / share.square().sum()
+        means.append(share @ rows)
+        errors.append(share @ (rows - means[-1]).square() / (count - 1))
+        counts.append(count)
+    gains = contrast(torch.eye(classes, device=activity.device))
+    parts = gains.square()[:, :, None] * torch.stack(errors)  # K x K x N, what each class adds to an error^2
+    total = parts.sum(dim=1)
+    freedom = 1 / ((parts / total[:, None]).square() / (torch.stack(counts) - 1)[:, None]).sum(dim=1)
+    freedom = freedom.nan_to_num(1.0)  # of a latent that is never active
+    quantile = torch.from_numpy(stats.t.ppf(0.975, freedom.cpu().numpy())).float().to(total.device)
+    return gains @ torch.stack(means), quantile * total.sqrt()
 
 
 def check_baseline(baseline: Activations, activations: Activations, method: str) -> None:

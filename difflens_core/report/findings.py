@@ -145,49 +145,71 @@ def loss_chart(curves: Mapping[str, Sequence[tuple[float, float]]]) -> np.ndarra
 
 
 def ranking_chart(found: Attribution) -> np.ndarray:
-    """Bar chart of the best latents of every class (H x W x 3, uint8)."""
-    top = found.top(min(CHARTED, found.scores.shape[1]))
-    groups = {
-        name: {f"#{latent}": float(found.scores[c, latent]) for latent in top[c].tolist()}
-        for c, name in enumerate(found.classes)
-    }
-    return bar_chart(f"{found.attribute}: features of each class ({found.method})", groups, None, None)
+    """Bar chart of the best latents of every class (H x W x 3, uint8): how much more active they are in its pictures
+    than in the others', with 95 % intervals, in the order of their scores.
+    """
+    low, high = found.difference - found.margin, found.difference + found.margin
+    groups, whiskers = {}, {}
+    for c, latents in enumerate(found.own(min(CHARTED, found.scores.shape[1]))):
+        labels, name = {f"#{latent}": latent for latent in latents.tolist()}, found.classes[c]
+        groups[name] = {label: float(found.difference[c, n]) for label, n in labels.items()}
+        whiskers[name] = {label: (float(low[c, n]), float(high[c, n])) for label, n in labels.items()}
+    return bar_chart(f"{found.attribute}: how much more active, best by {found.method}", groups, None, whiskers)
 
 
 def ranking_table(found: Attribution, count: int) -> str:
-    """The `count` best latents of every class, a rank a line."""
-    columns = [f"{name:>20}" for name in found.classes]
-    lines = [f"{found.attribute}, by {found.method}", "rank" + "".join(columns)]
-    for rank, latents in enumerate(found.top(count).T.tolist()):
-        cells = [f"#{latent} {float(found.scores[c, latent]):.4g}" for c, latent in enumerate(latents)]
-        lines.append(f"{rank + 1:4}" + "".join(f"{cell:>20}" for cell in cells))
+    """The `count` best latents of every class that speak for it, a line each: score, how much more active the latent is
+    in the class's pictures than in the others', whether that may be chance, and whether another class uses it more.
+    """
+    low, high = found.difference - found.margin, found.difference + found.margin
+    most, width = found.stands_for, max(len("class"), *map(len, found.classes))
+    lines = [
+        f"{found.attribute}, by {found.method}",
+        f"{'latent':9}{'class':{width}}{'score':>11}  more active by [95 % interval]",
+    ]
+    own = found.own(count)
+    for c, latents in enumerate(own):
+        for n in latents.tolist():
+            more = f"{float(found.difference[c, n]):.3g} [{float(low[c, n]):.3g}, {float(high[c, n]):.3g}]"
+            doubt = "  may be chance" if low[c, n] <= 0 else ""
+            rival = "" if most[n] == c else f"  most active in {found.classes[most[n]]}"
+            score = f"{float(found.scores[c, n]):11.3g}"
+            lines.append(f"{f'#{n}':9}{found.classes[c]:{width}}{score}  {more}{doubt}{rival}")
+    short = [(name, len(latents)) for name, latents in zip(found.classes, own, strict=True) if len(latents) < count]
+    lines += [f"{name} has {number} of {count}: no other latent speaks for it." for name, number in short]
     return "\n".join(lines)
 
 
 def effect_chart(effects: Effects, recipe: Recipe) -> np.ndarray:
-    """Bar chart of the features that change each class most (H x W x 3, uint8), with their standard error."""
-    groups, errors = {}, {}
+    """Bar chart of the features that change each class most (H x W x 3, uint8), with 95 % intervals."""
+    low, high = effects.effect - effects.margin, effects.effect + effects.margin
+    groups, whiskers = {}, {}
     for c, name in enumerate(recipe.classes):
         best = effects.carried[:, c].topk(min(CHARTED, len(effects.features))).indices.tolist()
-        rows = {f"#{int(effects.features[f])}": (float(effects.effect[f, c]), float(effects.error[f, c])) for f in best}
-        groups[name] = {label: effect for label, (effect, _) in rows.items()}
-        errors[name] = {label: (effect - error, effect + error) for label, (effect, error) in rows.items()}
+        labels = {f"#{int(effects.features[f])}": f for f in best}
+        groups[name] = {label: float(effects.effect[f, c]) for label, f in labels.items()}
+        whiskers[name] = {label: (float(low[f, c]), float(high[f, c])) for label, f in labels.items()}
     title = f"{recipe.attribute}: change of each class's probability ({effects.mode})"
-    return bar_chart(title, groups, None, errors)
+    return bar_chart(title, groups, None, whiskers)
 
 
 def effect_table(effects: Effects, recipe: Recipe) -> str:
-    """A line a feature: change of each class's probability and its standard error, in percent."""
+    """A line a feature: change of each class's probability in percent with half of its 95 % interval, the class that
+    the feature stands for, and whether that may be chance.
+    """
     lines = [
         f"{recipe.attribute}, {effects.mode}, {effects.pictures} pictures a feature: change of probability in % "
-        "(standard error)",
-        "feature " + "".join(f"{name:>18.17}" for name in recipe.classes),
+        "(half of its 95 % interval)",
+        "feature " + "".join(f"{name:>18.17}" for name in recipe.classes) + "  stands for",
     ]
+    most = effects.stands_for
     order = effects.carried.amax(dim=1).argsort(descending=True).tolist()
     for f in order:
-        figures = zip((100 * effects.effect[f]).tolist(), (100 * effects.error[f]).tolist(), strict=True)
-        cells = [f"{effect:+.2f} ({error:.2f})" for effect, error in figures]
-        lines.append(f"#{int(effects.features[f]):<7}" + "".join(f"{cell:>18}" for cell in cells))
+        figures = zip((100 * effects.effect[f]).tolist(), (100 * effects.margin[f]).tolist(), strict=True)
+        cells = [f"{effect:+.2f} ({margin:.2f})" for effect, margin in figures]
+        chance = effects.carried[f, most[f]] <= effects.margin[f, most[f]]
+        stands_for = recipe.classes[most[f]] + (", may be chance" if chance else "")
+        lines.append(f"#{int(effects.features[f]):<7}" + "".join(f"{cell:>18}" for cell in cells) + f"  {stands_for}")
     if effects.uncounted:
         pairs = len(effects.features) * effects.pictures
         lines.append(f"In {effects.uncounted} of {pairs} pairs of pictures a face is missing; they do not count.")

@@ -30,13 +30,13 @@ def build_recipe(
     others: Labelled = MappingProxyType({}),
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Recipe:
-    """Recipe from the `count` best latents of every class, as far as they speak for it (a score above 0).
+    """Recipe from the `count` best latents of every class that speak for it (`Attribution.own`).
 
     It has one row a step of `attribution`; SAE and probes may come from captures of other steps: the nearest serve.
     labels, others: classes of the captured pictures, in the attribute and in others. With them the levels are those of
     `fit_levels`, by what else a picture shows; without, the means of each class.
     """
-    own = [latents[row[latents] > 0] for latents, row in zip(attribution.top(count), attribution.scores, strict=True)]
+    own = attribution.own(count)
     chosen = torch.cat(own).unique()
     if len(chosen) == 0:
         raise DiffLensError(

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from difflens_core.activations import drawer
 from difflens_core.experiments import EFFECTS, Effects, causal_effect, keep_effective
@@ -42,7 +43,8 @@ def test_ablation_equals_steering_that_ablates_one_latent(setup):
         alone = Steering(replace(recipe, mode="ablate", member=member), torch.zeros_like)
         change = (classify(draw([alone], everything)) - plain).double().numpy()
         np.testing.assert_allclose(found.effect[f].numpy(), change.mean(axis=0), atol=1e-5)
-        np.testing.assert_allclose(found.error[f].numpy(), change.std(axis=0, ddof=1) / PICTURES**0.5, atol=1e-5)
+        margin = stats.t.ppf(0.975, PICTURES - 1) * change.std(axis=0, ddof=1) / PICTURES**0.5
+        np.testing.assert_allclose(found.margin[f].numpy(), margin, atol=1e-5)
     assert float(found.effect.abs().max()) > 1e-3 and found.features.tolist() == [0, 1, 2, 3, 4]
 
 
@@ -104,7 +106,8 @@ def test_pairs_without_a_face_do_not_count(setup):
         after = classify(draw([OneLatent(recipe, torch.full((PICTURES,), f), "ablate")], everything))
         change = (after - plain).double().numpy()[counted]
         np.testing.assert_allclose(found.effect[f].numpy(), change.mean(axis=0), atol=1e-5)
-        np.testing.assert_allclose(found.error[f].numpy(), change.std(axis=0, ddof=1) / len(counted) ** 0.5, atol=1e-5)
+        margin = stats.t.ppf(0.975, len(counted) - 1) * change.std(axis=0, ddof=1) / len(counted) ** 0.5
+        np.testing.assert_allclose(found.margin[f].numpy(), margin, atol=1e-5)
     assert found.uncounted == 5 * 2 + 1 and "In 11 of 25 pairs" in effect_table(found, recipe)
     with pytest.raises(DiffLensError, match="fewer than two of 5 unsteered pictures show a face"):
         causal_effect(recipe, draw, lambda images: classify(images) * torch.nan, PICTURES)

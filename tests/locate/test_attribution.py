@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from scipy.integrate import quad
 
 from difflens_core.activations import Activations
@@ -19,8 +20,14 @@ from difflens_core.locate import (
     measure_separation,
     train_probes,
 )
-from difflens_core.locate.attribution import activation_gradient, class_sum, difference, path_integral
-from difflens_core.sae import Latents
+from difflens_core.locate.attribution import (
+    activation_gradient,
+    class_differences,
+    class_sum,
+    difference,
+    path_integral,
+)
+from difflens_core.sae import Latents, Normalisation, SparseAutoencoder
 from difflens_core.steer import build_recipe
 
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0, 0, 1, 2, 0, 1, 2])
@@ -212,10 +219,7 @@ def test_scores_by_step_and_by_position_add_up_to_the_scores(toys, method):
     torch.testing.assert_close(found.by_step.sum(dim=0), found.scores)
     torch.testing.assert_close(found.by_position.float().sum(dim=2), found.scores, atol=1e-2, rtol=1e-2)
     alone = Activations(activations.values[1:2], activations.progress[1:2], activations.site)
-    own, step = found.by_step[1], attribute_features(alone, sae, probes, LABELS, method).scores
-    if method == "contrastive":  # its sign tells whose a latent is, which all steps decide together
-        own, step = own.abs(), step.abs()
-    torch.testing.assert_close(own, step)
+    torch.testing.assert_close(found.by_step[1], attribute_features(alone, sae, probes, LABELS, method).scores)
     twice = activations.values.repeat_interleave(2, dim=4)  # each position
     at = Activations(twice, activations.progress, activations.site)
     doubled = attribute_features(at, sae, probes, LABELS, method)
@@ -240,7 +244,7 @@ def test_class_mean_difference_is_the_contrast_of_the_mean_activity(toys):
 
 def test_contrastive_scores_multiply_probe_and_activity_contrasts(toys):
     activations, sae, probes = toys.activations(), toys.sae(), toys.probes()
-    expected, more = torch.zeros(3, 20), torch.zeros(3, 20)
+    expected = torch.zeros(3, 20)
     for s in range(3):
         latents = sae.encode(activations.values[s], s)
         level = class_sum(latents.values, latents, LABELS, 3, 20).mean(dim=2) / torch.bincount(LABELS)[:, None]
@@ -249,34 +253,137 @@ def test_contrastive_scores_multiply_probe_and_activity_contrasts(toys):
             read = [float(probes.weight[s, i] @ sae.decoder[n]) for i in range(3)]
             weight = read[c] - sum(read[i] for i in others) / 2
             expected[c, n] += weight * float(level[c, n] - level[others, n].mean())
-            more[c, n] += level[c, n] - level[others, n].mean()
-    expected = torch.where(more > 0, expected, -expected.abs())  # a latent is not of a class that uses it less
     found = attribute_features(activations, sae, probes, LABELS)
     torch.testing.assert_close(found.scores, expected)
-    assert (found.top(5)[1] == expected[1].argsort(descending=True)[:5]).all()
 
 
-def test_of_two_classes_a_latent_belongs_to_the_one_that_uses_it_more(toys):
-    """The product of two signed differences is the same for both classes, so that both would get one list."""
+def dense_activity(activations: Activations, sae) -> np.ndarray:
+    """Mean activity of every latent in every picture, B x N, by dense matrices in float64."""
+    found = []
+    for s in range(len(activations.progress)):
+        x = sae.normalisation.apply(activations.values[s], s).double() @ sae.encoder.double().T + sae.encoder_bias
+        kth = x.sort(dim=-1, descending=True).values[..., sae.k - 1 : sae.k]
+        found.append(torch.where((x >= kth) & (x > 0), x, 0.0).mean(dim=1))
+    return torch.stack(found).mean(dim=0).numpy()
+
+
+def difference_and_margin(activity: np.ndarray, labels: np.ndarray, weights: np.ndarray, c: int):
+    """Of class c against the mean of the two others: Welch's interval, written out."""
+    means, parts, sizes = [], [], []
+    for k in range(3):
+        rows, weight = activity[labels == k], weights[labels == k][:, None]
+        mean, size = (weight * rows).sum(axis=0) / weight.sum(), weight.sum() ** 2 / (weight**2).sum()
+        variance = (weight * (rows - mean) ** 2).sum(axis=0) / weight.sum() * size / (size - 1)
+        means.append(mean)
+        parts.append(variance / size * (1 if k == c else 0.25))
+        sizes.append(size)
+    freedom = sum(parts) ** 2 / sum(part**2 / (size - 1) for part, size in zip(parts, sizes, strict=True))
+    others = [means[k] for k in range(3) if k != c]
+    return means[c] - (others[0] + others[1]) / 2, stats.t.ppf(0.975, freedom) * np.sqrt(sum(parts))
+
+
+def test_difference_and_interval_equal_welch_on_dense_activity(toys):
+    """With weights, and with pictures of no class, which count nowhere."""
+    activations, sae, labels = toys.activations(pictures=40), toys.sae(), torch.arange(40) % 3
+    labels[[3, 17, 22]] = NO_CLASS
+    weights = 0.5 + torch.arange(40) % 5 / 2
+    found = attribute_features(activations, sae, toys.probes(), labels, weights=weights)
+    activity = dense_activity(activations, sae)
+    for c in range(3):
+        difference, margin = difference_and_margin(activity, labels.numpy(), weights.double().numpy(), c)
+        np.testing.assert_allclose(found.difference[c].numpy(), difference, atol=1e-5)
+        np.testing.assert_allclose(found.margin[c].numpy(), margin, atol=1e-5)
+        assert (margin > 0.01).any()
+    assert torch.equal(found.stands_for, found.difference.argmax(dim=0)) and len(found.stands_for.unique()) == 3
+
+
+def test_of_two_classes_the_interval_is_that_of_welchs_test(toys):
+    activations, sae, labels = toys.activations(pictures=30), toys.sae(), (torch.arange(30) % 5 == 0).long()
+    probes = train_probes(activations, sae, labels, "look", ("one", "other"))
+    found = attribute_features(activations, sae, probes, labels)
+    activity = dense_activity(activations, sae)
+    test = stats.ttest_ind(activity[labels == 1], activity[labels == 0], equal_var=False)
+    interval = test.confidence_interval(0.95)
+    np.testing.assert_allclose((found.difference + found.margin)[1].numpy(), interval.high, atol=1e-5)
+    np.testing.assert_allclose((found.difference - found.margin)[1].numpy(), interval.low, atol=1e-5)
+
+
+def test_an_interval_over_few_pictures_holds_the_true_difference_as_often_as_it_says():
+    draw, held, labels = torch.Generator().manual_seed(0), [], torch.tensor([0] * 4 + [1] * 20 + [2] * 9)
+    spread, shares = torch.tensor([2.0, 0.5, 1.0])[labels], 1 / labels.bincount()[labels]
+    activity = torch.randn(33, 4000, generator=draw) * spread[:, None] + torch.tensor([3.0, 1.0, 0.0])[labels][:, None]
+    difference, margin = class_differences(activity, labels, shares, 3)
+    for c, true in enumerate((2.5, -0.5, -2.0)):
+        held.append(float(((difference[c] - true).abs() < margin[c]).float().mean()))
+    assert all(0.93 < share < 0.97 for share in held), held
+
+
+def test_a_latent_that_is_never_active_stands_for_nobody_for_sure():
+    labels = torch.arange(8) % 2
+    difference, margin = class_differences(torch.zeros(8, 3), labels, torch.full((8,), 0.25), 2)
+    assert not difference.any() and not margin.any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_of_two_classes_a_latent_belongs_to_the_one_that_uses_it_more(toys, method):
+    """Contrastive scores of two classes are the same: both would get one list."""
     sae, labels, draw = toys.sae(), torch.arange(40) % 2, toys.random(9)
     values = draw(3, 40, 6, 2, 2) + 2 * (labels - 0.5)[:, None, None, None] * draw(6)[:, None, None]
     activations = Activations(values, torch.arange(3) / 3, "middle")
     probes = train_probes(activations, sae, labels, "look", ("one", "other"))
-    found = attribute_features(activations, sae, probes, labels)
+    found = attribute_features(activations, sae, probes, labels, method)
     use, pull = torch.zeros(2, 20), torch.zeros(20)
     for s in range(3):
         latents = sae.encode(values[s], s)
         dense = torch.zeros(40, 4, 20).scatter_(-1, latents.indices, latents.values).mean(dim=1)
         use += torch.stack([dense[labels == c].mean(dim=0) for c in (0, 1)])
         pull += (probes.weight[s, 1] - probes.weight[s, 0]) @ sae.decoder.T
-    for c, n in found.scores.gt(0).nonzero().tolist():
-        assert use[c, n] > use[1 - c, n] and found.scores[1 - c, n] < 0
-    agree = (use[1] - use[0]) * pull > 0.1
-    assert agree.sum() >= 6 and (found.scores.amax(dim=0)[agree] > 0).all(), "what both tell is somebody's"
     recipe = build_recipe(found, sae, probes, activations, 20)
     assert (recipe.member.sum(dim=0) == 1).all() and (recipe.member.sum(dim=1) > 0).all()
     for c, n in recipe.member.nonzero().tolist():
         assert use[c, recipe.features[n]] > use[1 - c, recipe.features[n]]
+    agree = ((use[1] - use[0]) * pull > 0.1).nonzero().flatten()
+    assert len(agree) >= 6 and torch.isin(agree, recipe.features).all(), "what both tell is somebody's"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_latents_of_a_class_are_found_by_every_method(method):
+    """Each of nine latents is a channel. 0 to 2 are the first class's, 3 to 5 the second's, 7 and 8 nobody's. 6 is the
+    first class's at one step and, less, the second's at the other, so that gradients speak for both.
+    """
+    draw, labels = torch.Generator().manual_seed(0), torch.arange(80) % 2
+    values = 0.3 * torch.randn(2, 80, 9, 2, 2, generator=draw).abs()
+    values[:, labels == 0, 0:3] += 1
+    values[:, labels == 1, 3:6] += 1
+    values[0, labels == 0, 6] += 1
+    values[1, labels == 1, 6] += 0.6
+    activations, progress = Activations(values, torch.tensor([0.0, 0.5]), "middle"), torch.tensor([0.0, 0.5])
+    unchanged = Normalisation(progress, torch.zeros(2, 9), torch.ones(2))
+    sae = SparseAutoencoder(torch.eye(9), torch.zeros(9), torch.eye(9), torch.zeros(9), unchanged, 9, "middle")
+    probes = train_probes(activations, sae, labels, "look", ("one", "other"))
+    found = attribute_features(activations, sae, probes, labels, method)
+    assert (found.scores[:, 6] > 0).all() or method == "class mean difference"
+    recipe = build_recipe(found, sae, probes, activations, 9)
+    one, other = ({*recipe.features[own].tolist()} for own in recipe.member)
+    assert {0, 1, 2, 6} <= one and {3, 4, 5} <= other and not one & other
+    assert [set(latents.tolist()) for latents in found.own(3)] == [{0, 1, 2}, {3, 4, 5}]
+    assert (found.difference - found.margin)[0, :3].min() > 0.9 and found.difference[0, :3].max() < 1.1
+    sure = (found.difference.abs() > found.margin)[0]
+    assert sure[:7].all() and not sure[7:].any()
+
+
+def test_of_three_classes_a_latent_may_be_twos(toys):
+    """Adults and seniors share one that tells both from the young, though one of the two uses it more."""
+    activations, sae, probes = toys.activations(), toys.sae(), toys.probes()
+    found = attribute_features(activations, sae, probes, LABELS)
+    own = found.own(20)
+    for c in range(3):
+        assert own[c].tolist() == [
+            n for n in found.scores[c].argsort(descending=True).tolist()
+            if found.scores[c, n] > 0 and found.difference[c, n] > 0
+        ]  # fmt: skip
+    members = torch.cat(own).bincount(minlength=20)
+    assert members.max() == 2
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -297,6 +404,8 @@ def test_pictures_without_a_face_count_nowhere(toys, method):
     )
     torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.levels, expected.levels)
+    torch.testing.assert_close(found.difference, expected.difference, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found.margin, expected.margin, atol=1e-6, rtol=1e-4)
     told, hoped = (measure_separation(sae, some, own, "age", toys.classes, torch.arange(5)) for some, own, _ in given)
     assert told == hoped
 
@@ -325,4 +434,4 @@ def test_what_cannot_be_attributed_is_refused(toys):
     with pytest.raises(DiffLensError, match="'saliency' is unknown"):
         attribute_features(activations, sae, probes, LABELS, "saliency")
     with pytest.raises(DiffLensError, match="top 21 of 20"):
-        attribute_features(activations, sae, probes, LABELS).top(21)
+        attribute_features(activations, sae, probes, LABELS).own(21)

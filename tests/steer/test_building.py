@@ -51,8 +51,9 @@ def test_no_threshold_agrees_better_with_top_k(toys, k):
 
 def test_a_recipe_holds_the_best_latents_of_every_class_and_knows_whose_they_are(toys):
     attribution, sae, recipe = build(toys)
-    top = attribution.scores.argsort(dim=1, descending=True)[:, :4]
-    own = [{n for n in top[c].tolist() if attribution.scores[c, n] > 0} for c in range(3)]  # those that speak for it
+    speaks = (attribution.scores > 0) & (attribution.difference > 0)
+    order = attribution.scores.argsort(dim=1, descending=True)
+    own = [{*[n for n in order[c].tolist() if speaks[c, n]][:4]} for c in range(3)]
     assert recipe.features.tolist() == sorted(set.union(*own)) and min(map(len, own)) > 0
     for c in range(3):
         assert set(recipe.features[recipe.member[c]].tolist()) == own[c]
