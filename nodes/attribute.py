@@ -106,9 +106,13 @@ class AttributeFeatures(io.ComfyNode):
             outputs=[
                 RecipeSocket.Output(display_name="recipe", tooltip="The best latents with all that Steer needs."),
                 io.Image.Output(
-                    display_name="chart", tooltip=f"The {CHARTED} best of each class, also drawn on the node."
+                    display_name="chart",
+                    tooltip=f"How much more active the {CHARTED} best are in each class, also drawn on the node.",
                 ),
-                io.String.Output(display_name="table", tooltip="The ranking as text, one latent of each class a line."),
+                io.String.Output(
+                    display_name="table",
+                    tooltip="The latents of each class: score, how much more active they are, and how sure that is.",
+                ),
             ],
         )  # fmt: skip
 

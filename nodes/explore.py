@@ -140,9 +140,11 @@ class RankByEffect(io.ComfyNode):
                 RecipeSocket.Output(display_name="recipe", tooltip="The recipe with the features that are kept."),
                 io.Image.Output(
                     display_name="chart",
-                    tooltip=f"The {CHARTED} strongest of each class with their standard error, also drawn on the node.",
+                    tooltip=f"The {CHARTED} strongest of each class with 95 % intervals, also drawn on the node.",
                 ),
-                io.String.Output(display_name="table", tooltip="Every feature's effect on each class, in percent."),
+                io.String.Output(
+                    display_name="table", tooltip="Every feature's effect on each class, and the class it stands for."
+                ),
             ],
         )
 
