@@ -287,9 +287,9 @@ def attribute_features(
 def class_differences(activity: Tensor, labels: Tensor, shares: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Mean activity of each class minus the mean of the others', and half of its 95 % interval, both K x N.
 
-    activity: B x N, of every picture; labels: B; shares: B, what a picture weighs, 1 in all over a class. Pictures are
-    independent draws, so with s^2 the variance within a class and n its pictures, the error of a class's mean is
-    s^2 / n, and of a difference sum_k g_k m_k
+    activity: B x N, of every picture; labels: B; shares: B, what a picture weighs in its class, 1 in all. Pictures are
+    independent draws. With m the mean of a class, s^2 the variance within it and n its pictures, m's squared error is
+    s^2 / n, and for a difference sum_k g_k m_k
 
         error^2 = sum_k g_k^2 s_k^2 / n_k,   degrees of freedom = error^4 / sum_k (g_k^2 s_k^2 / n_k)^2 / (n_k - 1)
 
@@ -298,7 +298,7 @@ def class_differences(activity: Tensor, labels: Tensor, shares: Tensor, classes:
     """
     means, errors, counts = [], [], []
     for c in range(classes):
-        own = (labels == c) & (shares > 0)
+        own = labels == c
         share, rows = shares[own], activity[own]
         count = 1 / share.square().sum()
         means.append(share @ rows)

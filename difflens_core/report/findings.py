@@ -154,7 +154,9 @@ def ranking_chart(found: Attribution) -> np.ndarray:
         labels, name = {f"#{latent}": latent for latent in latents.tolist()}, found.classes[c]
         groups[name] = {label: float(found.difference[c, n]) for label, n in labels.items()}
         whiskers[name] = {label: (float(low[c, n]), float(high[c, n])) for label, n in labels.items()}
-    return bar_chart(f"{found.attribute}: how much more active, best by {found.method}", groups, None, whiskers)
+    return bar_chart(
+        f"{found.attribute}: how much more active in each class (best by {found.method})", groups, None, whiskers
+    )
 
 
 def ranking_table(found: Attribution, count: int) -> str:
