@@ -86,14 +86,14 @@ class AttributeFeatures(io.ComfyNode):
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
-                    default=METHODS[0],
-                    tooltip="contrastive: how much more a class uses a latent than the others do, and how much that "
-                    "moves the probe towards it. integrated gradients: what a latent adds to the probe's certainty. "
-                    "activation x gradient: its pull on the probe where the picture is. class mean difference: how "
-                    "much more a class uses it, without the probe.",
+                    default="class mean difference",
+                    tooltip="class mean difference: how much of the difference between the class's pictures and the "
+                    "others' a latent writes, without the probe. contrastive: how much more a class uses it, and how "
+                    "much that moves the probe. integrated gradients: what it adds to the probe's certainty. "
+                    "activation x gradient: its pull on the probe where the picture is.",
                 ),
                 io.Int.Input(
-                    "features_per_class", default=60, min=1, max=4096, tooltip="Best latents of each class to keep; "
+                    "features_per_class", default=120, min=1, max=4096, tooltip="Best latents of each class to keep; "
                     "those that do not speak for it are left out."
                 ),
                 Activations.Input(

@@ -2,6 +2,7 @@
 
 from .capture import Draw, Edit, Kept, Sampler, at_step, capture, drawer, noise_batches
 from .captured import Activations
+from .rehearsal import Held, HoldingEdit, Recalled, Rehearsal, draw_held
 from .sites import UPDATE, Whole, edit_site, find_site, from_map, reads_update, to_map
 from .store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, load_labels, open_store, record, save_labels
 
@@ -10,9 +11,13 @@ __all__ = [
     "DTYPES",
     "Draw",
     "Edit",
+    "Held",
+    "HoldingEdit",
     "INDEX",
     "Index",
     "Kept",
+    "Recalled",
+    "Rehearsal",
     "SAMPLES",
     "Sampler",
     "Shard",
@@ -21,6 +26,7 @@ __all__ = [
     "Whole",
     "at_step",
     "capture",
+    "draw_held",
     "drawer",
     "edit_site",
     "find_site",

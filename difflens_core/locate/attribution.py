@@ -21,6 +21,8 @@ from .probes import Probes, check_labels
 QUADRATURE_POINTS = 32
 # Logits that change by less than this (over the temperature) are integrated to float64 rounding by that many points.
 PANEL_RANGE = 10.0
+SUPPORT = 8  # pictures that are enough to tell what a class shows of another attribute
+TIED = 0.2  # of the pictures that would show two classes together by chance
 
 
 @dataclass(frozen=True)
@@ -170,12 +172,12 @@ def balancing_weights(labels: Tensor, others: Iterable[Tensor], rounds: int = 20
     labels and each of `others`: B, int64; pictures of NO_CLASS weigh nothing. Without them a rare class lends its
     pictures' chance features to its levels: if most of the seniors captured happen to be light-skinned, steering to
     senior would lighten the skin. Raking (Deming & Stephan 1940): the weights are scaled to one attribute's overall
-    shares after the other. No picture weighs more than `limit` times the mean. An attribute of which a class never
-    shows what others show (the hair of seniors is never black) is left out: no weights can balance it.
+    shares after the other. No picture weighs more than `limit` times the mean. An attribute that is `tied` to the
+    classes (the hair of seniors is hardly ever black) is left out: no weights can balance it.
     """
     known = labels != NO_CLASS
     labels, classes = labels[known], int(labels.max()) + 1
-    others = [other for other in (other[known] for other in others) if shown_by_all(labels, other)]
+    others = [other for other in (other[known] for other in others) if not tied(labels, other)]
     weights = torch.ones(len(labels))
     for _ in range(rounds):
         for other in others:
@@ -188,10 +190,15 @@ def balancing_weights(labels: Tensor, others: Iterable[Tensor], rounds: int = 20
     return torch.zeros(len(known)).masked_scatter_(known, weights)
 
 
-def shown_by_all(labels: Tensor, other: Tensor) -> bool:
-    """Whether every class (of `labels`, B) shows every class of `other` (B) that is shown at all."""
-    cells = seen_together(labels, int(labels.max()) + 1, other, int(other.max()) + 1)[labels.unique()]
-    return bool((cells > 0)[:, cells.sum(dim=0) > 0].all())
+def tied(labels: Tensor, other: Tensor) -> bool:
+    """Whether a class of `other` hardly ever comes with a class of `labels` (both B, int64, or NO_CLASS).
+
+    That is in less than `TIED` of the pictures that would show both if the two had nothing to do with each other, of
+    which there must be `SUPPORT` to tell: a classifier misreads some.
+    """
+    cells = seen_together(labels, int(labels.max()) + 1, other, int(other.max()) + 1).double()
+    expected = cells.sum(dim=1, keepdim=True) * cells.sum(dim=0) / cells.sum().clamp(min=1)
+    return bool(((expected >= SUPPORT) & (cells < TIED * expected)).any())
 
 
 def seen_together(labels: Tensor, classes: int, other: Tensor, size: int) -> Tensor:
@@ -209,7 +216,7 @@ def attribute_features(
     sae: SparseAutoencoder,
     probes: Probes,
     labels: Tensor,
-    method: str = "contrastive",
+    method: str = "class mean difference",
     weights: Tensor | None = None,
     temperature: float = 1.0,
     baseline: Activations | None = None,
@@ -219,10 +226,12 @@ def attribute_features(
 
     integrated gradients: mean exact IG over the pictures of the class, summed over positions and steps.
     activation x gradient: the same with `activation_gradient`.
-    class mean difference: mean activity in the class minus in the others.
-    contrastive: that, times (probe weight of the class minus the others' mean, through the decoder): it also ranks
-    latents of a class that the probe already predicts without any latent, where IG from zero says nothing.
-    Which class a latent belongs to, `Attribution.own` says, by the same rule for all methods.
+    class mean difference: what the mean activity in the class is more than in the others, squared and times |D_n|^2:
+    how much of the classes' difference the latent writes, wherever in the map. Mean over positions, sum over steps.
+    contrastive: that difference, with its sign and over all positions, times (probe weight of the class minus the
+    others' mean, through the decoder): it also ranks latents of a class that the probe already predicts without any
+    latent, where IG from zero says nothing.
+    Whose a latent is, `Attribution.own` decides for all methods.
     labels: B, int64, NO_CLASS for a picture that does not count.
     weights: B, how much each picture counts in its class's mean activity (`balancing_weights`); all alike if None.
     baseline: where the path of integrated gradients begins instead of at no latents: the same noises drawn under
@@ -271,6 +280,8 @@ def attribute_features(
             part = contrast(level) / positions
         if method == "contrastive":
             part *= contrast(probes.weight[step] @ sae.decoder.T)[:, :, None]
+        if method == "class mean difference":
+            part *= positions * part * sae.decoder.square().sum(dim=1)[:, None]
         sums.append(part.sum(dim=2))
         by_position += part
         levels.append(level.half())

@@ -12,11 +12,10 @@ from torch.nn import functional as F
 from ..activations import Activations
 from ..classifiers import NO_CLASS
 from ..sae import Normalisation, SparseAutoencoder
-from .attribution import seen_together
+from .attribution import SUPPORT, seen_together, tied
 from .probes import fit_logistic
 
 SHRINKAGE = 5.0  # of all coefficients but the classes' own levels, in pictures
-SUPPORT = 8  # pictures of every class that a trait needs before it may do the same to all classes
 RANK = 32  # maps that the coefficients are kept in
 WEIGHT_DECAY = 1e-3  # of the probes that read the traits
 
@@ -112,13 +111,14 @@ def fit_levels(
         a = b_0 + b_c + sum_g (e_g + d_{c,g}) u_g,
 
     in closed form from X^T X and X^T a, so that pictures are read once a step. Shrunk are e and d, not b. A trait that
-    a class hardly ever shows (`SUPPORT`) has no e: what the others show of it must not be taken for what this class
-    would. The levels are b_0 + b_c; d, centred over the classes, is what tells one class's difference from another's
-    and is kept, in `RANK` maps. The main effects e, the same for all classes, do what balancing weights did.
+    a class shows in fewer pictures than `SUPPORT` has no e: what the others show of it must not be taken for what this
+    class would. The levels are b_0 + b_c; d, centred over the classes, is what tells one class's difference from
+    another's and is kept, in `RANK` maps. The main effects e, the same for all classes, do what balancing weights did.
     labels: B, NO_CLASS for a picture that does not count; others: the same of the other attributes, of which those
-    count that vary. If none does, the levels are the classes' means.
+    count that vary and are not `tied` to the classes: what comes with a class, such as the grey hair of seniors, is
+    part of its level, and a picture that turns must not keep it. If none counts, the levels are the classes' means.
     """
-    others = {name: of for name, of in others.items() if varies(*of)}
+    others = {name: of for name, of in others.items() if varies(*of) and not tied(labels, of[1])}
     known = (labels != NO_CLASS).float()[:, None]
     own = coded(labels, classes) * known
     u = torch.cat([known[:, :0], *(coded(of, len(names)) for names, of in others.values())], dim=1) * known

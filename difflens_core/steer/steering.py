@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..activations import Recalled
 from ..files import DiffLensError
 from ..locate import Context, contrast
 from ..sae import SparseAutoencoder
@@ -17,7 +18,7 @@ from .recipes import READING, WITHOUT_LEVELS, Recipe
 
 DEVICE_TENSORS = ("encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias")
 MAPPED = ("reach", "shift", "add", "add own", "add fixed", "add own fixed")  # modes that add maps of the classes
-BY_LEVELS = ("reach", "shift", "add", "add own")
+BY_LEVELS = ("reach", "shift", "add", "add own", "move", "clamp")
 CHUNK = 2**22  # pre-activations of the full SAE that are held at once
 CACHE_BYTES = 2**26  # for the decoded class maps
 GROUP = 16  # pre-activations a group in `kth_largest`
@@ -88,8 +89,14 @@ class Steering:
         """The full SAE whose other latents compete with the recipe's; without TopK their own thresholds decide."""
         return self.sae if self.sae and self.sae.activation == "topk" else None
 
-    def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
-        """Edited copy of h (B x C x H x W, any float type); images: B, indices in the run, on the CPU."""
+    def __call__(self, h: Tensor, progress: float, images: Tensor, unsteered: Recalled | None = None) -> Tensor:
+        """Edited copy of h (B x C x H x W, any float type); images: B, indices in the run, on the CPU.
+
+        unsteered: what the site put out for these pictures when they were drawn without steering. Then the edit holds
+        on to them: what else a picture shows is read off its last step, and 1 - progress of the result comes from
+        editing the unsteered activations instead of h. Early steps lay out the picture and draw it all over again
+        where they are steered; late ones draw its edges, for which the model must see what it has drawn.
+        """
         recipe = self.recipe
         if not any(recipe.strength):
             return h
@@ -103,20 +110,34 @@ class Steering:
         if not steered.any():
             return h
         target, steered = target.clamp(min=0).to(h.device), steered.to(h.device)
-        rows, change_of = recipe.columns(h), self.map_change if recipe.mode in MAPPED else self.read_change
-        change = change_of(rows, target, step, t).unflatten(1, (recipe.channels, -1)).flatten(2)
+        if unsteered is None:
+            edited = h + self.change(h, target, self.traits(h, step, t), step, t, images)
+        else:
+            before, last, end = unsteered
+            traits = self.traits(last, recipe.normalisation.step_at(end), t)
+            parts = (part + self.change(part, target, traits, step, t, images) for part in (h, before))
+            edited = torch.lerp(*parts, 1 - progress)
+        return torch.where(steered[:, None, None, None], edited, h)
+
+    def change(
+        self, h: Tensor, target: Tensor, traits: Tensor | None, step: int, t: dict[str, Tensor], images: Tensor
+    ) -> Tensor:
+        """What is added to h, of its shape and type; target: B; traits: B x G of the pictures, or None."""
+        recipe = self.recipe
+        change_of = self.map_change if recipe.mode in MAPPED else self.read_change
+        change = change_of(recipe.columns(h), target, traits, step, t).unflatten(1, (recipe.channels, -1)).flatten(2)
         if self.mask is not None:
             change = change * resized(self.mask, h, images)
-        change = change.expand(-1, -1, h.shape[2:].numel()).reshape(h.shape).to(h.dtype)
-        return torch.where(steered[:, None, None, None], h + change, h)
+        return change.expand(-1, -1, h.shape[2:].numel()).reshape(h.shape).to(h.dtype)
 
-    def map_change(self, rows: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
+    def map_change(
+        self, rows: Tensor, target: Tensor, traits: Tensor | None, step: int, t: dict[str, Tensor]
+    ) -> Tensor:
         """Change (B x width x P, or B x width x 1 if the same everywhere) of such rows in a mode of MAPPED.
 
         A combination of K class maps: cheaper than decoding B pictures' latents.
         """
         share = F.one_hot(target, len(self.recipe.classes)).float()
-        traits = self.traits(rows, step, t) if self.recipe.mode in BY_LEVELS else None
         if self.recipe.mode in ("reach", "shift"):
             logits = F.linear(self.pooled(rows, step, t), t["probe_weight"][step], t["probe_bias"][step])
             if self.recipe.mode == "shift":
@@ -158,11 +179,11 @@ class Steering:
         """Mean over positions of the normalised rows (B x width x P): B x width."""
         return (rows.mean(dim=2, dtype=torch.float32) - t["mean"][step]) / t["scale"][step]
 
-    def traits(self, rows: Tensor, step: int, t: dict[str, Tensor]) -> Tensor | None:
-        """What else the pictures show (B x G), None if the levels do not go by it."""
-        if self.recipe.context is None:
+    def traits(self, h: Tensor, step: int, t: dict[str, Tensor]) -> Tensor | None:
+        """What else the pictures of activations h show (B x G), None if the edit does not go by it."""
+        if self.recipe.context is None or self.recipe.mode not in BY_LEVELS:
             return None
-        return self.context(rows.device).traits(self.pooled(rows, step, t), step)
+        return self.context(h.device).traits(self.pooled(self.recipe.columns(h), step, t), step)
 
     def context(self, device: torch.device) -> Context:
         """The recipe's context on `device`, moved once."""
@@ -190,7 +211,9 @@ class Steering:
             self._maps[device, step] = maps
         return maps
 
-    def read_change(self, rows: Tensor, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
+    def read_change(
+        self, rows: Tensor, target: Tensor, traits: Tensor | None, step: int, t: dict[str, Tensor]
+    ) -> Tensor:
         """Change of rows, both B x width x P, in a mode outside MAPPED."""
         mode, strength = self.recipe.mode, t["strength"][target][:, None, None]
         z = self.read(rows, step, t)
@@ -199,7 +222,7 @@ class Steering:
         elif mode == "ablate":
             change = -strength.clamp(max=1) * t["member"][target][:, :, None] * z
         else:
-            gap = self.level(target, self.traits(rows, step, t), step, t) - z
+            gap = self.level(target, traits, step, t) - z
             change = strength.clamp(max=1) * (gap if mode == "move" else gap.clamp(max=0))
         return torch.matmul(t["decoder"].T, t["scale"][step] * change)
 

@@ -193,8 +193,8 @@ TopK, {s[latents]} latents, k = {s[k]}, trained on the activations of {s[picture
 an eighth of them held out. Held-out figures: FVU {fvu:.4f}, L0 {l0:.1f}, dead latents {dead:.1f} %.
 
 ## Recipes
-The {r[per_class]} best latents of every class by the contrastive score. Their levels go by
-what else a picture shows. Strengths: the weakest of {r[strengths][shift]} that shows the class asked for in at least
+The {r[per_class]} best latents of every class by the class mean difference. Their levels go by what
+else a picture shows. Strengths: the weakest of {r[strengths][shift]} that shows the class asked for in at least
 {r[success]:.0%} of its pictures, on {r[tuning_pictures]} pictures of seed {r[tuning_seed]}. The benchmark uses other
 seeds.
 

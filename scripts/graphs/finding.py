@@ -48,7 +48,7 @@ def find_the_bias_features() -> Graph:
     graph.column()
     found = graph.add(
         "DiffLensAttribute", None, model=model[0], activations=captured[0], sae=sae[0], probes=probes[0],
-        labels=labels[0], method="contrastive", features_per_class=120,
+        labels=labels[0], method="class mean difference", features_per_class=120,
     )  # fmt: skip
     graph.add("PreviewAny", "Ranking", source=found[2])
     graph.group("4 Steer other pictures by them")

@@ -26,6 +26,7 @@ from difflens_core.locate.attribution import (
     class_sum,
     difference,
     path_integral,
+    tied,
 )
 from difflens_core.sae import Latents, Normalisation, SparseAutoencoder
 from difflens_core.steer import build_recipe
@@ -106,7 +107,7 @@ def test_a_baseline_is_read_picture_by_picture_and_must_fit(toys):
         ig, _ = integrated_gradients(difference(step, origin), sae, probes, s, LABELS, 1.0, origin)
         steps.append(class_sum(ig, difference(step, origin), LABELS, 3, 20).sum(dim=2) / 4)
     torch.testing.assert_close(found.scores, torch.stack(steps).sum(dim=0), atol=1e-6, rtol=1e-5)
-    with pytest.raises(DiffLensError, match="serves integrated gradients, not contrastive"):
+    with pytest.raises(DiffLensError, match="serves integrated gradients, not class mean"):
         attribute_features(activations, sae, probes, LABELS, baseline=other)
     with pytest.raises(DiffLensError, match="pictures 6 instead of 12"):
         attribute_features(activations, sae, probes, LABELS, METHODS[1], baseline=other.part(0, 6))
@@ -165,9 +166,23 @@ def test_what_a_class_never_shows_is_not_balanced_away():
     labels = torch.arange(90) % 3
     grey = (labels == 2).long()
     tone = torch.arange(90) // 3 % 2
-    weights = balancing_weights(labels, [grey, tone])
-    torch.testing.assert_close(weights, balancing_weights(labels, [tone]))
-    assert weights.min() > 0.5
+    misread = grey.clone()
+    misread[0] = 1
+    for hair in (grey, misread):
+        weights = balancing_weights(labels, [hair, tone])
+        torch.testing.assert_close(weights, balancing_weights(labels, [tone]))
+        assert weights.min() > 0.5
+
+
+@pytest.mark.parametrize(("shown", "found"), [(0, True), (1, True), (3, False), (8, False)])
+def test_an_attribute_is_tied_to_a_class_that_hardly_ever_shows_it(shown, found):
+    """20 pictures of each class; if they showed it alike, half of those that do would be class 1's."""
+    labels, other = torch.arange(40) // 20, torch.zeros(40, dtype=torch.int64)
+    other[:16], other[20 : 20 + shown] = 1, 1
+    assert tied(labels, other) == found
+    few = torch.zeros(40, dtype=torch.int64)
+    few[:15] = 1
+    assert not tied(labels, few), "7.5 pictures expected are too few to tell"
 
 
 def test_contrast_is_each_class_minus_the_mean_of_the_others(toys):
@@ -229,17 +244,20 @@ def test_scores_by_step_and_by_position_add_up_to_the_scores(toys, method):
     assert (found.completeness is None) == (method != "integrated gradients")
 
 
-def test_class_mean_difference_is_the_contrast_of_the_mean_activity(toys):
+def test_class_mean_difference_is_how_much_of_the_classes_difference_a_latent_writes(toys):
     activations, sae = toys.activations(), toys.sae()
-    found = attribute_features(activations, sae, toys.probes(), LABELS, "class mean difference")
+    found = attribute_features(activations, sae, toys.probes(), LABELS)
     expected = torch.zeros(3, 20)
     for s in range(3):
         latents = sae.encode(activations.values[s], s)
-        dense = torch.zeros(12, 4, 20).scatter_(-1, latents.indices, latents.values).mean(dim=1)
+        dense = torch.zeros(12, 4, 20).scatter_(-1, latents.indices, latents.values)
+        means = torch.stack([dense[i == LABELS].mean(dim=0) for i in range(3)])  # K x P x N
         for c in range(3):
-            others = [dense[i == LABELS].mean(dim=0) for i in range(3) if i != c]
-            expected[c] += dense[c == LABELS].mean(dim=0) - (others[0] + others[1]) / 2
-    torch.testing.assert_close(found.scores, expected, atol=1e-5, rtol=1e-5)
+            others = [means[i] for i in range(3) if i != c]
+            for n in range(20):
+                written = (means[c] - sum(others) / 2)[:, n, None] * sae.decoder[n]  # P x width
+                expected[c, n] += written.square().sum() / 4
+    torch.testing.assert_close(found.scores, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_contrastive_scores_multiply_probe_and_activity_contrasts(toys):
@@ -253,7 +271,7 @@ def test_contrastive_scores_multiply_probe_and_activity_contrasts(toys):
             read = [float(probes.weight[s, i] @ sae.decoder[n]) for i in range(3)]
             weight = read[c] - sum(read[i] for i in others) / 2
             expected[c, n] += weight * float(level[c, n] - level[others, n].mean())
-    found = attribute_features(activations, sae, probes, LABELS)
+    found = attribute_features(activations, sae, probes, LABELS, "contrastive")
     torch.testing.assert_close(found.scores, expected)
 
 

@@ -15,14 +15,18 @@ PICTURES, CLASSES = 90, 2
 
 
 def drawn(seed: int = 1) -> tuple[torch.Tensor, dict]:
-    """Labels of two classes, and of others: one of three, one that class 1 never shows, one that never varies."""
+    """Labels of two classes, and of others: one of three, one that class 1 shows seldom, one it never does, one that
+    never varies.
+    """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (PICTURES,), generator=generator)
     hair = torch.randint(3, (PICTURES,), generator=generator)
-    beard = torch.randint(2, (PICTURES,), generator=generator) * (labels == 0)
+    chance = torch.rand(PICTURES, generator=generator)
+    beard, tie = (chance < torch.where(labels == 0, 0.5, 0.14)).long(), ((chance < 0.5) & (labels == 0)).long()
     labels[:5], hair[3:9] = NO_CLASS, NO_CLASS
     same = torch.zeros(PICTURES, dtype=torch.int64)
-    return labels, {"hair": (("a", "b", "c"), hair), "beard": (("no", "yes"), beard), "hat": (("no", "yes"), same)}
+    binary = {"beard": beard, "tie": tie, "hat": same}
+    return labels, {"hair": (("a", "b", "c"), hair)} | {name: (("no", "yes"), of) for name, of in binary.items()}
 
 
 def by_least_squares(rows: np.ndarray, labels: torch.Tensor, others: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -50,7 +54,7 @@ def by_least_squares(rows: np.ndarray, labels: torch.Tensor, others: dict) -> tu
 
 
 @pytest.mark.parametrize("kind", ["latents", "channels"])
-def test_levels_and_effects_are_those_of_one_ridge_regression(toys, kind):
+def test_levels_and_effects_are_those_of_one_ridge_regression_on_what_is_not_tied_to_a_class(toys, kind):
     activations, sae, (labels, others) = toys.activations(pictures=PICTURES), toys.sae(), drawn()
     features = torch.tensor([3, 7, 11, 15])
     rows_of = latent_rows(sae, features) if kind == "latents" else channel_rows(sae.normalisation)
@@ -64,9 +68,7 @@ def test_levels_and_effects_are_those_of_one_ridge_regression(toys, kind):
             active = (pre >= pre.topk(sae.k, dim=2).values[..., -1:]) & (pre > 0)
             x = torch.where(active, pre, 0.0)[..., features]
         rows = x.transpose(1, 2).flatten(1).double().numpy()
-        del others["hat"]
-        expected, by_trait = by_least_squares(rows, labels, others)
-        others["hat"] = (("no", "yes"), torch.zeros(PICTURES, dtype=torch.int64))
+        expected, by_trait = by_least_squares(rows, labels, {name: others[name] for name in ("hair", "beard")})
         np.testing.assert_allclose(levels[s].flatten(1), expected, atol=2e-3, rtol=2e-3)
         np.testing.assert_allclose(effects[s].flatten(2), by_trait, atol=1e-4)
 
@@ -95,8 +97,9 @@ def test_a_class_difference_that_turns_round_with_a_trait_is_found_and_read_off_
 def test_without_other_attributes_the_levels_are_the_classes_means(toys):
     activations, sae, (labels, _) = toys.activations(pictures=PICTURES), toys.sae(), drawn()
     levels, context = fit_levels(
-        activations, sae.normalisation, channel_rows(sae.normalisation), labels, CLASSES, {"hat": drawn()[1]["hat"]}
-    )
+        activations, sae.normalisation, channel_rows(sae.normalisation), labels, CLASSES,
+        {name: drawn()[1][name] for name in ("tie", "hat")},
+    )  # fmt: skip
     assert context is None
     for s in range(3):
         rows = sae.normalisation.apply(activations.values[s], s).transpose(1, 2)
