@@ -18,6 +18,7 @@ from .inputs import seed_input
 from .sockets import CATEGORY, SAE, RecipeSocket, TargetsSocket
 
 AS_RECIPE = "from recipe"
+HOLD = {"on": True, "off": False}
 OTHER_WEIGHTS = "The recipe for {} was made on other weights than this model's; it may steer badly."
 STALE_PLAN = (
     "Plan Targets asks for shares of {} that make up for what the recipe misses as it was calibrated, but it is used "
@@ -130,6 +131,14 @@ class Steer(io.ComfyNode):
                     "pictures are as balanced as a batch; a seed drawn before gets what it had. 0 and more: the number "
                     "of the run, for the same pictures on every machine.",
                 ),
+                io.Combo.Input(
+                    "hold",
+                    options=[AS_RECIPE, *HOLD],
+                    default=AS_RECIPE,
+                    optional=True,
+                    tooltip="Whether to draw every picture as it is first and hold on to that while steering: more of "
+                    "everything else stays. on takes twice the time.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The steered model. The model that came in stays as it was."),
@@ -146,6 +155,7 @@ class Steer(io.ComfyNode):
         cls, model: Any, recipe: Recipe, target: str, strength: float, mode: str, start_percent: float,
         end_percent: float, seed: int, first_image: int, conditioning: str = "positive", mask: Tensor | None = None,
         sae: SparseAutoencoder | None = None, targets: tuple[Targets, ...] | None = None, run: int = -1,
+        hold: str = AS_RECIPE,
     ) -> io.NodeOutput:  # fmt: skip
         warnings, as_loaded = check_model(model, recipe), recipe
         if start_percent > end_percent:
@@ -155,6 +165,7 @@ class Steer(io.ComfyNode):
             mode=recipe.mode if mode == AS_RECIPE else mode,
             start=max(recipe.start, start_percent),
             end=min(recipe.end, end_percent),
+            hold=HOLD.get(hold, recipe.hold),
         )
         as_calibrated = mask is None and conditioning == "positive"
         if targets is None:
@@ -174,7 +185,7 @@ class Steer(io.ComfyNode):
         steered = host.apply_site(
             model, recipe.site, steering, cls.define_schema().display_name, conditioning,
             span=(recipe.start, recipe.end), run=run, deal=repr(dealt), mark=mark, log=dealt.log,
-            node_id=host.node_id(),
+            node_id=host.node_id(), hold=steering.holds,
         )  # fmt: skip
         dealt.log.warned = tuple(warnings)
         host.warn(cls, warnings)

@@ -1,8 +1,8 @@
 """What the denoiser computes inside: the sites where it is read and changed, and the activations captured there."""
 
-from .capture import Draw, Edit, Kept, Sampler, at_step, capture, drawer, noise_batches
+from .capture import Draw, Edit, Kept, Sampler, at_step, capture, noise_batches
 from .captured import Activations
-from .rehearsal import Held, HoldingEdit, Recalled, Rehearsal, draw_held
+from .rehearsal import Held, HoldingEdit, Rehearsal, Unsteered, draw_held, drawer, holds
 from .sites import UPDATE, Whole, edit_site, find_site, from_map, reads_update, to_map
 from .store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, load_labels, open_store, record, save_labels
 
@@ -16,13 +16,13 @@ __all__ = [
     "INDEX",
     "Index",
     "Kept",
-    "Recalled",
     "Rehearsal",
     "SAMPLES",
     "Sampler",
     "Shard",
     "Store",
     "UPDATE",
+    "Unsteered",
     "Whole",
     "at_step",
     "capture",
@@ -31,6 +31,7 @@ __all__ = [
     "edit_site",
     "find_site",
     "from_map",
+    "holds",
     "load_labels",
     "noise_batches",
     "open_store",

@@ -157,29 +157,3 @@ def capture(
 # Pictures (B x H x W x 3 in [0, 1], on the CPU), each from the noise of that number (B, int64) in a fixed set, under
 # edits that number the pictures of the batch from 0. How experiments sample, whatever the host.
 Draw = Callable[[Sequence[Edit], Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class ByPlace:
-    """An edit that is told the places of the pictures in the batch instead of their numbers in the run.
-
-    Experiments draw one noise several times in a batch, each time with another edit.
-    """
-
-    edit: Edit
-
-    @property
-    def site(self) -> str:
-        return self.edit.site
-
-    def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
-        return self.edit(h, progress, torch.arange(len(images)))
-
-
-def drawer(sampler: Sampler, noise: Tensor) -> Draw:
-    """`Draw` for a sampler and a fixed set of noises (n x shape)."""
-
-    def draw(edits: Sequence[Edit], which: Tensor) -> Tensor:
-        return sampler.decode(sampler.sample(noise[which], which, [ByPlace(edit) for edit in edits]))
-
-    return draw

@@ -1,77 +1,140 @@
-"""Drawing pictures twice: as they are, and with an edit that goes by what the site put out the first time."""
+"""Drawing pictures twice: first as they are, then with edits that hold on to what the site put out the first time."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 
 from ..files import DiffLensError
-from .capture import Edit
+from .capture import Draw, Edit, Sampler
 
-Recalled = tuple[Tensor, Tensor, float]  # activations at this evaluation, those at the last one, and its progress
+
+class Unsteered(NamedTuple):
+    """What a site put out (B x C x H x W) for the same pictures without the edit.
+
+    h: at this evaluation of the network; last: at the last one; progress: of that.
+    """
+
+    h: Tensor
+    last: Tensor
+    progress: float
 
 
 class HoldingEdit(Protocol):
-    """An edit that can hold on to unsteered pictures, such as `Steering`."""
+    """An edit that can hold on to the unsteered pictures, such as `Steering`. holds: whether it is to."""
 
     @property
     def site(self) -> str: ...
+    @property
+    def holds(self) -> bool: ...
 
-    def __call__(self, h: Tensor, progress: float, images: Tensor, unsteered: Recalled | None = None) -> Tensor:
-        """h' for h (B x C x H x W), as `Edit`; unsteered: what the site put out for these pictures without the edit."""
+    def __call__(self, h: Tensor, progress: float, images: Tensor, unsteered: Unsteered | None = None) -> Tensor:
+        """h' for h (B x C x H x W), as `Edit`."""
         ...
 
 
 @dataclass
 class Rehearsal:
-    """What `site` puts out while pictures are drawn as they are: an edit that changes nothing and keeps everything.
+    """What `site` puts out while pictures are drawn the first time: an edit that changes nothing and keeps everything.
 
-    The activations stay where they are, B x C x H x W for every evaluation of the network.
+    seen: of the pictures of a batch, by their numbers: progress and activations of every evaluation in turn. They stay
+    on the device where they were made.
     """
 
     site: str
-    seen: list[tuple[float, Tensor, Tensor]] = field(default_factory=list)  # progress, images, activations
-    place: int = 0  # of the next to be recalled
+    seen: dict[tuple[int, ...], list[tuple[float, Tensor]]] = field(default_factory=dict)
 
     def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
-        self.seen.append((progress, images, h.detach().clone()))
+        self.seen.setdefault(tuple(images.tolist()), []).append((progress, h.detach().clone()))
         return h
 
-    def recall(self, progress: float, images: Tensor) -> Recalled:
-        """What was seen at the evaluation that comes next, which must be of this progress and these pictures."""
-        same = self.place < len(self.seen) and self.seen[self.place][0] == progress
-        if not same or not torch.equal(self.seen[self.place][1], images):
-            raise DiffLensError(
-                "hold draws every picture twice by the same steps, and the second time the model was run at others: a "
-                "sampler that decides by itself where to go, or a cache. Use another sampler, leave the cache out, or "
-                "turn hold off."
-            )
-        now, self.place = self.seen[self.place][2], self.place + 1
-        last = next(one for one in reversed(self.seen) if torch.equal(one[1], images))
-        return now, last[2], last[0]
 
-
-@dataclass(frozen=True)
+@dataclass
 class Held:
-    """`edit` on pictures that were drawn in `rehearsal` before."""
+    """`edit` on pictures that were drawn in `rehearsal` before. earlier: edits of the site that come before this one.
+
+    Where the model is run at other steps than the first time (samplers that decide by themselves where to go, caches),
+    the nearest serves.
+    """
 
     edit: HoldingEdit
     rehearsal: Rehearsal
+    earlier: tuple[HoldingEdit, ...] = ()
+    visits: Counter = field(default_factory=Counter)
 
     @property
     def site(self) -> str:
         return self.edit.site
 
     def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
-        return self.edit(h, progress, images, self.rehearsal.recall(progress, images))
+        unsteered = self.recall(progress, tuple(images.tolist()))
+        for edit in self.earlier:  # what the site would put out but for this edit
+            unsteered = unsteered._replace(h=edit(unsteered.h, progress, images, unsteered))
+        return self.edit(h, progress, images, unsteered)
+
+    def recall(self, progress: float, pictures: tuple[int, ...]) -> Unsteered:
+        """The first time's activations of these pictures at this progress."""
+        if pictures not in self.rehearsal.seen:
+            raise DiffLensError(
+                "hold draws every picture twice, and the second time they came in other batches than the first. Set "
+                "hold to off."
+            )
+        seen = self.rehearsal.seen[pictures]
+        nearest = min((at for at, _ in seen), key=lambda at: abs(at - progress))
+        # A step may take several evaluations: of conditionings for areas, or of a sampler of higher order.
+        same = [h for at, h in seen if at == nearest]
+        h = same[self.visits[pictures, nearest] % len(same)]
+        self.visits[pictures, nearest] += 1
+        return Unsteered(h, seen[-1][1], seen[-1][0])
 
 
-def draw_held(draw: Callable[[Sequence[Edit]], Tensor], edit: HoldingEdit) -> Tensor:
-    """What draw(edits) draws under an edit that holds on to what the same call draws without: twice the work."""
-    rehearsal = Rehearsal(edit.site)
-    draw([rehearsal])
-    return draw([Held(edit, rehearsal)])
+def holds(edit: Edit | HoldingEdit) -> TypeGuard[HoldingEdit]:
+    """Whether the edit is to hold on to the unsteered pictures, so that `draw_held` must draw."""
+    return getattr(edit, "holds", False)
+
+
+def draw_held(draw: Callable[[Sequence[Edit]], Tensor], edits: Sequence[Edit | HoldingEdit]) -> Tensor:
+    """draw(edits), and before that once without those that hold, so that they can hold on to that."""
+    holding = [edit for edit in edits if holds(edit)]
+    rehearsal = Rehearsal(holding[0].site)
+    if any(edit.site != rehearsal.site for edit in holding):
+        raise DiffLensError(
+            f"edits hold at {' and '.join(dict.fromkeys(edit.site for edit in holding))}. Let those of one site hold."
+        )
+    draw([rehearsal, *(edit for edit in edits if not holds(edit))])
+    earlier = {id(edit): tuple(holding[:place]) for place, edit in enumerate(holding)}
+    return draw([Held(edit, rehearsal, earlier[id(edit)]) if holds(edit) else edit for edit in edits])
+
+
+@dataclass(frozen=True)
+class ByPlace:
+    """An edit that is told the places of the pictures in the batch instead of their numbers in the run.
+
+    Experiments draw one noise several times in a batch, each time with another edit.
+    """
+
+    edit: Edit
+
+    @property
+    def site(self) -> str:
+        return self.edit.site
+
+    def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
+        return self.edit(h, progress, torch.arange(len(images)))
+
+
+def drawer(sampler: Sampler, noise: Tensor) -> Draw:
+    """`Draw` for a sampler and a fixed set of noises (n x shape)."""
+
+    def draw(edits: Sequence[Edit | HoldingEdit], which: Tensor) -> Tensor:
+        def sample(own: Sequence[Edit]) -> Tensor:
+            return sampler.sample(noise[which], which, [ByPlace(edit) for edit in own])
+
+        return sampler.decode(draw_held(sample, edits) if any(map(holds, edits)) else sample(edits))
+
+    return draw

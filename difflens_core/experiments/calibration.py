@@ -120,7 +120,7 @@ def calibrate(
         "fresh": fresh | moved,
         "pictures": options.pictures, "drawn": len(trials.known), "tolerance": options.tolerance,
         "clear": enough.tolist(), "margin": options.margin, "mode": recipe.mode, "strength": strength.tolist(),
-        "range": [recipe.start, recipe.end],
+        "range": [recipe.start, recipe.end], "hold": recipe.hold,
     }  # fmt: skip
     return replace(recipe, strength=tuple(strength.tolist()), info={**recipe.info, "calibration": record})
 
@@ -360,4 +360,4 @@ def calibrated_as_is(recipe: Recipe, record: dict[str, Any]) -> bool:
         tried = [own for own in record.get("rounds", ()) if np.allclose(own["ask"], record["ask"])]
         return not tried or any(np.allclose(own["strength"], recipe.strength) for own in tried)
     same = np.allclose(record["strength"], recipe.strength) and np.allclose(record["range"], [recipe.start, recipe.end])
-    return same and record["mode"] == recipe.mode
+    return same and (record["mode"], record.get("hold", False)) == (recipe.mode, recipe.hold)

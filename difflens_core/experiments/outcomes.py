@@ -14,7 +14,7 @@ from ..files import DiffLensError
 from ..locate import contrast
 from ..measure import pixel_change
 from ..sae import SparseAutoencoder
-from ..steer import Recipe, Steering, random_features, with_latents
+from ..steer import Recipe, Steering, random_features, with_latents, with_settings
 from .draw import Run
 from .effects import keep_best
 
@@ -117,9 +117,10 @@ class Experiment:
     def steered(self, recipe: Recipe) -> Outcome:
         """The same pictures, steered by `recipe`, without the SAE if it can."""
         sae = self.sae if recipe.needs_sae else None
+        alone = with_settings(recipe, hold=False)  # what the latents do by themselves
 
         def edits(rows: Tensor) -> list[Steering]:
-            return [Steering(recipe, lambda images: self.target[rows[images]], sae)]
+            return [Steering(alone, lambda images: self.target[rows[images]], sae)]
 
         after = self.run.draw(self.numbers, edits)
         return self.outcome(seen(self.read(after), recipe.attribute).cpu(), after)

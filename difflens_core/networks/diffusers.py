@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..activations import Edit, Kept, at_step
+from ..activations import Edit, Kept, at_step, draw_held, holds
 from ..files import digest, fingerprint, made_by, sums_mark
 
 if TYPE_CHECKING:  # sampling needs nothing of diffusers but what it is given
@@ -72,6 +72,8 @@ class DiffusersSampler:
     @torch.inference_mode()
     def sample(self, noise: Tensor, images: Tensor, edits: Sequence[Edit] = (), kept: Sequence[Kept] = ()) -> Tensor:
         """See `Sampler.sample`."""
+        if any(map(holds, edits)):
+            return draw_held(lambda own: self.sample(noise, images, own, kept), edits)
         scheduler, settings = self.started(), {}
         if "generator" in inspect.signature(scheduler.step).parameters:
             seeds = [(self.seed + STEP_SEEDS + int(image)) % 2**63 for image in images]

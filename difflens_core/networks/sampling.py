@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations import Edit, Kept, at_step
+from ..activations import Edit, Kept, at_step, draw_held, holds
 from ..files import fingerprint, made_by, sums_mark
 from .denoiser import Denoiser
 
@@ -52,6 +52,8 @@ def sample(
     noise: B x 3 x H x W; images: B, the pictures' numbers, from 0 if not given. Under guidance edits and `kept` see
     what the prompt draws, never the unconditional half. Returns pictures (B x 3 x H x W, in [-1, 1]).
     """
+    if any(map(holds, edits)):
+        return draw_held(lambda own: sample(model, noise, steps, own, images, guidance, kept, on_step), edits)
     x, images = noise, torch.arange(len(noise)) if images is None else images
     sigmas = torch.linspace(1, 0, steps + 1)
 

@@ -61,7 +61,7 @@ def build_recipe(
         attribution.attribute, classes, sae.site, model, chosen, encoder, bias, threshold, sae.decoder[chosen],
         member, levels, probe_weight, probe_bias, normalisation,
         strength=(1.0,) * len(classes), start=start, end=end,
-        map=activations.map if sae.kernel == 1 else None, context=context,
+        map=activations.map if sae.kernel == 1 else None, context=context, hold=True,
         info={"gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures},
     )  # fmt: skip
 

@@ -30,7 +30,8 @@ class Recipe:
     latent is active where its pre-activation exceeds the threshold, fitted to agree with TopK, or UNKNOWN); member:
     K x F, which latents belong to which class; levels: S x K x F x P, mean activity per step, class and position (no
     positions: not known); probe_weight: S x K x width and probe_bias: S x K read the class that a picture is about to
-    show. mode, strength, start, end: how to edit, see `Steering`. model: fingerprint of the weights it was made on.
+    show. mode, strength, start, end: how to edit, see `Steering`; hold: whether to hold on to the unsteered pictures,
+    which takes twice the time. model: fingerprint of the weights it was made on.
     map: height and width of the map whose positions they are, None if not known. context: how the levels differ by
     what else a picture shows, None if they are the same for all. info: provenance and figures.
     """
@@ -55,6 +56,7 @@ class Recipe:
     end: float = 1.0
     map: tuple[int, int] | None = None
     context: Context | None = None
+    hold: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,11 +117,11 @@ AXES = {
     "context.maps": "RFP", "probe_weight": "SKW", "probe_bias": "SK", "normalisation.progress": "N",
     "normalisation.mean": "NC", "normalisation.scale": "N",
 }  # fmt: skip
-PLAIN = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "map", "info")
+PLAIN = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "map", "hold", "info")
 
 
 def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
-    """The recipe with another mode, strength, start or end. A single strength serves every class."""
+    """The recipe with another mode, strength, start, end or hold. A single strength serves every class."""
     if isinstance(settings.get("strength"), (int, float)):
         settings["strength"] = (float(settings["strength"]),) * len(recipe.classes)
     return replace(recipe, **settings)
@@ -146,9 +148,9 @@ def save_recipe(path: str | Path, recipe: Recipe) -> None:
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe that `save_recipe` wrote. Raises `DiffLensError` if it does not fit."""
     needs = [*TENSORS, *(f"normalisation.{name}" for name in NORMALISATION), *PLAIN]
-    needs.remove("map")  # files of version 0.4 and before do not tell it
+    needs = [name for name in needs if name not in ("map", "hold")]  # files of version 0.4 and before do not tell
     tensors, info = load_tensors(path, "recipe", needs)
-    info["map"] = tuple(info.get("map") or ()) or None
+    info |= {"map": tuple(info.get("map") or ()) or None, "hold": bool(info.get("hold"))}
     try:
         refuse_whole_numbers(tensors, ("features", "member"))
         check_shapes(tensors)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..activations import Recalled
+from ..activations import Unsteered
 from ..files import DiffLensError
 from ..locate import Context, contrast
 from ..sae import SparseAutoencoder
@@ -85,11 +85,16 @@ class Steering:
         return self.recipe.site
 
     @property
+    def holds(self) -> bool:
+        """Whether pictures are to be drawn twice, see `activations.draw_held`."""
+        return self.recipe.hold and any(self.recipe.strength)
+
+    @property
     def rivals(self) -> SparseAutoencoder | None:
         """The full SAE whose other latents compete with the recipe's; without TopK their own thresholds decide."""
         return self.sae if self.sae and self.sae.activation == "topk" else None
 
-    def __call__(self, h: Tensor, progress: float, images: Tensor, unsteered: Recalled | None = None) -> Tensor:
+    def __call__(self, h: Tensor, progress: float, images: Tensor, unsteered: Unsteered | None = None) -> Tensor:
         """Edited copy of h (B x C x H x W, any float type); images: B, indices in the run, on the CPU.
 
         unsteered: what the site put out for these pictures when they were drawn without steering. Then the edit holds
@@ -113,10 +118,9 @@ class Steering:
         if unsteered is None:
             edited = h + self.change(h, target, self.traits(h, step, t), step, t, images)
         else:
-            before, last, end = unsteered
-            traits = self.traits(last, recipe.normalisation.step_at(end), t)
-            parts = (part + self.change(part, target, traits, step, t, images) for part in (h, before))
-            edited = torch.lerp(*parts, 1 - progress)
+            traits = self.traits(unsteered.last, recipe.normalisation.step_at(unsteered.progress), t)
+            now, then = (part + self.change(part, target, traits, step, t, images) for part in (h, unsteered.h))
+            edited = torch.lerp(now, then, 1 - progress)
         return torch.where(steered[:, None, None, None], edited, h)
 
     def change(

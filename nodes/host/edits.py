@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
+from ...difflens_core.activations import Edit, Held, HoldingEdit, Rehearsal
 from ...difflens_core.activations import edit_site as hooked
 from ...difflens_core.files import DiffLensError
 from ...difflens_core.targets import Log
@@ -27,8 +28,8 @@ from .progress import log, named, tell
 from .runs import Account, Run, begin_run, part_of
 from .sites import Picture, own_name, run_name, site_width
 
-Edit = Callable[[Tensor, float, Tensor], Tensor]
 UNEDITED = "difflens_unedited"  # entry of transformer_options: in this evaluation all sites stay as they are
+HOLDING = "difflens_holding"  # attribute of a guider while it draws a run twice
 CONDITIONINGS = ("positive", "negative", "both")
 
 # Of a run, its chunks' roles and uuids: which chunks is the edit for?
@@ -53,7 +54,8 @@ class Settings:
     node: what errors begin with; span: the part of the sampling in which it changes anything; run: how many runs of as
     many pictures came before this one, whose numbers go on after theirs, or -1 to count them here, those of one `deal`
     together; mark: tells the edit from others; log: takes what a run tells; node_id: the node of the page that shows
-    it; numbered: whether the edit goes by the pictures' numbers, which are looked for in their noise.
+    it; numbered: whether the edit goes by the pictures' numbers, which are looked for in their noise; hold: whether
+    every run is drawn as it is first, for an edit that holds on to that.
     """
 
     node: str
@@ -64,6 +66,37 @@ class Settings:
     log: Log = field(default_factory=Log)
     node_id: str | None = None
     numbered: bool = True
+    hold: bool = False
+
+
+@dataclass
+class Holding:
+    """A run that is drawn twice, for all its edits that hold: the first time without any of them.
+
+    rehearsal: what the site of the first of them puts out then; edits: those that hold at that site.
+    """
+
+    rehearsal: Rehearsal
+    rehearsing: bool = True
+    edits: list[HoldingEdit] = field(default_factory=list)
+
+    def held(self, site: str, edit: HoldingEdit) -> Edit:
+        """The edit for the second time. At another site it does not hold: what it held on to would lack the others."""
+        if self.elsewhere(site):
+            return edit
+        self.edits.append(edit)
+        return Held(edit, self.rehearsal, tuple(self.edits[:-1]))
+
+    def elsewhere(self, site: str) -> str:
+        """A sentence if the site is another one, or ""."""
+        if site == self.rehearsal.site:
+            return ""
+        return f"an edit before this one holds at {self.rehearsal.site}, so this one at {site} did not hold."
+
+
+def unchanged(h: Tensor, progress: float, images: Tensor) -> Tensor:
+    """The edit of those that hold while a run is drawn for the first time."""
+    return h
 
 
 @dataclass(eq=False)
@@ -71,7 +104,7 @@ class SiteEdit:
     """An edit of one site in every run of a MODEL, in the wrappers that carry it."""
 
     site: str
-    edit: Edit
+    edit: Edit | HoldingEdit
     choose: Choose
     settings: Settings
     runs: list[Run] = field(default_factory=list)  # the one under way last; a sampler may sample inside another
@@ -86,20 +119,40 @@ class SiteEdit:
     ) -> Any:  # fmt: skip
         """OUTER_SAMPLE."""
         seed = kwargs.get("seed", args[3] if len(args) > 3 else None)
-        run = begin_run(
-            executor.class_obj, noise, latent_image, sampler, sigmas, seed, self.settings.span, self.settings.numbered
-        )
-        self.runs.append(run)
-        try:
-            out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        finally:
-            self.runs.remove(run)
+        guider, span, numbered = executor.class_obj, self.settings.span, self.settings.numbered
+
+        def sample(edit: Edit, noise: Tensor = noise, latent_image: Tensor = latent_image) -> tuple[Run, Any]:
+            run = begin_run(guider, edit, noise, latent_image, sampler, sigmas, seed, span, numbered)
+            self.runs.append(run)
+            try:
+                return run, executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            finally:
+                self.runs.remove(run)
+
+        edit, begun = self.edit, getattr(guider, HOLDING, None)
+        if begun and begun.rehearsing:
+            return sample(unchanged if self.settings.hold else edit)[1]
+        if not self.settings.hold:
+            run, out = sample(edit)
+        elif begun:
+            run, out = sample(begun.held(self.site, edit))
+        else:
+            begun = Holding(Rehearsal(self.site))
+            setattr(guider, HOLDING, begun)
+            try:
+                with undone(guider):
+                    sample(begun.rehearsal, noise.clone(), latent_image.clone())
+                begun.rehearsing = False
+                run, out = sample(begun.held(self.site, edit))
+            finally:
+                delattr(guider, HOLDING)
         run.finish()
         with named(self.node):
             check_account(run.account, self.site)
         told = self.settings.log
         told.numbers.append((run.numbers + run.first).numpy())
-        told.said[:] = [*filter(None, [run.said, shortfall(run.account, self.site, self.settings.span)])]
+        elsewhere = begun.elsewhere(self.site) if begun and self.settings.hold else ""
+        told.said[:] = [*filter(None, [run.said, shortfall(run.account, self.site, self.settings.span), elsewhere])]
         for sentence in told.said:
             log.warning("%s: %s", self.node, sentence)
         if told.said:
@@ -134,7 +187,8 @@ class SiteEdit:
                 return executor(x, *args, **kwargs)
             chosen = self.choose(run, run.roles(options), options["uuids"])
             if run.evaluations == 1:
-                run.number(options, kwargs, self.settings.run, self.settings.deal)
+                drawn_again = run.edit is unchanged or isinstance(run.edit, Rehearsal)  # only then do classes matter
+                run.number(options, kwargs, 0 if drawn_again else self.settings.run, self.settings.deal)
             self.settings.log.first = run.first
             numbers = run.rows(x, options)
         network, visited = executor.class_obj.diffusion_model, []
@@ -160,12 +214,21 @@ class SiteEdit:
         run.count("chosen")
         parts = part_of(h, chosen, numbers, self.site)
         edited = [
-            self.edit(chunk, run.progress, images) if mine else chunk
+            run.edit(chunk, run.progress, images) if mine else chunk
             for (chunk, images), mine in zip(parts, chosen, strict=True)
         ]
         if all(new is old for new, (old, _) in zip(edited, parts, strict=True)):
             return h
         return torch.cat(edited)
+
+
+@contextmanager
+def undone(guider: Any) -> Iterator[None]:
+    """Sampling inside leaves no trace: not in the guider's conditionings, which it works on, nor in random numbers."""
+    conds = {name: of and [dict(cond) for cond in of] for name, of in guider.conds.items()}
+    with torch.random.fork_rng():
+        yield
+    guider.conds = conds
 
 
 def check_seen(account: Account, site: str) -> None:

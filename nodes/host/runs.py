@@ -15,6 +15,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
+from ...difflens_core.activations import Edit
 from ...difflens_core.files import DiffLensError, digest
 from .marks import content
 
@@ -139,11 +140,13 @@ class Account:
 class Run:
     """A sampling run under way, as one edit sees it.
 
-    numbers: of the pictures in their batch; seed, start: of its noise, and the mark of the pictures it starts from;
-    span: the part of the sampling (percent) that the edit is for; steps: progress of the steps of its schedule.
+    edit: what is done to the site; numbers: of the pictures in their batch; seed, start: of its noise, and the mark of
+    the pictures it starts from; span: the part of the sampling (percent) that the edit is for; steps: progress of the
+    steps of its schedule.
     """
 
     guider: Any
+    edit: Edit
     numbers: Tensor
     seed: int | None
     start: str
@@ -241,7 +244,7 @@ class Run:
 
 
 def begin_run(
-    guider: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, seed: int | None,
+    guider: Any, edit: Edit, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, seed: int | None,
     span: tuple[float, float], numbered: bool,
 ) -> Run:  # fmt: skip
     """The run that a guider begins. numbered: whether pictures' numbers are looked for in their noise."""
@@ -249,7 +252,7 @@ def begin_run(
     # This sampler decides by itself where to predict, and leaves the steps of its schedule aside.
     adaptive = "adaptive" in getattr(getattr(sampler, "sampler_function", None), "__name__", "")
     return Run(
-        guider, picture_numbers(noise, latent_image, seed if numbered else None), seed, start_mark(latent_image),
+        guider, edit, picture_numbers(noise, latent_image, seed if numbered else None), seed, start_mark(latent_image),
         progress, span, [] if adaptive else [*map(progress, sigmas[:-1].tolist())],
     )  # fmt: skip
 
