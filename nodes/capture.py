@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..difflens_core.activations import DTYPES, open_store
+from ..difflens_core.classifiers import ImageClassifier, seen, seen_classes
 from . import host
+from .classify import classes_of
 from .inputs import guidance_inputs, sampling_inputs, schedule_inputs
-from .sockets import CATEGORY, Activations
+from .sockets import CATEGORY, Activations, Classifier
+
+MOST_TIMES = 8  # as many pictures as asked for are drawn at most for a rare class
+TOO_FEW = "the rarest class is still too rare. Let the prompt name it, or take more pictures."
 
 
 class CaptureActivations(io.ComfyNode):
@@ -69,6 +76,27 @@ class CaptureActivations(io.ComfyNode):
                     "queue again and it goes on. Empty: kept in main memory.",
                 ),
                 *guidance_inputs(),
+                Classifier.Input(
+                    "classifier",
+                    optional=True,
+                    tooltip="To draw on after `pictures` until the rarest class has enough, at most eight times as "
+                    "many.",
+                ),
+                io.String.Input(
+                    "attribute",
+                    default="presentation",
+                    optional=True,
+                    tooltip="With a classifier: the attribute whose classes count.",
+                ),
+                io.Int.Input(
+                    "per_class",
+                    default=100,
+                    min=1,
+                    max=65536,
+                    optional=True,
+                    tooltip="With a classifier: how many pictures of every class are enough. A recipe knows a rare "
+                    "class by these alone.",
+                ),
             ],
             outputs=[
                 Activations.Output(
@@ -90,13 +118,40 @@ class CaptureActivations(io.ComfyNode):
         cls, model: Any, positive: list, latent_image: dict, vae: Any, pictures: int, steps: int, sampler_name: str,
         scheduler: str, seed: int, site: str, start_percent: float = 0.0, end_percent: float = 1.0,
         dtype: str = "float16", save_as: str = "", negative: list | None = None, cfg: float = 1.0,
+        classifier: ImageClassifier | None = None, attribute: str = "presentation", per_class: int = 100,
     ) -> io.NodeOutput:  # fmt: skip
+        count = ClassCount(classifier, attribute, vae.decode) if classifier else None
         store = host.capture(
             model, positive, latent_image, pictures, steps, sampler_name, scheduler, seed,
             tuple(name.strip() for name in site.split(",")), (start_percent, end_percent), dtype,
             host.new_store(save_as) if save_as.strip() else None, negative, cfg,
+            most=MOST_TIMES * pictures if count else 0,
+            enough=lambda latents: count is None or count.add(latents) >= per_class,
         )  # fmt: skip
+        if count and min(count.pictures) < per_class:
+            host.warn(cls, [f"{count.told}: {TOO_FEW}"])
+        elif count:
+            host.tell(host.node_id(), count.told)
         return io.NodeOutput(store.activations(), vae.decode(store.samples()))
+
+
+class ClassCount:
+    """Counts the classes of an attribute that a classifier sees in pictures. decode: from latents to pictures."""
+
+    def __init__(self, classifier: ImageClassifier, attribute: str, decode: Callable[[Tensor], Tensor]) -> None:
+        self.classes = classes_of(classifier, attribute)
+        self.classifier, self.attribute, self.decode = classifier, attribute, decode
+        self.pictures = [0] * len(self.classes)
+
+    def add(self, latents: Tensor) -> int:
+        """How many pictures the rarest class has, with these."""
+        shown = seen_classes(seen(self.classifier.classify(self.decode(latents)), self.attribute)).tolist()
+        self.pictures = [known + shown.count(c) for c, known in enumerate(self.pictures)]
+        return min(self.pictures)
+
+    @property
+    def told(self) -> str:
+        return ", ".join(f"{count} {name}" for name, count in zip(self.classes, self.pictures, strict=True))
 
 
 class LoadActivations(io.ComfyNode):

@@ -33,7 +33,11 @@ SMALLEST_RUN = 64
 SERVER_OPTIONS = ("--force-channels-last",)  # convolutions of large batches take a quarter less time on a CPU
 PLAIN_PAUSE = 10  # seconds between two lines of progress where the output is no terminal
 # Half of workflow 02: its recipe steers about as well, in half the time.
-FEWER = {"DiffLensCapture": {"pictures": 128}, "DiffLensTrainSAE": {"steps": 800}}
+FEWER = {
+    "DiffLensCapture": {"pictures": 128, "per_class": 50},
+    "DiffLensTrainSAE": {"steps": 800},
+    "DiffLensCalibrate": {"budget": 320},
+}
 CONTROLS = {  # name: (recipe file, strength)
     "random features": ("controls/{}_random.safetensors", 1.0),
     "mean difference": ("controls/{}_mean_difference.safetensors", 1.0),

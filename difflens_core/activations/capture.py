@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..files import DiffLensError
 from .sites import edit_site
-from .store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, read_index, record
+from .store import DTYPES, INDEX, MOST, SAMPLES, Index, Shard, Store, read_index, record
 
 
 class Edit(Protocol):
@@ -130,11 +130,14 @@ def capture(
     dtype: str = "float16",
     folder: str | Path | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
+    most: int = 0,
+    enough: Callable[[Tensor], bool] = lambda latents: True,
 ) -> Store:
     """Sample `count` pictures, `batch` at once, keeping what `sites` put out at the steps whose progress is in `span`.
 
     Kept in memory or in `folder`, where a capture that was cut off is gone on with: see `record`. The store's samples
-    are the finished latents.
+    are the finished latents. If `most` is more than `count`, it goes on until enough(finished latents), which is told
+    of every batch in turn, or until so many are there.
     """
     steps = [step for step, progress in enumerate(sampler.progress) if span[0] <= progress <= span[1]]
     if not steps:
@@ -143,7 +146,14 @@ def capture(
     mark = sampler.fingerprint
     if folder is not None and (Path(folder) / INDEX).exists() and sampler.owns(begun := read_index(Path(folder)).model):
         mark = begun
-    index = Index(tuple(sites), progress, count, min(batch, count), seed, mark, dtype, dict(sampler.info))
+    info = dict(sampler.info) | ({MOST: most} if most > count else {})
+    index = Index(tuple(sites), progress, max(count, most), min(batch, count), seed, mark, dtype, info)
+    drawn = 0
+
+    def is_enough(latents: Tensor) -> bool:
+        nonlocal drawn
+        drawn += len(latents)
+        return enough(latents) and drawn >= count
 
     def draw(first: int, noise: Tensor) -> Shard:
         kept = [Kept(site, steps, DTYPES[dtype]) for site in sites]
@@ -151,7 +161,7 @@ def capture(
         on_batch(first + len(noise))
         return {one.site: one.taken() for one in kept} | {SAMPLES: latents.cpu()}
 
-    return record(index, noise_batches(sampler.shape, count, seed, batch), draw, folder)
+    return record(index, noise_batches(sampler.shape, index.pictures, seed, batch), draw, folder, is_enough)
 
 
 # Pictures (B x H x W x 3 in [0, 1], on the CPU), each from the noise of that number (B, int64) in a fixed set, under

@@ -38,6 +38,11 @@ class HoldingEdit(Protocol):
         ...
 
 
+def holds(edit: Edit | HoldingEdit) -> TypeGuard[HoldingEdit]:
+    """Whether the edit is to hold on to the unsteered pictures, so that `draw_held` must draw."""
+    return getattr(edit, "holds", False)
+
+
 @dataclass
 class Rehearsal:
     """What `site` puts out while pictures are drawn the first time: an edit that changes nothing and keeps everything.
@@ -56,14 +61,13 @@ class Rehearsal:
 
 @dataclass
 class Held:
-    """`edit` on pictures that were drawn in `rehearsal` before. earlier: edits of the site that come before this one.
+    """`edit` on pictures that were drawn in `rehearsal` before; without one it does not hold.
 
-    Where the model is run at other steps than the first time (samplers that decide by themselves where to go, caches),
-    the nearest serves.
+    earlier: edits of the site that hold and come before this one; visits: how often which activations were asked for.
     """
 
     edit: HoldingEdit
-    rehearsal: Rehearsal
+    rehearsal: Rehearsal | None = None
     earlier: tuple[HoldingEdit, ...] = ()
     visits: Counter = field(default_factory=Counter)
 
@@ -72,43 +76,56 @@ class Held:
         return self.edit.site
 
     def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
-        unsteered = self.recall(progress, tuple(images.tolist()))
+        if self.rehearsal is None:
+            return self.edit(h, progress, images)
+        unsteered = self.recall(self.rehearsal, progress, tuple(images.tolist()))
         for edit in self.earlier:  # what the site would put out but for this edit
             unsteered = unsteered._replace(h=edit(unsteered.h, progress, images, unsteered))
         return self.edit(h, progress, images, unsteered)
 
-    def recall(self, progress: float, pictures: tuple[int, ...]) -> Unsteered:
-        """The first time's activations of these pictures at this progress."""
-        if pictures not in self.rehearsal.seen:
+    def recall(self, rehearsal: Rehearsal, progress: float, pictures: tuple[int, ...]) -> Unsteered:
+        """The first time's activations of these pictures at this progress.
+
+        Where the model is run at other steps than then (samplers that decide by themselves where to go, caches), the
+        nearest serve. A step may take several evaluations: of conditionings for areas, or of a sampler of higher order.
+        """
+        if pictures not in rehearsal.seen:
             raise DiffLensError(
                 "hold draws every picture twice, and the second time they came in other batches than the first. Set "
                 "hold to off."
             )
-        seen = self.rehearsal.seen[pictures]
+        seen = rehearsal.seen[pictures]
         nearest = min((at for at, _ in seen), key=lambda at: abs(at - progress))
-        # A step may take several evaluations: of conditionings for areas, or of a sampler of higher order.
         same = [h for at, h in seen if at == nearest]
         h = same[self.visits[pictures, nearest] % len(same)]
         self.visits[pictures, nearest] += 1
         return Unsteered(h, seen[-1][1], seen[-1][0])
 
 
-def holds(edit: Edit | HoldingEdit) -> TypeGuard[HoldingEdit]:
-    """Whether the edit is to hold on to the unsteered pictures, so that `draw_held` must draw."""
-    return getattr(edit, "holds", False)
+def second_time(edits: Sequence[Edit | HoldingEdit], rehearsal: Rehearsal) -> list[Edit]:
+    """The edits for the second time, those that hold as `Held`, each behind those before it at the rehearsal's site."""
+    found: list[Edit] = []
+    earlier: tuple[HoldingEdit, ...] = ()
+    for edit in edits:
+        if not holds(edit):
+            found.append(edit)
+        elif edit.site == rehearsal.site:
+            found.append(Held(edit, rehearsal, earlier))
+            earlier = (*earlier, edit)
+        else:
+            found.append(Held(edit))
+    return found
 
 
 def draw_held(draw: Callable[[Sequence[Edit]], Tensor], edits: Sequence[Edit | HoldingEdit]) -> Tensor:
-    """draw(edits), and before that once without those that hold, so that they can hold on to that."""
-    holding = [edit for edit in edits if holds(edit)]
-    rehearsal = Rehearsal(holding[0].site)
-    if any(edit.site != rehearsal.site for edit in holding):
-        raise DiffLensError(
-            f"edits hold at {' and '.join(dict.fromkeys(edit.site for edit in holding))}. Let those of one site hold."
-        )
+    """draw(edits), and before that once without those that hold, so that they can hold on to that.
+
+    At another site than the first of them an edit does not hold, because what is seen there the first time lacks what
+    the others change.
+    """
+    rehearsal = Rehearsal(next(edit.site for edit in edits if holds(edit)))
     draw([rehearsal, *(edit for edit in edits if not holds(edit))])
-    earlier = {id(edit): tuple(holding[:place]) for place, edit in enumerate(holding)}
-    return draw([Held(edit, rehearsal, earlier[id(edit)]) if holds(edit) else edit for edit in edits])
+    return draw(second_time(edits, rehearsal))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from .captured import Activations
 VERSION = 1
 INDEX, LABELS = "index.json", "labels.safetensors"
 SAMPLES = "samples"
+MOST = "most"  # in an index's info: how many pictures at most, of a capture that goes on until it has enough
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Shard = Mapping[str, Tensor]
@@ -75,8 +76,12 @@ class Index:
 
     @property
     def digest(self) -> str:
-        """Twelve hex digits that every shard carries, so that one of another capture is noticed."""
-        return digest(json.dumps(asdict(self), sort_keys=True))
+        """Twelve hex digits that every shard carries, so that one of another capture is noticed.
+
+        They do not tell where a capture stopped that was to go on until it had enough.
+        """
+        told = asdict(self) | {"pictures": self.info.get(MOST, self.pictures)}
+        return digest(json.dumps(told, sort_keys=True))
 
 
 @dataclass(frozen=True)
@@ -104,40 +109,60 @@ def record(
     noises: Iterable[Tensor],
     draw: Callable[[int, Tensor], Shard],
     folder: str | Path | None = None,
+    enough: Callable[[Tensor], bool] = lambda samples: False,
 ) -> Store:
-    """Capture shard by shard into `folder`, or in memory if None.
+    """Capture shard by shard into `folder`, or in memory if None, until the index's pictures are there or enough.
 
     noises: the noise of every shard in turn; draw(first, noise): a shard, the first picture of which has number
     `first`, that is S x b x H x W x C for every site and the samples. Shards that the folder holds already are not
-    drawn again; beside them one shard at a time is in memory. Raises `DiffLensError` if the folder was begun with
-    another index, if a shard does not fit, holds NaN or infinite numbers, or cannot be written.
+    drawn again; beside them one shard at a time is in memory. enough(samples) is told the samples of every shard in
+    turn; where it says so, the capture ends and its index says how many pictures it has. Raises `DiffLensError` if the
+    folder was begun with another index, if a shard does not fit, holds NaN or infinite numbers, or cannot be written.
     """
     kept: list[Shard] = []
     finished = set() if folder is None else begin(Path(folder), index)
     for number, noise in zip(range(index.shards), noises, strict=True):
         if number in finished:
-            continue
-        shard = draw(index.pictures_of(number).start, noise)
-        check_shard(shard, index, number, f"pictures {index.pictures_of(number)[0]} to {index.pictures_of(number)[-1]}")
-        for site in index.sites:
-            if not torch.isfinite(shard[site]).all():
-                raise DiffLensError(
-                    f"{site} puts out numbers that are NaN or beyond {index.dtype}. Check the model's precision"
-                    + (", or keep bfloat16, whose range is wider." if index.dtype == "float16" else ".")
-                )
-        if folder is None:
-            kept.append(shard)
+            if MOST not in index.info:
+                continue
+            samples = read_shard(Path(folder or ""), index, number)[SAMPLES]
         else:
-            write_shard(Path(folder), index, number, shard)
+            shard = draw(index.pictures_of(number).start, noise)
+            check_drawn(shard, index, number)
+            samples = shard[SAMPLES]
+            if folder is None:
+                kept.append(shard)
+            else:
+                write_shard(Path(folder), index, number, shard)
+        if enough(samples) and number + 1 not in finished:
+            index = replace(index, pictures=index.pictures_of(number).stop)
+            break
+    if folder is None:
+        return Store(index, tuple(kept))
+    if index != read_index(Path(folder)):
+        write_index(Path(folder), index)
     # Opened only now: whatever stayed in memory between two large shards would keep the allocator from reusing them.
-    return Store(index, tuple(kept)) if folder is None else open_store(folder)
+    return open_store(folder)
+
+
+def check_drawn(shard: Shard, index: Index, number: int) -> None:
+    """Raise `DiffLensError` unless a shard fits that was just drawn, and all its numbers are finite."""
+    pictures = index.pictures_of(number)
+    check_shard(shard, index, number, f"pictures {pictures[0]} to {pictures[-1]}")
+    for site in index.sites:
+        if not torch.isfinite(shard[site]).all():
+            raise DiffLensError(
+                f"{site} puts out numbers that are NaN or beyond {index.dtype}. Check the model's precision"
+                + (", or keep bfloat16, whose range is wider." if index.dtype == "float16" else ".")
+            )
 
 
 def begin(folder: Path, index: Index) -> set[int]:
     """Make a store's folder, or go on with one that was begun with the same index: the numbers of its whole shards."""
     if (folder / INDEX).exists():
         found, wanted = plain(read_index(folder)), plain(index)
-        names = [name for name in found | wanted if found.get(name) != wanted.get(name)]
+        ends = {"pictures"} if MOST in index.info else set()  # it may have ended where it had enough then
+        names = [name for name in found | wanted if found.get(name) != wanted.get(name) and name not in ends]
         if names:
             wrong = [f"{name} {str(found.get(name))[:60]}, now {str(wanted.get(name))[:60]}" for name in names]
             raise DiffLensError(
@@ -145,18 +170,23 @@ def begin(folder: Path, index: Index) -> set[int]:
                 "name, or delete the folder."
             )
     else:
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"version": VERSION, **asdict(index)}, indent=1)
-            temporary = folder / f".{INDEX}.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(folder / INDEX)
+        write_index(folder, index)
     for leftover in folder.glob(".*.tmp"):  # of a capture that was killed while it wrote
         leftover.unlink()
     finished = {number for number in range(index.shards) if shard_path(folder, number).exists()}
     for number in finished:
         read_shard(folder, index, number)
     return finished
+
+
+def write_index(folder: Path, index: Index) -> None:
+    """Write a store's index whole or not at all, and make its folder."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"version": VERSION, **asdict(index)}, indent=1)
+        temporary = folder / f".{INDEX}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(folder / INDEX)
 
 
 def plain(index: Index) -> dict[str, Any]:

@@ -78,9 +78,13 @@ def progress_bar(total: int) -> Callable[[int, Preview | None], None]:
     return report
 
 
-def progress_of_total() -> Callable[[int, int], None]:
+def progress_of_total() -> Callable[[int, int, Preview | None], None]:
     """Like `progress_bar` for work whose size is only known on the way: call it with the work done and the total."""
-    return lambda done, total: progress_bar(total)(done)
+
+    def report(done: int, total: int, preview: Preview | None = None) -> None:
+        progress_bar(total)(done, preview)
+
+    return report
 
 
 def preview(picture: np.ndarray) -> Preview:

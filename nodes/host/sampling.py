@@ -25,7 +25,7 @@ from ...difflens_core.activations import drawer as draw_with
 from ...difflens_core.files import DiffLensError, digest
 from .edits import Settings, apply_site, edit_site, follows_first
 from .marks import belongs, conditioning_content, content, model_fingerprint, patches_mark
-from .progress import progress_bar
+from .progress import progress_of_total
 from .runs import progress_of
 
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
@@ -192,23 +192,29 @@ def capture(
     folder: Path | None = None,
     negative: list | None = None,
     cfg: float = 1.0,
+    most: int = 0,
+    enough: Callable[[Tensor], bool] = lambda latents: True,
 ) -> Store:
     """The core's `capture` in batches as large as `latent`, with previews and progress.
 
     Picture k starts from the noise that a stock KSampler draws for place k of a batch of `pictures`, so the batch size
     changes nothing (samplers that add noise on the way excepted).
     """
-    report = progress_bar(pictures * steps)
+    report = progress_of_total()
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
 
     def on_step(images: Tensor, step: int, x0: Tensor, x: Tensor, total: int) -> None:
         done = int(images[0]) * steps + len(x0) * (step + 1)
-        report(done, previewer and previewer.decode_latent_to_preview_image("JPEG", x0))
+        picture = previewer and previewer.decode_latent_to_preview_image("JPEG", x0)
+        report(done, max(pictures, int(images[-1]) + 1) * steps, picture)
 
     sampler = HostSampler(
         model, positive, latent, steps, sampler_name, scheduler, seed, negative, cfg, on_step=on_step
     )  # fmt: skip
-    return capture_with(sampler, pictures, seed, len(latent["samples"]), sites, span, dtype, folder)
+    batch = len(latent["samples"])
+    return capture_with(
+        sampler, pictures, seed, batch, sites, span, dtype, folder, most=most, enough=enough
+    )  # fmt: skip
 
 
 def drawer(

@@ -11,19 +11,21 @@ def find_the_bias_features() -> Graph:
     graph.group("Start here")
     graph.note(
         "# From a model alone to a recipe\n\n"
-        "This is the whole way, a few minutes on two processor cores:\n\n"
-        "1. **Capture** draws 256 portraits and records what goes through the middle of the model.\n"
+        "This is the whole way, some minutes on two processor cores:\n\n"
+        "1. **Capture** draws portraits and records what goes through the middle of the model. It goes on until the "
+        "rarest class has 100 portraits.\n"
         "2. **Train SAE** takes the records apart into 1024 features, few of them active at a time.\n"
         "3. **Classify** reads each portrait; **Train Probes** learns to read the same from the record, step by "
         "step.\n"
         "4. **Attribute Features** ranks the features by how much they decide the attribute, and makes a "
         "**recipe** of the best.\n"
-        "5. **Steer** uses the recipe on portraits from another seed, and the report measures the effect.\n\n"
+        "5. **Calibrate** finds the strengths with which the recipe meets the mix, and checks them on fresh noises.\n"
+        "6. **Steer** uses the recipe on portraits from another seed, and the report measures the effect.\n\n"
         "The recipe is saved and then appears in Load Recipe.\n\n"
         "**Try next**\n"
-        "- `attribute` in Classify Images and in the report: age, skin_tone\n"
+        "- `attribute` in Capture, Classify Images and in the report: age, skin_tone\n"
         "- a name in `save_as` of Train SAE keeps the SAE\n"
-        "- more pictures and more steps: a better SAE"
+        "- more pictures of every class and more steps: less of the rest changes"
     )
     graph.group("1 Draw and record")
     model = load_model(graph)
@@ -33,7 +35,8 @@ def find_the_bias_features() -> Graph:
     captured = graph.add(
         "DiffLensCapture", None, model=model[0], positive=model[1], latent_image=batch[0], vae=model[2],
         pictures=256, steps=20, sampler_name="euler", scheduler="simple", seed=0, site="middle_block",
-        start_percent=0.0, end_percent=1.0, dtype="float16", save_as="", cfg=1.0,
+        start_percent=0.0, end_percent=1.0, dtype="float16", save_as="", cfg=1.0, classifier=classifier[0],
+        attribute="presentation", per_class=100,
     )  # fmt: skip
     labels = graph.add("DiffLensClassify", None, images=captured[1], classifier=classifier[0], attribute="presentation")
     graph.group("2 Learn the features")
@@ -51,9 +54,16 @@ def find_the_bias_features() -> Graph:
         labels=labels[0], method="class mean difference", features_per_class=120,
     )  # fmt: skip
     graph.add("PreviewAny", "Ranking", source=found[2])
-    graph.group("4 Steer other pictures by them")
-    graph.add("DiffLensSaveRecipe", None, recipe=found[0], name="my_presentation")
-    before_and_after(graph, model, found, classifier, batch, 16)
+    graph.group("4 Find the strengths")
+    calibrated = graph.add(
+        "DiffLensCalibrate", None, model=model[0], positive=model[1], latent_image=batch[0], vae=model[2],
+        classifier=classifier[0], recipe=found[0], target="uniform", budget=640, tolerance=0.02, clear=0.999,
+        only_where_needed=False, steps=20, sampler_name="euler", scheduler="simple", seed=1, cfg=1.0,
+    )  # fmt: skip
+    graph.add("PreviewAny", "Was the mix met?", source=calibrated[2])
+    graph.group("5 Steer other pictures by them")
+    graph.add("DiffLensSaveRecipe", None, recipe=calibrated[0], name="my_presentation")
+    before_and_after(graph, model, calibrated, classifier, batch, 16)
     return graph
 
 

@@ -31,6 +31,7 @@ def steer(graph: Graph, title: str, model: Link, recipe: Link, target: str = "un
     return graph.add(
         "DiffLensSteer", title, model=model, recipe=recipe, target=target, strength=strength, mode="from recipe",
         start_percent=0.0, end_percent=1.0, seed=0, first_image=0, conditioning="positive", run=0,
+        hold="from recipe",
     )  # fmt: skip
 
 

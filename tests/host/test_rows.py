@@ -217,6 +217,110 @@ def test_exactly_the_rows_of_the_conditioning_are_edited_with_their_pictures_num
     assert set(sum(edit.places, [])) == set(cut or range(PICTURES)), "masks go by a picture's place in its batch"
 
 
+class Held(Push):
+    """An edit that remembers what it is given of the unsteered pictures, and pushes or not."""
+
+    def __init__(self, log, amount):
+        super().__init__(log)
+        self.amount, self.seen, self.given = amount, [], []
+
+    def __call__(self, h, progress, images, unsteered=None):
+        self.seen.append(h.clone())
+        self.given.append(unsteered)
+        return h + self.amount * self.of(images + 1, h)
+
+
+@pytest.mark.parametrize("kind", ["cfg", "dual, nested", "perpendicular"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("family", ["SD1.5", "Flux"])
+def test_a_run_that_is_held_is_drawn_as_it_is_first_and_keeps_no_trace_of_that(inside, family, batch, kind):
+    """What an edit is given is what the same evaluation saw when nothing was changed, whoever else is in the graph."""
+    families, guiders = ONLY.get(batch, (FAMILIES, GUIDERS))
+    if family not in families or kind not in guiders:
+        pytest.skip("tried with other families and guiders")
+    model, latent = patched(inside.model(family), batch), inside.latent(family, PICTURES)
+    cut = [6, 1, 4] if batch == "cut out of a batch" else None
+
+    def drawn(amount, hold):
+        log = inside.pack_module("difflens_core.targets").Log()
+        edit, (positive, negative, third) = Held(log, amount), prompts_of(inside, family, batch)
+        if batch == "a LoRA of its own":
+            positive = with_hooks(inside, model, positive)
+        steered = inside.host.apply_site(
+            model, FAMILIES[family], edit, "Steer", run=2 * (batch == "a later run"), log=log, hold=hold
+        )
+        guider = guider_of(inside, kind, steered, positive, negative, third)
+        pictures = sampled(inside, guider, latent, cut)
+        assert log.said == [] and len(log.numbers) == 1
+        return pictures, edit
+
+    plain, free = drawn(0, hold=False)
+    again, echo = drawn(0, hold=True)
+    pushed, push = drawn(1, hold=True)
+    assert torch.equal(plain, again) and not torch.equal(plain, pushed)
+    assert len(free.seen) == len(echo.given) == len(push.given) >= 2
+    for expected, one, other in zip(free.seen, echo.given, push.given, strict=True):
+        assert torch.equal(one.h, expected) and torch.equal(other.h, expected)
+    assert not torch.equal(push.seen[-1], free.seen[-1])
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "heun", "dpmpp_3m_sde", "dpmpp_2m_sde", "uni_pc", "lcm"])
+def test_what_is_drawn_as_it_is_first_is_drawn_with_the_same_noise(inside, sampler):
+    def drawn(amount, hold):
+        edit = Held(inside.pack_module("difflens_core.targets").Log(), amount)
+        held = inside.host.apply_site(inside.model("U-Net"), "mid_block", edit, "Steer", hold=hold)
+        torch.manual_seed(7)
+        pictures = inside.sample(
+            held, inside.prompt("U-Net", 1), latent=inside.latent("U-Net"), steps=4, sampler=sampler
+        )
+        return pictures, edit
+
+    (plain, free), (again, _), (_, push) = drawn(0, False), drawn(0, True), drawn(1, True)
+    assert torch.equal(plain, again)
+    assert all(torch.equal(given.h, seen) for given, seen in zip(push.given, free.seen, strict=True))
+
+
+@pytest.mark.parametrize("sampler", ["dpm_adaptive", "dpm_fast"])
+def test_a_sampler_that_chooses_its_steps_is_held_by_the_nearest(inside, sampler):
+    edit = Held(inside.pack_module("difflens_core.targets").Log(), 1)
+    held = inside.host.apply_site(inside.model("U-Net"), "mid_block", edit, "Steer", hold=True)
+    inside.sample(held, inside.prompt("U-Net", 1), latent=inside.latent("U-Net"), steps=8, sampler=sampler)
+    assert edit.given and all(given is not None for given in edit.given)
+
+
+def test_two_that_hold_at_one_site_are_drawn_twice_in_all_and_one_elsewhere_says_that_it_does_not(inside):
+    Log = inside.pack_module("difflens_core.targets").Log
+    first, between, second, last = Held(Log(), 1), Held(Log(), 0.5), Held(Log(), 0.1), Held(Log(), 0.1)
+    model, places = inside.model("SD1.5"), ("middle_block", "middle_block", "middle_block", "input_blocks.1")
+    for edit, place in zip((first, between, second, last), places, strict=True):
+        hold = edit is not between
+        model = inside.host.apply_site(model, place, edit, "Steer", log=edit.log, hold=hold)
+    inside.sample(model, inside.prompt("SD1.5", 1), latent=inside.latent("SD1.5", PICTURES), steps=3)
+    assert [len(edit.seen) for edit in (between, second, last)] == [6, 3, 3]
+    images = torch.arange(PICTURES)
+    for step in range(3):
+        unsteered = between.seen[step]
+        assert torch.equal(first.given[2 * step].h, unsteered)
+        torch.testing.assert_close(second.given[step].h, unsteered + first.of(images + 1, unsteered))
+    assert last.given == [None] * 3
+    assert first.log.said == second.log.said == between.log.said == [] and len(between.log.numbers) == 1
+    assert "holds at middle_block, so this one at input_blocks.1 did not" in last.log.said[0]
+
+
+def test_cancel_while_a_run_is_drawn_for_the_first_time_leaves_the_model_as_it_was(inside):
+    model = inside.model("SD1.5")
+    plain = inside.sample(model, inside.prompt("SD1.5", 1), latent=inside.latent("SD1.5"), steps=3)
+    edit = Held(inside.pack_module("difflens_core.targets").Log(), 1)
+    held = inside.host.apply_site(model, "middle_block", edit, "Steer", hold=True)
+    management = inside.comfy.model_management
+    management.interrupt_current_processing()
+    with pytest.raises(management.InterruptProcessingException):
+        inside.sample(held, inside.prompt("SD1.5", 1), latent=inside.latent("SD1.5"), steps=3)
+    assert edit.seen == []
+    again = inside.sample(model, inside.prompt("SD1.5", 1), latent=inside.latent("SD1.5"), steps=3)
+    assert torch.equal(plain, again)
+
+
 def test_windows_along_the_batch_hold_their_pictures(inside):
     """Windows of two of three pictures that overlap, the second one behind a picture that steadies it."""
     edit = Push(inside.pack_module("difflens_core.targets").Log())

@@ -31,7 +31,7 @@ def test_a_recipe_that_cannot_steer_is_refused(toys, change, message):
 
 
 def test_round_trip(toys, tmp_path):
-    recipe = toys.recipe(mode="move", start=0.1, end=0.8, strength=(2.0, 0.0, 1.5), info={"pictures": 12})
+    recipe = toys.recipe(mode="move", start=0.1, end=0.8, strength=(2.0, 0.0, 1.5), hold=True, info={"pictures": 12})
     path = tmp_path / "r.safetensors"
     save_recipe(path, recipe)
     found = load_recipe(path)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from difflens_core.activations import Unsteered
 from difflens_core.experiments import causal_effect
 from difflens_core.files import DiffLensError
 from difflens_core.networks import sample, start_noise
@@ -342,6 +343,38 @@ def test_levels_go_by_what_else_a_picture_shows(toys, mode):
     assert not torch.allclose(found, steer(plain, h, progress=0.34), atol=1e-2)
     silent = replace(context, weight=0 * context.weight, bias=0 * context.bias)
     torch.testing.assert_close(steer(replace(plain, context=silent), h), steer(plain, h))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_holding_mixes_in_the_edit_of_the_unsteered_pictures_by_what_they_show_in_the_end(toys, mode):
+    recipe, progress = toys.recipe(mode=mode, context=toys.context()), 1 / 3
+    h, before, last = (toys.activations(pictures=8, seed=seed).values[1] for seed in (2, 3, 4))
+    steering = Steering(recipe, lambda i: TARGETS[i])
+    t = steering.tensors(h.device)
+    traits = recipe.context.traits(recipe.normalisation.apply(last, 2).mean(dim=1), 2) if "fixed" not in mode else None
+    parts = [part + steering.change(part, TARGETS, traits, 1, t, IMAGES) for part in (h, before)]
+    found = steering(h, progress, IMAGES, Unsteered(before, last, 2 / 3))
+    torch.testing.assert_close(found, (1 - progress) * parts[1] + progress * parts[0], atol=1e-5, rtol=1e-5)
+    assert float((found - steer(recipe, h, progress)).abs().max()) > 0.1
+
+
+def test_pictures_held_do_not_depend_on_their_batch_and_those_left_alone_stay_to_the_bit(toys):
+    recipe, model = toys.recipe(features=20, width=32, positions=4, hold=True), toys.denoiser()
+    recipe = replace(recipe, site="middle_block", strength=(9.0, 9.0, 9.0))
+    noise, targets = start_noise(6, 1, 16), torch.tensor([0, LEFT_ALONE, 1, 2, LEFT_ALONE, 2])
+
+    def drawn(recipe, images):
+        return sample(model, noise[images], 4, [Steering(recipe, lambda i: targets[i])], images)
+
+    whole, plain = drawn(recipe, torch.arange(6)), sample(model, noise, 4)
+    single = torch.cat([drawn(recipe, torch.tensor([i])) for i in range(6)])
+    torch.testing.assert_close(whole, single, atol=1e-4, rtol=1e-4)
+    alone = targets == LEFT_ALONE
+    assert torch.equal(whole[alone], plain[alone]) and not torch.equal(whole[~alone], plain[~alone])
+    free = drawn(replace(recipe, hold=False), torch.arange(6))
+    assert float((whole - free)[~alone].abs().max()) > 1e-3
+    nothing = with_settings(recipe, strength=0.0)
+    assert not Steering(nothing, lambda i: targets[i]).holds and torch.equal(drawn(nothing, torch.arange(6)), plain)
 
 
 def test_a_recipe_with_a_context_is_read_as_it_was_written(toys, tmp_path):
