@@ -128,11 +128,16 @@ class CaptureActivations(io.ComfyNode):
             most=MOST_TIMES * pictures if count else 0,
             enough=lambda latents: count is None or count.add(latents) >= per_class,
         )  # fmt: skip
-        if count and min(count.pictures) < per_class:
-            host.warn(cls, [f"{count.told}: {TOO_FEW}"])
-        elif count:
-            host.tell(host.node_id(), count.told)
-        return io.NodeOutput(store.activations(), vae.decode(store.samples()))
+        found = store.activations(), vae.decode(store.samples())
+        if count is None:
+            return io.NodeOutput(*found)
+        text = count.told
+        if min(count.pictures) < per_class:
+            text = f"{text}: {TOO_FEW}"
+            host.warn(cls, [text])
+        else:
+            host.tell(host.node_id(), text)
+        return io.NodeOutput(*found, ui={"text": (text,)})
 
 
 class ClassCount:

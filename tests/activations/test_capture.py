@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from difflens_core.activations import Kept, capture, noise_batches
+from difflens_core.activations import Kept, capture, noise_batches, open_store
 from difflens_core.files import DiffLensError
 from difflens_core.networks import DenoiserSampler, sample, start_noise
 
@@ -47,5 +47,54 @@ def test_a_cancelled_capture_gives_the_pictures_of_an_uninterrupted_one(toys, tm
         capture(DenoiserSampler(model, 3), 6, 1, 2, folder=tmp_path / "s", on_batch=cancel)
     resumed = capture(DenoiserSampler(model, 3), 6, 1, 2, folder=tmp_path / "s")
     whole = capture(DenoiserSampler(model, 3), 6, 1, 2)
+    assert torch.equal(resumed.samples(), whole.samples())
+    assert torch.equal(resumed.activations().values, whole.activations().values)
+
+
+@pytest.mark.parametrize("folder", [None, "s"])
+def test_a_capture_goes_on_until_it_has_enough_and_no_further_than_it_may(toys, tmp_path, folder):
+    sampler, path = DenoiserSampler(toys.denoiser(), 3), folder and tmp_path / folder
+
+    def until(count: int, stop: int, most: int = 12):
+        told = []
+
+        def enough(latents: torch.Tensor) -> bool:
+            told.append(len(latents))
+            return sum(told) >= stop
+
+        return capture(sampler, count, 1, 2, folder=path, most=most, enough=enough), told
+
+    whole = capture(sampler, 12, 1, 2)
+    store, told = until(4, stop=7)
+    assert store.index.pictures == 8 and told == [2] * 4
+    assert torch.equal(store.samples(), whole.samples()[:8])
+    assert torch.equal(store.activations().values, whole.activations().values[:, :8])
+    store, told = until(4, stop=3)
+    assert store.index.pictures == (8 if folder else 4), "what is there is kept"
+    store, told = until(4, stop=100)
+    assert store.index.pictures == 12 and told == [2] * 6 and torch.equal(store.samples(), whole.samples())
+    if folder:
+        assert open_store(path).index == store.index
+        with pytest.raises(DiffLensError, match="other settings: most 12, now 14"):
+            until(4, stop=100, most=14)
+
+
+def test_a_capture_that_goes_on_until_it_has_enough_can_be_cut_off(toys, tmp_path):
+    def cancel(done: int) -> None:
+        if done == 6:
+            raise KeyboardInterrupt
+
+    def enough():
+        told = []
+        return lambda latents: told.append(latents) or len(told) == 5
+
+    sampler = DenoiserSampler(toys.denoiser(), 3)
+    with pytest.raises(KeyboardInterrupt):
+        capture(sampler, 4, 1, 2, folder=tmp_path / "s", on_batch=cancel, most=16, enough=enough())
+    with pytest.raises(DiffLensError, match="shards are missing"):
+        open_store(tmp_path / "s")
+    resumed = capture(sampler, 4, 1, 2, folder=tmp_path / "s", most=16, enough=enough())
+    whole = capture(sampler, 4, 1, 2, most=16, enough=enough())
+    assert resumed.index.pictures == whole.index.pictures == 10
     assert torch.equal(resumed.samples(), whole.samples())
     assert torch.equal(resumed.activations().values, whole.activations().values)

@@ -68,6 +68,30 @@ def test_a_store_holds_the_pictures_of_a_ksampler_and_is_loaded_again(server):
         server.run(to_api(graph))
 
 
+def test_a_capture_draws_on_until_the_rarest_class_has_enough_and_says_what_there_is(server):
+    """Of the avatars one in five is feminine; after the four steps of the other tests all look alike, so ten here."""
+    graph = Avatars(pictures=16)
+    captured = graph.capture(
+        pictures=16, steps=10, classifier=graph.classifier[0], attribute="presentation", per_class=6
+    )
+    labels = graph.add("DiffLensClassify", images=captured[1], classifier=graph.classifier[0], attribute="presentation")
+    shown = graph.show(labels[1])
+    entry = server.run(to_api(graph))
+    drawn = [line.split(",")[1] for line in text_of(entry, shown).splitlines()[1:]]
+    assert 16 < len(drawn) <= 128 and len(drawn) % 16 == 0
+    assert drawn.count("feminine") >= 6 and drawn[: len(drawn) - 16].count("feminine") < 6
+    assert text_of(entry, captured) == f"{drawn.count('masculine')} masculine, {drawn.count('feminine')} feminine"
+
+
+def test_a_capture_whose_rarest_class_stays_too_rare_says_so_and_is_there(server):
+    graph = Avatars(pictures=4)
+    captured = graph.capture(pictures=4, classifier=graph.classifier[0], attribute="age", per_class=60)
+    saved = graph.add("PreviewImage", images=captured[1])
+    entry = server.run(to_api(graph))
+    assert "the rarest class is still too rare" in text_of(entry, captured)
+    assert len(entry["outputs"][str(saved.id)]["images"]) == 32
+
+
 def test_training_and_attribution_take_a_store(server):
     graph = Avatars(pictures=32)
     captured = graph.capture(pictures=96, steps=6, save_as="labelled")
