@@ -291,7 +291,7 @@ def test_a_sampler_that_chooses_its_steps_is_held_by_the_nearest(inside, sampler
 def test_two_that_hold_at_one_site_are_drawn_twice_in_all_and_one_elsewhere_says_that_it_does_not(inside):
     Log = inside.pack_module("difflens_core.targets").Log
     first, between, second, last = Held(Log(), 1), Held(Log(), 0.5), Held(Log(), 0.1), Held(Log(), 0.1)
-    model, places = inside.model("SD1.5"), ("middle_block", "middle_block", "middle_block", "input_blocks.1")
+    model, places = inside.model("SD1.5"), ("middle_block", "middle_block", "middle_block", "input_blocks.1.1")
     for edit, place in zip((first, between, second, last), places, strict=True):
         hold = edit is not between
         model = inside.host.apply_site(model, place, edit, "Steer", log=edit.log, hold=hold)
@@ -304,7 +304,7 @@ def test_two_that_hold_at_one_site_are_drawn_twice_in_all_and_one_elsewhere_says
         torch.testing.assert_close(second.given[step].h, unsteered + first.of(images + 1, unsteered))
     assert last.given == [None] * 3
     assert first.log.said == second.log.said == between.log.said == [] and len(between.log.numbers) == 1
-    assert "holds at middle_block, so this one at input_blocks.1 did not" in last.log.said[0]
+    assert "holds at middle_block, so this one at input_blocks.1.1 did not" in last.log.said[0]
 
 
 def test_cancel_while_a_run_is_drawn_for_the_first_time_leaves_the_model_as_it_was(inside):
