@@ -190,15 +190,23 @@ def balancing_weights(labels: Tensor, others: Iterable[Tensor], rounds: int = 20
     return torch.zeros(len(known)).masked_scatter_(known, weights)
 
 
-def tied(labels: Tensor, other: Tensor) -> bool:
-    """Whether a class of `other` hardly ever comes with a class of `labels` (both B, int64, or NO_CLASS).
+def foreign(together: Tensor) -> Tensor:
+    """To which classes (rows) a trait (column) is foreign: bool, as `together` (pictures, see `seen_together`).
 
-    That is in less than `TIED` of the pictures that would show both if the two had nothing to do with each other, of
-    which there must be `SUPPORT` to tell: a classifier misreads some.
+    A trait may be told by the class: some class hardly ever shows it, in less than `TIED` of the pictures that would
+    show both if the two had nothing to do with each other, of which there must be `SUPPORT` to tell. Such a trait is
+    foreign to that class and to all that show it less than they would: a classifier misreads some pictures.
     """
-    cells = seen_together(labels, int(labels.max()) + 1, other, int(other.max()) + 1).double()
+    cells = together.double()
     expected = cells.sum(dim=1, keepdim=True) * cells.sum(dim=0) / cells.sum().clamp(min=1)
-    return bool(((expected >= SUPPORT) & (cells < TIED * expected)).any())
+    told = ((expected >= SUPPORT) & (cells < TIED * expected)).any(dim=0)
+    return told & (cells < expected)
+
+
+def tied(labels: Tensor, other: Tensor) -> bool:
+    """Whether a class of `other` hardly ever comes with a class of `labels` (both B, int64, or NO_CLASS)."""
+    together = seen_together(labels, int(labels.max()) + 1, other, int(other.max()) + 1)
+    return bool(foreign(together).any())
 
 
 def seen_together(labels: Tensor, classes: int, other: Tensor, size: int) -> Tensor:

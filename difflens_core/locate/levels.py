@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..activations import Activations
 from ..classifiers import NO_CLASS
 from ..sae import Normalisation, SparseAutoencoder
-from .attribution import SUPPORT, seen_together, tied
+from .attribution import SUPPORT, foreign, seen_together
 from .probes import fit_logistic
 
 SHRINKAGE = 5.0  # of all coefficients but the classes' own levels, in pictures
@@ -112,19 +112,27 @@ def fit_levels(
 
     in closed form from X^T X and X^T a, so that pictures are read once a step. Shrunk are e and d, not b. A trait that
     a class shows in fewer pictures than `SUPPORT` has no e: what the others show of it must not be taken for what this
-    class would. The levels are b_0 + b_c; d, centred over the classes, is what tells one class's difference from
-    another's and is kept, in `RANK` maps. The main effects e, the same for all classes, do what balancing weights did.
+    class would. Nor have the traits of an attribute of which some are `foreign` to a class, and pictures that show such
+    a trait in such a class do not count: many were misread. So what comes with a class goes with it: a picture that
+    turns loses its beard, or its grey hair. The levels are b_0 + b_c; d, centred over the classes, is what tells one
+    class's difference from another's and is kept, in `RANK` maps. The main effects e, the same for all classes, do what
+    balancing weights did.
     labels: B, NO_CLASS for a picture that does not count; others: the same of the other attributes, of which those
-    count that vary and are not `tied` to the classes: what comes with a class, such as the grey hair of seniors, is
-    part of its level, and a picture that turns must not keep it. If none counts, the levels are the classes' means.
+    count that vary. If none does, the levels are the classes' means.
     """
-    others = {name: of for name, of in others.items() if varies(*of) and not tied(labels, of[1])}
+    others = {name: of for name, of in others.items() if varies(*of)}
+    u, shared = torch.zeros(len(labels), 0), torch.zeros(len(labels), 0)
+    for names, of in others.values():
+        together = seen_together(labels, classes, of, len(names))
+        strange, traits = foreign(together), coded(of, len(names))
+        odd = strange[labels, of] & (labels != NO_CLASS) & (of != NO_CLASS)
+        labels = labels.masked_fill(odd, NO_CLASS)
+        u = torch.cat([u, traits], dim=1)
+        shared = torch.cat([shared, traits * (together >= SUPPORT).all(dim=0) * ~strange.any()], dim=1)
     known = (labels != NO_CLASS).float()[:, None]
-    own = coded(labels, classes) * known
-    u = torch.cat([known[:, :0], *(coded(of, len(names)) for names, of in others.values())], dim=1) * known
-    counts = [seen_together(labels, classes, of, len(names)) for names, of in others.values()]
-    shared = u * (torch.cat([known[:classes, :0], *counts], dim=1) >= SUPPORT).all(dim=0)
-    x = torch.cat([known, own, shared, (own[:, :, None] * u[:, None]).flatten(1)], dim=1).double()
+    member = F.one_hot(labels.clamp(min=0), classes).float()
+    by_class = (member[:, :, None] * u[:, None]).flatten(1)
+    x = (torch.cat([torch.ones(len(u), 1), member - 1 / classes, shared, by_class], dim=1) * known).double()
     penalty = torch.full((x.shape[1],), SHRINKAGE, dtype=torch.float64)
     penalty[: 1 + classes] = 1e-6
     solve = torch.linalg.solve(x.T @ x + penalty.diag(), x.T).float()  # coefficients = solve @ rows

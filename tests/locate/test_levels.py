@@ -9,7 +9,8 @@ import torch
 from difflens_core.activations import Activations
 from difflens_core.classifiers import NO_CLASS
 from difflens_core.locate import channel_rows, fit_levels, latent_rows
-from difflens_core.locate.levels import RANK, SHRINKAGE, SUPPORT, in_few_maps
+from difflens_core.locate.attribution import SUPPORT
+from difflens_core.locate.levels import RANK, SHRINKAGE, in_few_maps
 
 PICTURES, CLASSES = 90, 2
 
@@ -23,10 +24,13 @@ def drawn(seed: int = 1) -> tuple[torch.Tensor, dict]:
     hair = torch.randint(3, (PICTURES,), generator=generator)
     chance = torch.rand(PICTURES, generator=generator)
     beard, tie = (chance < torch.where(labels == 0, 0.5, 0.14)).long(), ((chance < 0.5) & (labels == 0)).long()
+    tie[20:22] = 1  # in all likelihood misread in one of the two
     labels[:5], hair[3:9] = NO_CLASS, NO_CLASS
     same = torch.zeros(PICTURES, dtype=torch.int64)
-    binary = {"beard": beard, "tie": tie, "hat": same}
-    return labels, {"hair": (("a", "b", "c"), hair)} | {name: (("no", "yes"), of) for name, of in binary.items()}
+    binary = {"beard": beard, "hat": same}
+    return labels, {"hair": (("a", "b", "c"), hair), "tie": (("bare", "tied"), tie)} | {
+        name: (("no", "yes"), of) for name, of in binary.items()
+    }
 
 
 def by_least_squares(rows: np.ndarray, labels: torch.Tensor, others: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -41,9 +45,9 @@ def by_least_squares(rows: np.ndarray, labels: torch.Tensor, others: dict) -> tu
         u.append(code(of.numpy(), len(names)))
         for k in range(len(names)):
             shown = [int(((of == k) & (labels == own)).sum()) for own in range(CLASSES)]
-            shared.append(u[-1][:, k] * (min(shown) >= SUPPORT))
+            shared.append(u[-1][:, k] * (min(shown) >= SUPPORT and names != ("bare", "tied")))
     u, shared = np.concatenate(u, axis=1), np.stack(shared, axis=1)
-    pairs = np.stack([c[:, k, None] * u for k in range(CLASSES)], axis=1).reshape(len(u), -1)
+    pairs = np.stack([(labels.numpy() == k)[:, None] * u for k in range(CLASSES)], axis=1).reshape(len(u), -1)
     x = np.concatenate([np.ones((len(u), 1)), c, shared, pairs], axis=1)[known]
     weight = np.full(x.shape[1], SHRINKAGE**0.5)
     weight[: 1 + CLASSES] = 1e-3
@@ -54,12 +58,15 @@ def by_least_squares(rows: np.ndarray, labels: torch.Tensor, others: dict) -> tu
 
 
 @pytest.mark.parametrize("kind", ["latents", "channels"])
-def test_levels_and_effects_are_those_of_one_ridge_regression_on_what_is_not_tied_to_a_class(toys, kind):
+def test_levels_and_effects_are_those_of_one_ridge_regression(toys, kind):
     activations, sae, (labels, others) = toys.activations(pictures=PICTURES), toys.sae(), drawn()
     features = torch.tensor([3, 7, 11, 15])
     rows_of = latent_rows(sae, features) if kind == "latents" else channel_rows(sae.normalisation)
     levels, context = fit_levels(activations, sae.normalisation, rows_of, labels, CLASSES, others)
-    assert context.attributes == {"hair": ("a", "b", "c"), "beard": ("no", "yes")}
+    odd = (labels == 1) & (others["tie"][1] == 1)
+    assert 0 < int(odd.sum()) < 3, "such pictures do not count"
+    assert context.attributes == {"hair": ("a", "b", "c"), "tie": ("bare", "tied"), "beard": ("no", "yes")}
+    labels[odd] = NO_CLASS
     effects = torch.einsum("skgr,rfp->skgfp", context.coefficients, context.maps)
     for s in range(3):
         x = sae.normalisation.apply(activations.values[s], s)
@@ -68,7 +75,7 @@ def test_levels_and_effects_are_those_of_one_ridge_regression_on_what_is_not_tie
             active = (pre >= pre.topk(sae.k, dim=2).values[..., -1:]) & (pre > 0)
             x = torch.where(active, pre, 0.0)[..., features]
         rows = x.transpose(1, 2).flatten(1).double().numpy()
-        expected, by_trait = by_least_squares(rows, labels, {name: others[name] for name in ("hair", "beard")})
+        expected, by_trait = by_least_squares(rows, labels, {name: others[name] for name in ("hair", "tie", "beard")})
         np.testing.assert_allclose(levels[s].flatten(1), expected, atol=2e-3, rtol=2e-3)
         np.testing.assert_allclose(effects[s].flatten(2), by_trait, atol=1e-4)
 
@@ -94,11 +101,30 @@ def test_a_class_difference_that_turns_round_with_a_trait_is_found_and_read_off_
     assert float((found / expected).min()) > 0.75 and float((found / expected).max()) < 1.01, "shrunk a little"
 
 
+def test_what_comes_with_a_class_goes_with_it(toys):
+    """Channel 0 is a beard, which the second class never has: turned, a picture with a beard loses all of it."""
+    labels, beard = torch.arange(600) % 2, (torch.arange(600) % 6 == 0).long()
+    values = 0.01 * torch.randn(1, 600, 4, 2, 2, generator=torch.Generator().manual_seed(5))
+    values[:, :, 0] += beard[:, None, None]
+    values[:, :, 1] += labels[:, None, None]
+    beard[1] = 1  # misread: there is none in the picture
+    normalisation = toys.normalisation(1, 4)
+    others = {"beard": (("no", "yes"), beard)}
+    levels, context = fit_levels(
+        Activations(values, torch.zeros(1), "middle"), normalisation, channel_rows(normalisation), labels, 2, others
+    )
+    for shown in (0, 1):
+        u = torch.tensor([[0.5, -0.5], [-0.5, 0.5]])[shown]
+        more = torch.einsum("g,kgr,rfp->kfp", u, context.coefficients[0], context.maps)
+        gap = (levels[0, 1] + more[1] - levels[0, 0] - more[0]).mean(dim=1) * normalisation.scale[0]
+        assert float(gap[0]) == pytest.approx(-shown, abs=0.15) and float(gap[1]) == pytest.approx(1, abs=0.1)
+
+
 def test_without_other_attributes_the_levels_are_the_classes_means(toys):
     activations, sae, (labels, _) = toys.activations(pictures=PICTURES), toys.sae(), drawn()
     levels, context = fit_levels(
         activations, sae.normalisation, channel_rows(sae.normalisation), labels, CLASSES,
-        {name: drawn()[1][name] for name in ("tie", "hat")},
+        {"hat": drawn()[1]["hat"]},
     )  # fmt: skip
     assert context is None
     for s in range(3):
