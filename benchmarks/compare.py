@@ -12,7 +12,7 @@ on seeds of its own. At these strengths other pictures are drawn, from seeds on 
 reaches it at none of its strengths is shown at its most successful one, marked with !.
 
 Sampled with guidance (cfg 2), 20 steps. `SAE recipe` and `mean difference` are the shipped files (see `debias.py`), at
-multiples of the recipe's strength; *overall* is the same without what goes by the picture's other attributes.
+multiples of the recipe's strength; *in one go* is the same without holding on to the unsteered pictures.
 `semantic guidance` and `latent direction` are in `published.py`; what those methods leave open (warm-up and threshold,
 rate and length of the learning) was set on up to 16 pictures of another seed, so that they work as their authors
 intend.
@@ -133,7 +133,7 @@ def methods_of(attribute: str, text: TextEncoder, directions: Tensor) -> dict[st
     found = {}
     for name in ("SAE recipe", "mean difference"):
         found[name] = Method(ours, by_recipe(recipes[name]))
-        found[f"{name}, overall"] = Method(ours, by_recipe(replace(recipes[name], context=None)))
+        found[f"{name}, in one go"] = Method(ours, by_recipe(replace(recipes[name], hold=False)))
     return found | {
         "random features": Method(ours, by_recipe(recipes["random features"])),
         "semantic guidance": Method((1.0, 2.0, 4.0, 6.0, 8.0), by_guidance(edits)),
@@ -218,13 +218,13 @@ SHORT = (
     "expression",
     "beard",
 )
-HEADER = f"{'':25s} at   strength success  kept  {' '.join(f'{name[:6]:>6s}' for name in SHORT)}    EPR  RMSE  SSIM"
+HEADER = f"{'':27s} at   strength success  kept  {' '.join(f'{name[:6]:>6s}' for name in SHORT)}    EPR  RMSE  SSIM"
 
 
 def line(name: str, at: float, strength: str, r: Mapping[str, Any]) -> str:
     """A line of the table under HEADER."""
     shares = " ".join(f"{100 * r['kept'][key]:6.1f}" if key in r["kept"] else f"{'-':>6s}" for key in SHORT)
-    head = f"{name:25s} {at:.2f} {strength:>8s} {r['success']:7.3f} {100 * r['mean_kept']:5.1f}"
+    head = f"{name:27s} {at:.2f} {strength:>8s} {r['success']:7.3f} {100 * r['mean_kept']:5.1f}"
     return f"{head}  {shares}  {r['epr']:5.2f} {r['rmse']:.3f} {r['ssim']:.3f}"
 
 
@@ -292,7 +292,7 @@ def compare(
 
 def print_means(results: Sequence[Mapping]) -> None:
     """Mean over prompts and attributes of what is kept, and the interval of the difference from the default's."""
-    print(f"\nmean over all{'':12s} at   kept   default minus this [95 %]   EPR  SSIM")
+    print(f"\nmean over all{'':14s} at   kept   default minus this [95 %]   EPR  SSIM")
     for at in SUCCESS:
         own = {(r["prompt"], r["attribute"]): r for r in results if (r["way"], r["at_success"]) == ("default", at)}
         for way in dict.fromkeys(r["way"] for r in results):
@@ -302,7 +302,7 @@ def print_means(results: Sequence[Mapping]) -> None:
             kept, epr, like = (np.mean([r[key] for r in rows]) for key in ("mean_kept", "epr", "ssim"))
             mark = "" if all(r["reached"] for r in rows) else "!"
             interval = f"{100 * gain:5.1f} [{100 * (gain - 1.96 * error):5.1f}, {100 * (gain + 1.96 * error):5.1f}]"
-            print(f"{way + mark:25s} {at:.2f} {100 * kept:5.1f}   {interval:26s} {epr:5.2f} {like:.3f}")
+            print(f"{way + mark:27s} {at:.2f} {100 * kept:5.1f}   {interval:26s} {epr:5.2f} {like:.3f}")
 
 
 DEFAULT = "SAE recipe"  # what we ship

@@ -21,7 +21,7 @@ from debias import ATTRIBUTES, AVATARS, STEPS, fair_targets
 from difflens_core.activations import edit_site
 from difflens_core.networks import load_denoiser, sample, start_noise
 from difflens_core.sae import Normalisation
-from difflens_core.steer import Recipe, Steering, load_recipe
+from difflens_core.steer import Recipe, Steering, load_recipe, with_settings
 
 BATCH = 16
 PAIRS = 15
@@ -56,6 +56,7 @@ def avatars() -> list[dict]:
     found = []
     for attribute in ATTRIBUTES:
         recipe = load_recipe(AVATARS / "difflens_recipes" / f"avatars_{attribute}.safetensors")
+        recipe = with_settings(recipe, hold=False)  # which draws twice
         steerings = [Steering(recipe, fair_targets(recipe, seed=0).of)]
 
         def run(steered: bool, steerings=steerings) -> None:
