@@ -6,7 +6,7 @@
     python scripts/demo.py --pictures 512  measures on more pictures (default 64)
 
 The first portraits, before and after, are there within a minute or so. Then each of three recipes is measured, and one
-is made anew from the model alone, as in workflow 02 but smaller: two to four minutes on two processor cores.
+is made anew from the model alone, as in workflow 02 but smaller: about five minutes on two processor cores.
 
 Standard library only. The first run makes an environment and obtains ComfyUI (some minutes, a few GB in .cache).
 """
