@@ -193,6 +193,8 @@ def kind_of_file(path: Path) -> str:
     """What a file is that is not safetensors, "" if that cannot be told."""
     with path.open("rb") as file:
         head = file.read(512)
+    if head[4:9] == b"\0\0\0\0{":  # the length of safetensors' header and its begin; the length may look like a pickle
+        return ""
     if head.startswith(b"PK"):
         try:
             with zipfile.ZipFile(path) as archive:

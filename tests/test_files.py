@@ -311,3 +311,11 @@ def test_weights_have_one_mark_in_every_precision(toys):
     assert made_by(sums_mark(weights), weights) and not made_by(sums_mark(weights), grown)
     assert not made_by("my-model", weights) and same_weights("my-model", "my-model")
     assert not same_weights("my-model", "my-other")
+
+
+def test_a_damaged_file_is_not_called_a_pickle_by_the_length_of_its_header(tmp_path):
+    """2432, little-endian, begins as a pickle does."""
+    path = tmp_path / "cut_off.safetensors"
+    path.write_bytes((2432).to_bytes(8, "little") + b'{"name": ' + b" " * 500)
+    with pytest.raises(DiffLensError, match="cut_off.safetensors: not a readable safetensors file .*cut off"):
+        load_recipe(path)

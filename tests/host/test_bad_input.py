@@ -21,7 +21,7 @@ def bad_files(server):
     models.mkdir(parents=True, exist_ok=True)
     recipes.mkdir(parents=True, exist_ok=True)
     whole = AVATARS / "difflens_recipes" / "avatars_age.safetensors"
-    (recipes / "cut_off.safetensors").write_bytes(whole.read_bytes()[:10_000])
+    (recipes / "cut_off.safetensors").write_bytes(whole.read_bytes()[:100_000])
     (recipes / "an_sae.safetensors").write_bytes((AVATARS / "difflens_saes" / "avatars.safetensors").read_bytes())
     recipe = shipped("age")
     save_recipe(recipes / "no_site.safetensors", replace(recipe, site="attic"))

@@ -547,8 +547,9 @@ def classes_of(inside, batches, seeds):
 
 
 def test_steer_numbers_runs_unasked_unless_it_is_told_which(inside):
-    run = inside.pack_module("nodes.steer").Steer.define_schema().inputs[-1]
+    run, hold = inside.pack_module("nodes.steer").Steer.define_schema().inputs[-2:]
     assert (run.id, run.default, run.optional) == ("run", -1, True)
+    assert (hold.id, hold.default, hold.optional) == ("hold", "from recipe", True)
 
 
 @pytest.mark.parametrize("batches", [[1] * 16, [4] * 4, [3, 1, 5, 2, 5]])

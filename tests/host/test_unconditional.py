@@ -331,7 +331,7 @@ def test_an_adm_can_be_captured_attributed_and_steered(server, folder, toys, cla
     )  # fmt: skip
     graph.add("DiffLensSaveRecipe", recipe=found[0], name="from_adm")
     steered = steer(graph, None, model[0], found[0], "other", 5.0)
-    steered.inputs["mode"] = "add"
+    steered.inputs |= {"mode": "add", "hold": "off"}
     saved = [graph.sample(model, 4, "leading", model=m) for m in (model[0], steered[0])]
     plain, edited = run(server, graph, *saved)
 
