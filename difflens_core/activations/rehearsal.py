@@ -17,10 +17,12 @@ from .capture import Draw, Edit, Sampler
 class Unsteered(NamedTuple):
     """What a site put out (B x C x H x W) for the same pictures without the edit.
 
-    h: at this evaluation of the network; last: at the last one; progress: of that.
+    h: at this evaluation of the network, with the edits that come before; plain: the same without them; last: at the
+    last evaluation; progress: of that.
     """
 
     h: Tensor
+    plain: Tensor
     last: Tensor
     progress: float
 
@@ -99,7 +101,7 @@ class Held:
         same = [h for at, h in seen if at == nearest]
         h = same[self.visits[pictures, nearest] % len(same)]
         self.visits[pictures, nearest] += 1
-        return Unsteered(h, seen[-1][1], seen[-1][0])
+        return Unsteered(h, h, seen[-1][1], seen[-1][0])
 
 
 def second_time(edits: Sequence[Edit | HoldingEdit], rehearsal: Rehearsal) -> list[Edit]:

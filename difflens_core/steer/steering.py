@@ -21,6 +21,7 @@ MAPPED = ("reach", "shift", "add", "add own", "add fixed", "add own fixed")  # m
 BY_LEVELS = ("reach", "shift", "add", "add own", "move", "clamp")
 CHUNK = 2**22  # pre-activations of the full SAE that are held at once
 CACHE_BYTES = 2**26  # for the decoded class maps
+LET_GO = 0.25  # share of a picture's largest change from which a position may be drawn anew
 GROUP = 16  # pre-activations a group in `kth_largest`
 
 
@@ -98,9 +99,10 @@ class Steering:
         """Edited copy of h (B x C x H x W, any float type); images: B, indices in the run, on the CPU.
 
         unsteered: what the site put out for these pictures when they were drawn without steering. Then the edit holds
-        on to them: what else a picture shows is read off its last step, and 1 - progress of the result comes from
-        editing the unsteered activations instead of h. Early steps lay out the picture and draw it all over again
-        where they are steered; late ones draw its edges, for which the model must see what it has drawn.
+        on to them: what else a picture shows is read off its last step, and part of the result comes from editing the
+        unsteered activations instead of h: everything where the edit changes next to nothing, 1 - progress where it
+        changes much (`let_go`). Early steps lay out the picture and draw it all over again where they are steered; late
+        ones draw its edges, for which the model must see what it has drawn.
         """
         recipe = self.recipe
         if not any(recipe.strength):
@@ -120,7 +122,7 @@ class Steering:
         else:
             traits = self.traits(unsteered.last, recipe.normalisation.step_at(unsteered.progress), t)
             now, then = (part + self.change(part, target, traits, step, t, images) for part in (h, unsteered.h))
-            edited = torch.lerp(now, then, 1 - progress)
+            edited = torch.lerp(then, now, progress * let_go(then - unsteered.plain))
         return torch.where(steered[:, None, None, None], edited, h)
 
     def change(
@@ -284,6 +286,17 @@ class Steering:
                 moved |= {"sae_bias": sae.encoder_bias[order].to(device)}
             self._moved[device] = moved
         return self._moved[device]
+
+
+def let_go(change: Tensor) -> Tensor:
+    """How much of each position (B x 1 x H x W, 0 to 1) may be drawn anew, by how far it is changed (B x C x H x W).
+
+    All of it from `LET_GO` of the picture's largest change on. Where even half of the largest is held on to in part,
+    the outline of what a picture loses, such as long hair, shows through.
+    """
+    size = torch.linalg.vector_norm(change, dim=1, keepdim=True, dtype=torch.float32)
+    largest = size.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
+    return (size / (LET_GO * largest)).clamp(max=1).to(change.dtype)
 
 
 def resized(mask: Tensor, h: Tensor, images: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def test_the_second_of_two_holds_on_to_what_the_first_makes_of_the_unsteered_pic
     for step in range(STEPS):
         expected = between.seen[step]  # before the edit, in the first run
         assert torch.equal(first.given[2 * step].h, expected), "it is made once more on the unsteered pictures"
-        assert torch.equal(second.given[step].h, expected + 0.5)
+        assert torch.equal(second.given[step].h, expected + 0.5) and torch.equal(second.given[step].plain, expected)
         assert torch.equal(second.given[step].last, between.seen[STEPS - 1])
     assert elsewhere.given == [None] * STEPS, "at another site it does not hold"
 

@@ -353,8 +353,11 @@ def test_holding_mixes_in_the_edit_of_the_unsteered_pictures_by_what_they_show_i
     t = steering.tensors(h.device)
     traits = recipe.context.traits(recipe.normalisation.apply(last, 2).mean(dim=1), 2) if "fixed" not in mode else None
     parts = [part + steering.change(part, TARGETS, traits, 1, t, IMAGES) for part in (h, before)]
-    found = steering(h, progress, IMAGES, Unsteered(before, last, 2 / 3))
-    torch.testing.assert_close(found, (1 - progress) * parts[1] + progress * parts[0], atol=1e-5, rtol=1e-5)
+    plain = before - 0.1 * before.flip(0)  # an edit of the site that came before this one
+    found = steering(h, progress, IMAGES, Unsteered(before, plain, last, 2 / 3))
+    size = (parts[1] - plain).square().sum(dim=1, keepdim=True).sqrt()
+    share = progress * (4 * size / size.amax(dim=(2, 3), keepdim=True)).clamp(max=1)
+    torch.testing.assert_close(found, (1 - share) * parts[1] + share * parts[0], atol=1e-5, rtol=1e-5)
     assert float((found - steer(recipe, h, progress)).abs().max()) > 0.1
 
 
