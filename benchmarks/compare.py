@@ -15,7 +15,8 @@ Sampled with guidance (cfg 2), 20 steps. `SAE recipe` and `mean difference` are 
 multiples of the recipe's strength; *in one go* is the same without holding on to the unsteered pictures.
 `semantic guidance` and `latent direction` are in `published.py`; what those methods leave open (warm-up and threshold,
 rate and length of the learning) was set on up to 16 pictures of another seed, so that they work as their authors
-intend. `Linear-AcT`, `MidSteer` and `EquiSteer` are in `published_activations.py`.
+intend. `Linear-AcT`, `MidSteer` and `EquiSteer` are in `published_activations.py`; their sites and strengths were
+set in the same way.
 
 Shares are in %. `kept` compares pictures of the same noise without and with steering: the share that keeps its class,
 mean over the other attributes. What a class has by its nature (the beard of a masculine picture, the grey hair of a
@@ -49,10 +50,10 @@ from published_activations import (
     LinearAcT,
     MidSteer,
     attention_sites,
-    block_sites,
     fit_equisteer,
     fit_linear_act,
     fit_midsteer,
+    norm_sites,
 )
 from torch import Tensor
 
@@ -187,10 +188,10 @@ def methods_of(
         "random features": Method(ours, by_recipe(recipes["random features"])),
         "semantic guidance": Method((1.0, 2.0, 4.0, 6.0, 8.0), by_guidance(edits)),
         "latent direction": Method((1.0, 1.5, 2.0, 3.0, 4.0), by_direction(directions)),
-        "Linear-AcT": Method((0.5, 1.0, 1.5, 2.0, 3.0), by_linear_act(block_sites(model), maps["linear_act"])),
-        "MidSteer": Method((0.5, 1.0, 1.5, 2.0, 3.0), by_midsteer(maps["means"], maps["readout"])),
+        "Linear-AcT": Method((1.0, 1.5, 2.0, 3.0, 4.0), by_linear_act(norm_sites(model), maps["linear_act"])),
+        "MidSteer": Method((1.0, 1.5, 2.0, 3.0, 4.0), by_midsteer(maps["means"], maps["readout"])),
         "EquiSteer": Method(
-            (0.5, 1.0, 2.0, 4.0, 8.0),
+            (0.5, 1.0, 1.5, 2.0, 4.0),
             by_equisteer(attention_sites(model), maps["directions"], maps["sizes"], maps["thresholds"]),
         ),
     }
@@ -246,7 +247,7 @@ def directions_of(model: Denoiser, examples: Examples) -> dict[str, Tensor]:
 
 def maps_of(model: Denoiser, examples: Examples) -> dict[str, Tensor]:
     """What the methods of `published_activations.py` are made of, by method and name."""
-    blocks, attentions, classes = block_sites(model), attention_sites(model), examples.classes
+    norms, attentions, classes = norm_sites(model), attention_sites(model), examples.classes
 
     def captured(guidance: Guidance, sites: tuple[str, ...]) -> list[Activations]:
         sampler = DenoiserSampler(model, STEPS, guidance)
@@ -257,10 +258,11 @@ def maps_of(model: Denoiser, examples: Examples) -> dict[str, Tensor]:
         sample(model, examples.noise[pictures], STEPS, edits, guidance=examples.named.of(pictures))
 
     with autocast():
-        named, unnamed = captured(examples.named, blocks + attentions), captured(examples.unnamed, attentions)
-        found = {"linear_act": fit_linear_act(again, named[: len(blocks)], classes)}
-    found["means"], found["readout"] = fit_midsteer(named[len(blocks) - 1], classes)
-    pairs = zip(named[len(blocks) :], unnamed, strict=True)
+        middle, *named = captured(examples.named, (MidSteer.site, *norms, *attentions))
+        unnamed = captured(examples.unnamed, attentions)
+        found = {"linear_act": fit_linear_act(again, named[: len(norms)], classes)}
+    found["means"], found["readout"] = fit_midsteer(middle, classes)
+    pairs = zip(named[len(norms) :], unnamed, strict=True)
     parts = zip(*(fit_equisteer(*pair, classes) for pair in pairs), strict=True)
     return found | dict(zip(("directions", "sizes", "thresholds"), map(torch.stack, parts), strict=True))
 

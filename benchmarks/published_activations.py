@@ -20,11 +20,12 @@ from difflens_core.networks import Denoiser
 from difflens_core.networks.denoiser import CrossAttention
 
 SHRINKAGE = 0.01  # of MidSteer's covariance, in shares of its mean variance
+MARGIN = 1.05  # of EquiSteer's gate, over the most that the pictures of prompts without a class reach
 
 
-def block_sites(model: Denoiser) -> tuple[str, ...]:
-    """The outputs of the blocks of `middle_block`, in order."""
-    return tuple(f"middle_block.{i}" for i in range(len(model.middle_block)))
+def norm_sites(model: Denoiser) -> tuple[str, ...]:
+    """The normalisations of the blocks of `middle_block`, in order."""
+    return tuple(f"middle_block.{i}.norm" for i in range(len(model.middle_block)))
 
 
 def attention_sites(model: Denoiser) -> tuple[str, ...]:
@@ -108,8 +109,9 @@ def fit_linear_act(
     """Maps (L x S x K x 4 x C) of the sites captured, which lie in the network in this order.
 
     draw(edits, pictures): samples the pictures of these numbers again, at once, under edits. classes: N, of the
-    captured pictures. A class's source are the pictures of all others together. The paper maps the outputs of a
-    U-Net's normalisations; here it is the blocks' outputs, where a shift reaches the decoder directly.
+    captured pictures. A class's source are the pictures of all others together. As in the paper the sites are outputs
+    of normalisations, here those of `middle_block`: with the blocks' own outputs, or all of the network's
+    normalisations, 8 pictures kept less at the same success.
     """
     means = [torch.stack([at_step(a, s).mean(dim=(2, 3)) for s in range(len(a.progress))]) for a in captured]
     count, (steps, _, width) = int(classes.max()) + 1, means[0].shape
@@ -232,7 +234,9 @@ def fit_equisteer(named: Activations, unnamed: Activations, classes: Tensor) -> 
 
     named, unnamed: what it puts out for pictures whose prompts name their class (N) and for the same without. A
     direction is the mean difference over pictures and positions. Size is how far along it the strongest position of a
-    class's pictures goes in the mean; the threshold lies midway between that and the mean of those without.
+    class's pictures goes in the mean. The paper's threshold lies midway between that and the mean of those without.
+    Here "doctor" says male and old nearly as loudly as a prompt that names it, and the gate would shut on just the
+    prompts that need it: so a threshold is at least `MARGIN` times the most that any picture without reaches.
     """
     member = F.one_hot(classes).float()
     member = member / member.sum(dim=0)  # N x K, each class's weights sum to 1
@@ -240,8 +244,8 @@ def fit_equisteer(named: Activations, unnamed: Activations, classes: Tensor) -> 
     for step in range(len(named.progress)):
         told, untold = at_step(named, step), at_step(unnamed, step)
         own = F.normalize(member.T @ (told - untold).mean(dim=(2, 3)), dim=1)
-        size, without = ((strongest(values, own) * member).sum(dim=0) for values in (told, untold))
+        size, reached = (strongest(told, own) * member).sum(dim=0), strongest(untold, own)
         directions.append(own)
         sizes.append(size)
-        thresholds.append((size + without) / 2)
+        thresholds.append(torch.maximum((size + reached.mean(dim=0)) / 2, MARGIN * reached.amax(dim=0)))
     return torch.stack(directions), torch.stack(sizes), torch.stack(thresholds)
