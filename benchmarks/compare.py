@@ -15,7 +15,8 @@ Sampled with guidance (cfg 2), 20 steps. `SAE recipe` and `mean difference` are 
 multiples of the recipe's strength; *in one go* is the same without holding on to the unsteered pictures.
 `semantic guidance` and `latent direction` are in `published.py`; what those methods leave open (warm-up and threshold,
 rate and length of the learning) was set on up to 16 pictures of another seed, so that they work as their authors
-intend.
+intend. `Linear-AcT`, `MidSteer` and `EquiSteer` are in `published_activations.py`; their sites and strengths were
+set in the same way.
 
 Shares are in %. `kept` compares pictures of the same noise without and with steering: the share that keeps its class,
 mean over the other attributes. What a class has by its nature (the beard of a masculine picture, the grey hair of a
@@ -30,25 +31,45 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from debias import ROOT, STEPS, Read, draw_all, in_batches, recipes_of, to_images
+from debias import BATCH, ROOT, STEPS, Read, draw_all, in_batches, recipes_of, to_images
 from debias_prompts import ATTRIBUTES, CFG, FILES, OCCUPATIONS
 from kornia.metrics import ssim
 from PIL import Image
 from precision import PRECISION, at_precision, autocast
 from prompted_portraits import phrase
 from published import LatentDirection, SemanticGuidance, TargetOf, learn_directions, sample_semantic
+from published_activations import (
+    EquiSteer,
+    Gate,
+    LinearAcT,
+    MidSteer,
+    attention_sites,
+    fit_equisteer,
+    fit_linear_act,
+    fit_midsteer,
+    norm_sites,
+)
 from torch import Tensor
 
-from difflens_core.activations import Edit
+from difflens_core.activations import Activations, Edit, capture
 from difflens_core.classifiers import AttributeClassifier, load_classifier
 from difflens_core.files import fingerprint, load_tensors, save_tensors
 from difflens_core.measure import kept_attributes, pixel_change
-from difflens_core.networks import Denoiser, Guidance, TextEncoder, load_prompted, start_noise
+from difflens_core.networks import (
+    Denoiser,
+    DenoiserSampler,
+    Guidance,
+    TextEncoder,
+    load_prompted,
+    sample,
+    start_noise,
+)
 from difflens_core.report import image_grid
 from difflens_core.steer import Recipe, Steering, at_dose, plan_moves
 
@@ -59,6 +80,7 @@ IMPLIED = {"presentation": ("beard",), "age": ("hair_colour", "beard")}  # by a 
 SUCCESS = (0.95, 0.99)
 FINDING = 7_000  # added to a prompt's seed: pictures by which the strengths are found
 LEARNING = {"pictures": 100, "steps": 200, "batch": 16, "lr": 0.02, "seed": 92_001}  # pictures: of every class
+DRAWN = {name: LEARNING[name] for name in ("pictures", "seed")}
 CACHE = ROOT / "benchmarks" / ".work"
 
 
@@ -109,6 +131,32 @@ def by_direction(directions: Tensor) -> Draw:
     return lambda setting, target_of, strength: plain(setting, LatentDirection(directions, target_of, strength))
 
 
+def by_linear_act(sites: Sequence[str], maps: Tensor) -> Draw:
+    """Linear-AcT at all sites by their maps (L x S x K x 4 x C)."""
+
+    def draw(setting: Setting, target_of: TargetOf, strength: float) -> Tensor:
+        edits = (LinearAcT(site, own, target_of, strength) for site, own in zip(sites, maps, strict=True))
+        return plain(setting, *edits)
+
+    return draw
+
+
+def by_midsteer(means: Tensor, readout: Tensor) -> Draw:
+    """MidSteer by what it was fitted to (S x K x C x H x W each)."""
+    return lambda setting, target_of, strength: plain(setting, MidSteer(means, readout, target_of, strength))
+
+
+def by_equisteer(sites: Sequence[str], directions: Tensor, sizes: Tensor, thresholds: Tensor) -> Draw:
+    """EquiSteer at all sites (directions: L x S x K x C, sizes and thresholds: L x S x K), behind one gate."""
+
+    def draw(setting: Setting, target_of: TargetOf, strength: float) -> Tensor:
+        gate = Gate(sites[0], directions[0, 0], thresholds[0, 0])
+        own = zip(sites, directions, sizes, strict=True)
+        return plain(setting, *(EquiSteer(*parts, gate, target_of, strength) for parts in own))
+
+    return draw
+
+
 def by_guidance(edits: Tensor) -> Draw:
     """Semantic guidance by an edit prompt a class (K x T x D)."""
 
@@ -122,8 +170,10 @@ def by_guidance(edits: Tensor) -> Draw:
     return draw
 
 
-def methods_of(attribute: str, text: TextEncoder, directions: Tensor) -> dict[str, Method]:
-    """The methods by name."""
+def methods_of(
+    attribute: str, model: Denoiser, text: TextEncoder, directions: Tensor, maps: Mapping[str, Tensor]
+) -> dict[str, Method]:
+    """The methods by name. directions: K x C x H x W; maps: see `maps_of`."""
     file = FILES / "difflens_recipes" / f"prompted_avatars_{attribute}.safetensors"
     recipes = recipes_of(file, f"prompted_{attribute}", controls=True)
     ours, edits = (
@@ -138,32 +188,83 @@ def methods_of(attribute: str, text: TextEncoder, directions: Tensor) -> dict[st
         "random features": Method(ours, by_recipe(recipes["random features"])),
         "semantic guidance": Method((1.0, 2.0, 4.0, 6.0, 8.0), by_guidance(edits)),
         "latent direction": Method((1.0, 1.5, 2.0, 3.0, 4.0), by_direction(directions)),
+        "Linear-AcT": Method((1.0, 1.5, 2.0, 3.0, 4.0), by_linear_act(norm_sites(model), maps["linear_act"])),
+        "MidSteer": Method((1.0, 1.5, 2.0, 3.0, 4.0), by_midsteer(maps["means"], maps["readout"])),
+        "EquiSteer": Method(
+            (0.5, 1.0, 1.5, 2.0, 4.0),
+            by_equisteer(attention_sites(model), maps["directions"], maps["sizes"], maps["thresholds"]),
+        ),
     }
 
 
-def learned_directions(model: Denoiser, text: TextEncoder, attribute: str) -> tuple[Tensor, float]:
-    """Directions of an attribute's classes (K x C x H x W) and the seconds it took to learn them.
+@dataclass(frozen=True)
+class Examples:
+    """Pictures that the published ways learn from, of every class and occupation equally many.
 
-    Learned once for all prompts, from pictures of every occupation, and kept in a file for the next run.
+    named, unnamed: prompts of the same pictures, with and without the class's word; classes: n; noise: as in `Setting`.
     """
-    file, words = CACHE / f"directions_{attribute}.safetensors", WORDS[attribute]
-    made_by = {"model": fingerprint(model.state_dict()), "words": list(words), **LEARNING}
+
+    named: Guidance
+    unnamed: Guidance
+    classes: Tensor
+    noise: Tensor
+
+    @classmethod
+    def of(cls, text: TextEncoder, attribute: str) -> Examples:
+        words, jobs, empty = WORDS[attribute], ("person", *OCCUPATIONS), text.encode([""])
+        named = text.encode([f"portrait of {phrase([word], job)}" for word in words for job in jobs])
+        unnamed = text.encode([f"portrait of {phrase([], job)}" for _ in words for job in jobs])
+        rows = torch.arange(LEARNING["pictures"] * len(words)) % len(named)
+        prompts = (Guidance(context[rows], empty, CFG) for context in (named, unnamed))
+        return cls(*prompts, rows // len(jobs), start_noise(len(rows), LEARNING["seed"]))
+
+
+def learned(
+    name: str, model: Denoiser, attribute: str, learn: Callable[[], Mapping[str, Tensor]], **how: Any
+) -> tuple[Mapping[str, Tensor], float]:
+    """What `learn` gives and the seconds it took. Learned once for all prompts, and kept in a file for the next run."""
+    file = CACHE / f"{name}_{attribute}.safetensors"
+    made_by = {"model": fingerprint(model.state_dict()), "words": list(WORDS[attribute]), **how}
     if file.exists():
-        tensors, info = load_tensors(file, "directions")
+        tensors, info = load_tensors(file, name)
         if info["made_by"] == made_by:
-            return tensors["directions"], info["seconds"]
-    began, jobs = time.time(), ("person", *OCCUPATIONS)
-    named = text.encode([f"portrait of {phrase([word], job)}" for word in words for job in jobs])
-    unnamed = text.encode([f"portrait of {phrase([], job)}" for _ in words for job in jobs])
-    rows = torch.arange(LEARNING["pictures"] * len(words)) % len(named)
-    noise = start_noise(len(rows), LEARNING["seed"])
-    with autocast():  # as the model was trained
-        pictures = plain(Setting(model, Guidance(named[rows], text.encode([""]), CFG), noise))
-    options = {name: LEARNING[name] for name in ("steps", "batch", "lr", "seed")}
-    directions = learn_directions(model, pictures, unnamed[rows], rows // len(jobs), **options)
+            return tensors, info["seconds"]
+    began = time.time()
+    tensors = learn()
     seconds = time.time() - began
-    save_tensors(file, "directions", {"directions": directions}, {"made_by": made_by, "seconds": seconds})
-    return directions, seconds
+    save_tensors(file, name, tensors, {"made_by": made_by, "seconds": seconds})
+    return tensors, seconds
+
+
+def directions_of(model: Denoiser, examples: Examples) -> dict[str, Tensor]:
+    """Latent directions of an attribute's classes (K x C x H x W)."""
+    with autocast():  # as the model was trained
+        pictures = plain(Setting(model, examples.named, examples.noise))
+    options = {name: LEARNING[name] for name in ("steps", "batch", "lr", "seed")}
+    found = learn_directions(model, pictures, examples.unnamed.context, examples.classes, **options)
+    return {"directions": found}
+
+
+def maps_of(model: Denoiser, examples: Examples) -> dict[str, Tensor]:
+    """What the methods of `published_activations.py` are made of, by method and name."""
+    norms, attentions, classes = norm_sites(model), attention_sites(model), examples.classes
+
+    def captured(guidance: Guidance, sites: tuple[str, ...]) -> list[Activations]:
+        sampler = DenoiserSampler(model, STEPS, guidance)
+        store = capture(sampler, len(classes), LEARNING["seed"], BATCH, sites)
+        return [store.activations(site) for site in sites]
+
+    def again(edits: Sequence[Edit], pictures: Tensor) -> None:
+        sample(model, examples.noise[pictures], STEPS, edits, guidance=examples.named.of(pictures))
+
+    with autocast():
+        middle, *named = captured(examples.named, (MidSteer.site, *norms, *attentions))
+        unnamed = captured(examples.unnamed, attentions)
+        found = {"linear_act": fit_linear_act(again, named[: len(norms)], classes)}
+    found["means"], found["readout"] = fit_midsteer(middle, classes)
+    pairs = zip(named[len(norms) :], unnamed, strict=True)
+    parts = zip(*(fit_equisteer(*pair, classes) for pair in pairs), strict=True)
+    return found | dict(zip(("directions", "sizes", "thresholds"), map(torch.stack, parts), strict=True))
 
 
 @dataclass(frozen=True)
@@ -325,9 +426,13 @@ def main() -> None:
     classifier = load_classifier(FILES / "difflens_classifiers" / "prompted_avatars.safetensors")
     began, results, methods = time.time(), [], {}
     for attribute in options.attributes:
-        directions, seconds = learned_directions(model, text, attribute)
-        methods[attribute] = methods_of(attribute, text, directions)
-        print(f"latent directions of {attribute}: learned in {seconds:.0f} s", flush=True)
+        examples = Examples.of(text, attribute)
+        directions, learning = learned(
+            "directions", model, attribute, partial(directions_of, model, examples), **LEARNING
+        )
+        maps, fitting = learned("maps", model, attribute, partial(maps_of, model, examples), **DRAWN)
+        methods[attribute] = methods_of(attribute, model, text, directions["directions"], maps)
+        print(f"{attribute}: latent directions learned in {learning:.0f} s, maps fitted in {fitting:.0f} s", flush=True)
     model = at_precision(model)
     print(f"n = {options.pictures} a prompt, cfg {CFG:g}, {STEPS} steps, seeds from {SEED}, {PRECISION}; shares in %")
     for job in options.prompts:
