@@ -189,12 +189,15 @@ def test_the_sentences_of_the_readme_follow_from_the_tables():
     others = [row[3:-1] for row in alone["SAE recipe"]]  # presentation's, age's, skin tone's
     del others[1][2]  # seniors are grey
     assert min(map(min, others)) >= float(kept)
-    start, end, success, age = re.search(
-        r"FD starts at ([\d.]+) or more and ends below ([\d.]+), and success is at least (\d+) %. "
-        r".*? (\d+) % keep their age",
+    start, end, success, tone, hair = re.search(
+        r"FD starts at ([\d.]+) or more and ends below ([\d.]+), and success is at least (\d+) %. All pictures keep "
+        r".*?; (\d+) % keep their skin tone. .*? (\d+) % of the firefighters keep it",
         readme,
     ).groups()
     assert min(row[0] for row in prompted["before"]) >= float(start)
     assert max(row[0] for row in prompted["SAE recipe"]) < float(end)
     assert 100 * min(row[2] for row in prompted["SAE recipe"]) >= float(success)
-    assert round(prompted["SAE recipe"][0][4]) == int(age)  # the table begins with the doctors' presentation
+    # Occupation, age or presentation, skin tone, hair colour, background.
+    kept = [[min(row[3 + i] for row in prompted["SAE recipe"][first::2]) for i in range(5)] for first in (0, 1)]
+    assert all(own[0] == own[1] == own[4] == 100 and own[2] >= float(tone) for own in kept)
+    assert round(kept[0][3]) == round(prompted["SAE recipe"][4][6]) == int(hair)  # senior hair is grey: not by age
