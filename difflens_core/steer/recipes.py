@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..files import DiffLensError, as_half, load_tensors, refuse_whole_numbers, save_tensors
 from ..locate import CONTEXT, Context
@@ -91,6 +92,23 @@ class Recipe:
         if self.map:
             return (height, width) == self.map
         return height * width == self.levels.shape[-1] and (height == width or 1 in (height, width))
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Height and width of the map that the levels are of: `map`, or a square. None if it cannot be one."""
+        side = isqrt(self.levels.shape[-1])
+        return self.map or ((side, side) if side**2 == self.levels.shape[-1] else None)
+
+    def stretched(self, height: int, width: int) -> Recipe:
+        """The recipe for maps of another size: its levels, resampled linearly, as a picture would be."""
+
+        def resampled(values: Tensor) -> Tensor:
+            maps = values.float().flatten(0, -3).unflatten(-1, self.grid)
+            maps = F.interpolate(maps, (height, width), mode="bilinear", antialias=True)
+            return maps.flatten(2).reshape(*values.shape[:-1], -1).to(values.dtype)
+
+        context = self.context and replace(self.context, maps=resampled(self.context.maps))
+        return replace(self, levels=resampled(self.levels), context=context, map=(height, width))
 
     @property
     def kernel(self) -> int:

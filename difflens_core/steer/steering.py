@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ class Steering:
     _moved: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
     _contexts: dict[torch.device, Context] = field(default_factory=dict, compare=False, repr=False)
     _maps: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _sized: dict[tuple[int, int], Steering] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         recipe, sae = self.recipe, self.sae
@@ -108,6 +109,8 @@ class Steering:
         if not any(recipe.strength):
             return h
         self.check(h)  # also before its part of the sampling begins: sooner is better
+        if self.stretch(h):
+            return self.sized(h)(h, progress, images, unsteered)
         if not recipe.start <= progress <= recipe.end:
             return h
         t = self.tensors(h.device)
@@ -261,13 +264,32 @@ class Steering:
                     f"the recipe reads all of a {recipe.kernel} x {recipe.kernel} one. Sample at the size it was made "
                     "on."
                 )
-        elif recipe.mode not in WITHOUT_LEVELS and not recipe.fits(h.shape[2], h.shape[3]):
-            made_on = " x ".join(map(str, recipe.map)) if recipe.map else f"a square of {positions}"
+        elif self.stretch(h) and (not recipe.grid or (h.shape[3] == 1) != (recipe.grid[1] == 1)):
+            made_on = " x ".join(map(str, recipe.map)) if recipe.map else f"{positions} positions"
             raise DiffLensError(
-                f"recipe for {recipe.attribute}: the map at {recipe.site} has {h.shape[2:].numel()} positions "
-                f"({h.shape[2]} x {h.shape[3]}), the recipe was made on {positions} ({made_on}). Sample at the size it "
-                "was made on, or use mode scale."
+                f"recipe for {recipe.attribute}: the map at {recipe.site} is {h.shape[2]} x {h.shape[3]}, the recipe "
+                f"was made on {made_on}, and how the one lies on the other is not known. Use a recipe made on this "
+                "model, or mode scale."
             )
+
+    def stretch(self, h: Tensor) -> str:
+        """A sentence if the recipe was made on a map of another size than h (B x C x H x W), or ""."""
+        recipe = self.recipe
+        if recipe.mode in WITHOUT_LEVELS or recipe.kernel > 1 or recipe.fits(h.shape[2], h.shape[3]):
+            return ""
+        made_on, here = (" x ".join(map(str, size)) for size in (recipe.grid or (), h.shape[2:]))
+        return (
+            f"the recipe for {recipe.attribute} knows where things are on a map of {made_on}, and was stretched to "
+            f"{here}: it suits pictures in which things are at the same places."
+        )
+
+    def sized(self, h: Tensor) -> Steering:
+        """The same edit by a recipe for maps of the size of h, stretched once."""
+        size = (h.shape[2], h.shape[3])
+        if size not in self._sized:
+            recipe = self.recipe.stretched(*size)
+            self._sized[size] = replace(self, recipe=recipe, _moved={}, _contexts={}, _maps={}, _sized={})
+        return self._sized[size]
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """The recipe's tensors on `device`, moved once."""

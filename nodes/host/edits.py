@@ -23,6 +23,7 @@ from torch import Tensor
 from ...difflens_core.activations import Edit, Held, HoldingEdit, Rehearsal
 from ...difflens_core.activations import edit_site as hooked
 from ...difflens_core.files import DiffLensError
+from ...difflens_core.steer import Steering
 from ...difflens_core.targets import Log
 from .progress import log, named, tell
 from .runs import Account, Run, begin_run, part_of
@@ -152,7 +153,8 @@ class SiteEdit:
         told = self.settings.log
         told.numbers.append((run.numbers + run.first).numpy())
         elsewhere = begun.elsewhere(self.site) if begun and self.settings.hold else ""
-        told.said[:] = [*filter(None, [run.said, shortfall(run.account, self.site, self.settings.span), elsewhere])]
+        short = shortfall(run.account, self.site, self.settings.span)
+        told.said[:] = [*filter(None, [run.said, run.stretched, short, elsewhere])]
         for sentence in told.said:
             log.warning("%s: %s", self.node, sentence)
         if told.said:
@@ -213,6 +215,8 @@ class SiteEdit:
             return h
         run.count("chosen")
         parts = part_of(h, chosen, numbers, self.site)
+        if isinstance(self.edit, Steering):
+            run.stretched = run.stretched or self.edit.stretch(h)
         edited = [
             run.edit(chunk, run.progress, images) if mine else chunk
             for (chunk, images), mine in zip(parts, chosen, strict=True)

@@ -155,6 +155,7 @@ class Run:
     steps: list[float]
     first: int = 0  # number in the deal of the first picture of the batch
     said: str = ""
+    stretched: str = ""
     account: Account = field(default_factory=Account)
     progress: float = 0.0
     order: dict[int, str] = field(default_factory=dict)

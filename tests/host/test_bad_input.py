@@ -28,9 +28,6 @@ def bad_files(server):
     save_recipe(recipes / "height.safetensors", replace(recipe, attribute="height"))
     save_recipe(recipes / "inner_site.safetensors", replace(recipe, site="middle_block.0.qkv"))
     save_recipe(recipes / "flat_site.safetensors", replace(recipe, site="embed.0"))
-    save_recipe(
-        recipes / "small_map.safetensors", replace(recipe, levels=recipe.levels[..., :16], map=(4, 4), context=None)
-    )
     narrow = {name: getattr(recipe, name)[..., :100] for name in ("encoder", "decoder", "probe_weight")}
     normalisation = replace(recipe.normalisation, mean=recipe.normalisation.mean[:, :100])
     save_recipe(recipes / "narrow.safetensors", replace(recipe, normalisation=normalisation, context=None, **narrow))
@@ -105,7 +102,6 @@ BAD = {
     "another width": (recipe("narrow"), ("Steer: ", "100", "256")),
     "another width inside": (recipe("inner_site"), ("Steer: ", "768", "256")),
     "no map at the site": (recipe("flat_site"), ("Steer: ", "2 dimensions", "batch x channels")),
-    "another map": (recipe("small_map"), ("Steer: ", "64 positions", "made on 16")),
     "an unknown class": (steering(target="old"), ("Steer: ", '"old" is not understood', "young, adult, senior")),
     "an empty span": (steering(start_percent=0.8, end_percent=0.2), ("Steer: ", "0.8", "0.2")),
     "another picture size": (drawing, ("64 x 64", "128")),

@@ -77,6 +77,22 @@ def test_under_torch_compile(inside, toys, family, site):
     assert counters["frames"]["ok"] > 0, "nothing was compiled"
 
 
+@pytest.mark.parametrize("hold", ["off", "on"])
+def test_at_other_sizes_and_on_its_side_a_recipe_is_stretched_and_says_so(inside, toys, hold):
+    model, steer = inside.model("U-Net"), inside.pack_module("nodes.steer").Steer
+    recipe = toys.recipe(width=64, positions=64, steps=4, mode="move", strength=(1.0,) * 3)
+    recipe = replace(recipe, site="mid_block", model="", map=(8, 8))
+    for height, width in ((16, 16), (24, 16), (16, 24)):
+        latent = inside.latent("U-Net", height=height, width=width)
+        steered, dealt = steer.execute(
+            model, recipe, "uniform", 1.0, "from recipe", 0.0, 1.0, 0, 0, run=0, hold=hold
+        ).result
+        plain, found = (inside.sample(m, inside.prompt("U-Net", 1), latent=latent, steps=3) for m in (model, steered))
+        assert (found - plain).abs().max() > 0.01 * plain.std() and torch.isfinite(found).all()
+        sentences = [] if height == width else [f"stretched to {height // 2} x {width // 2}"]
+        assert all(part in said for part, said in zip(sentences, dealt[0].log.said, strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
 @pytest.mark.parametrize("family", ["avatars", "U-Net"])

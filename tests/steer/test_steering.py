@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from difflens_core.activations import Unsteered
 from difflens_core.experiments import causal_effect
@@ -199,11 +200,32 @@ def test_shift_leaves_alone_what_already_heads_for_its_class(toys):
     assert (changed[TARGETS == 1] < 1e-5).all() and (changed[TARGETS != 1] > 0.1).all()
 
 
-def test_a_site_of_another_width_or_size_is_refused(toys):
+def test_a_site_of_another_width_is_refused(toys):
     with pytest.raises(DiffLensError, match="is 7 wide, the recipe was made on 6"):
         steer(toys.recipe(), torch.zeros(8, 7, 2, 2))
-    with pytest.raises(DiffLensError, match=r"has 9 positions \(3 x 3\), the recipe was made on 4"):
-        steer(toys.recipe(), torch.zeros(8, 6, 3, 3))
+
+
+@pytest.mark.parametrize("size", [(3, 3), (4, 2), (1, 4)])
+@pytest.mark.parametrize("mode", ["reach", "shift", "add", "move"])
+def test_on_a_map_of_another_size_the_levels_are_stretched_as_a_picture_would_be(toys, mode, size):
+    recipe = toys.recipe(mode=mode, context=toys.context())
+    h = toys.random(0)(8, 6, *size)
+
+    def resized(maps):  # ... x 4, maps of 2 x 2, by Pillow's own resampling, a map at a time
+        rows = [
+            np.asarray(Image.fromarray(row.reshape(2, 2).float().numpy()).resize(size[::-1], Image.Resampling.BILINEAR))
+            for row in maps.reshape(-1, 4)
+        ]
+        return torch.from_numpy(np.stack(rows)).reshape(*maps.shape[:-1], -1).to(maps.dtype)
+
+    context = replace(recipe.context, maps=resized(recipe.context.maps))
+    own = replace(recipe, levels=resized(recipe.levels), context=context, map=size)
+    steering = Steering(recipe, lambda i: TARGETS[i])
+    said = f"a map of 2 x 2, and was stretched to {size[0]} x {size[1]}"
+    assert said in steering.stretch(h) and Steering(own, steering.target_of).stretch(h) == ""
+    found = steering(h, 0.4, IMAGES)
+    torch.testing.assert_close(found, steer(own, h), atol=2e-2, rtol=1e-2)
+    assert torch.equal(found, steering(h, 0.4, IMAGES)) and float((found - h).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("mode", WITHOUT_LEVELS)
