@@ -2,7 +2,7 @@
 
 from .capture import Draw, Edit, Kept, Sampler, at_step, capture, noise_batches
 from .captured import Activations
-from .rehearsal import Held, HoldingEdit, Rehearsal, Unsteered, draw_held, drawer, holds
+from .rehearsal import Held, HoldingEdit, Rehearsal, Shown, draw_held, drawer, holds
 from .sites import UPDATE, Whole, edit_site, find_site, from_map, reads_update, to_map
 from .store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, load_labels, open_store, record, save_labels
 
@@ -17,12 +17,12 @@ __all__ = [
     "Index",
     "Kept",
     "Rehearsal",
+    "Shown",
     "SAMPLES",
     "Sampler",
     "Shard",
     "Store",
     "UPDATE",
-    "Unsteered",
     "Whole",
     "at_step",
     "capture",

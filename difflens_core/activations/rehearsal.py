@@ -13,17 +13,13 @@ from torch import Tensor
 from ..files import DiffLensError
 from .capture import Draw, Edit, Sampler
 
+LET_GO = 0.25  # share of a picture's largest change from which a position may be drawn anew
 
-class Unsteered(NamedTuple):
-    """What a site put out (B x C x H x W) for the same pictures without the edit.
 
-    h: at this evaluation of the network, with the edits that come before; plain: the same without them; last: at the
-    last evaluation; progress: of that.
-    """
+class Shown(NamedTuple):
+    """What a site put out (B x C x H x W) at the last step of the same pictures without the edit; progress: of that."""
 
     h: Tensor
-    plain: Tensor
-    last: Tensor
     progress: float
 
 
@@ -35,8 +31,12 @@ class HoldingEdit(Protocol):
     @property
     def holds(self) -> bool: ...
 
-    def __call__(self, h: Tensor, progress: float, images: Tensor, unsteered: Unsteered | None = None) -> Tensor:
-        """h' for h (B x C x H x W), as `Edit`."""
+    def acts(self, progress: float) -> bool:
+        """Whether it is for this part of the sampling."""
+        ...
+
+    def __call__(self, h: Tensor, progress: float, images: Tensor, shown: Shown | None = None) -> Tensor:
+        """h' for h (B x C x H x W), as `Edit`; shown: where the edit reads what the pictures show."""
         ...
 
 
@@ -65,12 +65,13 @@ class Rehearsal:
 class Held:
     """`edit` on pictures that were drawn in `rehearsal` before; without one it does not hold.
 
-    earlier: edits of the site that hold and come before this one; visits: how often which activations were asked for.
+    chain: all edits of the site that hold, in their order; they hold together, in the last of them that acts. visits:
+    how often which activations were asked for.
     """
 
     edit: HoldingEdit
     rehearsal: Rehearsal | None = None
-    earlier: tuple[HoldingEdit, ...] = ()
+    chain: Sequence[HoldingEdit] = ()
     visits: Counter = field(default_factory=Counter)
 
     @property
@@ -80,13 +81,18 @@ class Held:
     def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
         if self.rehearsal is None:
             return self.edit(h, progress, images)
-        unsteered = self.recall(self.rehearsal, progress, tuple(images.tolist()))
-        for edit in self.earlier:  # what the site would put out but for this edit
-            unsteered = unsteered._replace(h=edit(unsteered.h, progress, images, unsteered))
-        return self.edit(h, progress, images, unsteered)
+        unsteered, shown = self.recall(self.rehearsal, progress, tuple(images.tolist()))
+        now = self.edit(h, progress, images, shown)
+        chain = [edit for edit in self.chain if edit.acts(progress)]
+        if not chain or self.edit is not chain[-1]:
+            return now
+        then = unsteered
+        for edit in chain:
+            then = edit(then, progress, images, shown)
+        return now if then is unsteered else mixed(now, then, then - unsteered, progress)
 
-    def recall(self, rehearsal: Rehearsal, progress: float, pictures: tuple[int, ...]) -> Unsteered:
-        """The first time's activations of these pictures at this progress.
+    def recall(self, rehearsal: Rehearsal, progress: float, pictures: tuple[int, ...]) -> tuple[Tensor, Shown]:
+        """The first time's activations of these pictures at this progress, and at the last step.
 
         Where the model is run at other steps than then (samplers that decide by themselves where to go, caches), the
         nearest serve. A step may take several evaluations: of conditionings for areas, or of a sampler of higher order.
@@ -101,22 +107,35 @@ class Held:
         same = [h for at, h in seen if at == nearest]
         h = same[self.visits[pictures, nearest] % len(same)]
         self.visits[pictures, nearest] += 1
-        return Unsteered(h, h, seen[-1][1], seen[-1][0])
+        return h, Shown(seen[-1][1], seen[-1][0])
+
+
+def mixed(now: Tensor, then: Tensor, change: Tensor, progress: float) -> Tensor:
+    """What a site that holds puts out, all B x C x H x W.
+
+    now: its output edited; then: that of the unsteered pictures edited; change: what the edits change of those. Early
+    steps lay out the picture and draw it all over again where they are steered, so they follow `then`; late ones draw
+    its edges, for which the model must see what it has drawn, and follow `now`. Where next to nothing is changed, all
+    steps follow `then`: everywhere else from `LET_GO` of the picture's largest change on. Where even half of that is
+    held on to in part, the outline of what a picture loses, such as long hair, shows through. A picture that is not
+    changed is left as it is.
+    """
+    size = torch.linalg.vector_norm(change, dim=1, keepdim=True, dtype=torch.float32)
+    largest = size.amax(dim=(2, 3), keepdim=True)
+    share = progress * (size / (LET_GO * largest)).clamp(max=1)
+    return torch.where(largest > 0, torch.lerp(then, now, share.to(now.dtype)), now)
 
 
 def second_time(edits: Sequence[Edit | HoldingEdit], rehearsal: Rehearsal) -> list[Edit]:
-    """The edits for the second time, those that hold as `Held`, each behind those before it at the rehearsal's site."""
-    found: list[Edit] = []
-    earlier: tuple[HoldingEdit, ...] = ()
-    for edit in edits:
+    """The edits for the second time; those that hold at the rehearsal's site do so together, others do not hold."""
+    chain = [edit for edit in edits if holds(edit) and edit.site == rehearsal.site]
+
+    def again(edit: Edit | HoldingEdit) -> Edit:
         if not holds(edit):
-            found.append(edit)
-        elif edit.site == rehearsal.site:
-            found.append(Held(edit, rehearsal, earlier))
-            earlier = (*earlier, edit)
-        else:
-            found.append(Held(edit))
-    return found
+            return edit
+        return Held(edit, rehearsal, chain) if edit.site == rehearsal.site else Held(edit)
+
+    return [again(edit) for edit in edits]
 
 
 def draw_held(draw: Callable[[Sequence[Edit]], Tensor], edits: Sequence[Edit | HoldingEdit]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..activations import Unsteered
+from ..activations import Shown
 from ..files import DiffLensError
 from ..locate import Context, contrast
 from ..sae import SparseAutoencoder
@@ -21,7 +21,6 @@ MAPPED = ("reach", "shift", "add", "add own", "add fixed", "add own fixed")  # m
 BY_LEVELS = ("reach", "shift", "add", "add own", "move", "clamp")
 CHUNK = 2**22  # pre-activations of the full SAE that are held at once
 CACHE_BYTES = 2**26  # for the decoded class maps
-LET_GO = 0.25  # share of a picture's largest change from which a position may be drawn anew
 GROUP = 16  # pre-activations a group in `kth_largest`
 
 
@@ -91,27 +90,28 @@ class Steering:
         """Whether pictures are to be drawn twice, see `activations.draw_held`."""
         return self.recipe.hold and any(self.recipe.strength)
 
+    def acts(self, progress: float) -> bool:
+        """Whether it is for this part of the sampling."""
+        return self.recipe.start <= progress <= self.recipe.end
+
     @property
     def rivals(self) -> SparseAutoencoder | None:
         """The full SAE whose other latents compete with the recipe's; without TopK their own thresholds decide."""
         return self.sae if self.sae and self.sae.activation == "topk" else None
 
-    def __call__(self, h: Tensor, progress: float, images: Tensor, unsteered: Unsteered | None = None) -> Tensor:
+    def __call__(self, h: Tensor, progress: float, images: Tensor, shown: Shown | None = None) -> Tensor:
         """Edited copy of h (B x C x H x W, any float type); images: B, indices in the run, on the CPU.
 
-        unsteered: what the site put out for these pictures when they were drawn without steering. Then the edit holds
-        on to them: what else a picture shows is read off its last step, and part of the result comes from editing the
-        unsteered activations instead of h: everything where the edit changes next to nothing, 1 - progress where it
-        changes much (`let_go`). Early steps lay out the picture and draw it all over again where they are steered; late
-        ones draw its edges, for which the model must see what it has drawn.
+        shown: what the site put out at the last step of the same pictures when they were drawn without steering: then
+        what else a picture shows is read off that, see `activations.Held`.
         """
         recipe = self.recipe
         if not any(recipe.strength):
             return h
         self.check(h)  # also before its part of the sampling begins: sooner is better
         if self.stretch(h):
-            return self.sized(h)(h, progress, images, unsteered)
-        if not recipe.start <= progress <= recipe.end:
+            return self.sized(h)(h, progress, images, shown)
+        if not self.acts(progress):
             return h
         t = self.tensors(h.device)
         step = recipe.normalisation.step_at(progress)
@@ -120,12 +120,8 @@ class Steering:
         if not steered.any():
             return h
         target, steered = target.clamp(min=0).to(h.device), steered.to(h.device)
-        if unsteered is None:
-            edited = h + self.change(h, target, self.traits(h, step, t), step, t, images)
-        else:
-            traits = self.traits(unsteered.last, recipe.normalisation.step_at(unsteered.progress), t)
-            now, then = (part + self.change(part, target, traits, step, t, images) for part in (h, unsteered.h))
-            edited = torch.lerp(then, now, progress * let_go(then - unsteered.plain))
+        read = (h, step) if shown is None else (shown.h, recipe.normalisation.step_at(shown.progress))
+        edited = h + self.change(h, target, self.traits(*read, t), step, t, images)
         return torch.where(steered[:, None, None, None], edited, h)
 
     def change(
@@ -308,17 +304,6 @@ class Steering:
                 moved |= {"sae_bias": sae.encoder_bias[order].to(device)}
             self._moved[device] = moved
         return self._moved[device]
-
-
-def let_go(change: Tensor) -> Tensor:
-    """How much of each position (B x 1 x H x W, 0 to 1) may be drawn anew, by how far it is changed (B x C x H x W).
-
-    All of it from `LET_GO` of the picture's largest change on. Where even half of the largest is held on to in part,
-    the outline of what a picture loses, such as long hair, shows through.
-    """
-    size = torch.linalg.vector_norm(change, dim=1, keepdim=True, dtype=torch.float32)
-    largest = size.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
-    return (size / (LET_GO * largest)).clamp(max=1).to(change.dtype)
 
 
 def resized(mask: Tensor, h: Tensor, images: Tensor) -> Tensor:

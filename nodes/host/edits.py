@@ -56,7 +56,7 @@ class Settings:
     many pictures came before this one, whose numbers go on after theirs, or -1 to count them here, those of one `deal`
     together; mark: tells the edit from others; log: takes what a run tells; node_id: the node of the page that shows
     it; numbered: whether the edit goes by the pictures' numbers, which are looked for in their noise; hold: whether
-    every run is drawn as it is first, for an edit that holds on to that.
+    every run is drawn as it is first, for an edit that holds on to that; rows: the conditioning it is for.
     """
 
     node: str
@@ -68,31 +68,35 @@ class Settings:
     node_id: str | None = None
     numbered: bool = True
     hold: bool = False
+    rows: str = ""
 
 
 @dataclass
 class Holding:
     """A run that is drawn twice, for all its edits that hold: the first time without any of them.
 
-    rehearsal: what the site of the first of them puts out then; edits: those that hold at that site.
+    rehearsal: what the site of the first of them puts out then, for the conditioning `rows`; edits: those that hold
+    there.
     """
 
     rehearsal: Rehearsal
+    rows: str
     rehearsing: bool = True
     edits: list[HoldingEdit] = field(default_factory=list)
 
-    def held(self, site: str, edit: HoldingEdit) -> Edit:
-        """The edit for the second time. At another site it does not hold: what it held on to would lack the others."""
-        if self.elsewhere(site):
+    def held(self, site: str, rows: str, edit: HoldingEdit) -> Edit:
+        """The edit for the second time. Elsewhere it does not hold: what it held on to would lack the others."""
+        if self.elsewhere(site, rows):
             return edit
         self.edits.append(edit)
-        return Held(edit, self.rehearsal, tuple(self.edits[:-1]))
+        return Held(edit, self.rehearsal, self.edits)
 
-    def elsewhere(self, site: str) -> str:
-        """A sentence if the site is another one, or ""."""
-        if site == self.rehearsal.site:
+    def elsewhere(self, site: str, rows: str) -> str:
+        """A sentence if the site or the conditioning is another one, or ""."""
+        if (site, rows) == (self.rehearsal.site, self.rows):
             return ""
-        return f"an edit before this one holds at {self.rehearsal.site}, so this one at {site} did not hold."
+        first, this = (f"{place} ({of})" for place, of in ((self.rehearsal.site, self.rows), (site, rows)))
+        return f"an edit before this one holds at {first}, so this one at {this} did not hold."
 
 
 def unchanged(h: Tensor, progress: float, images: Tensor) -> Tensor:
@@ -136,15 +140,15 @@ class SiteEdit:
         if not self.settings.hold:
             run, out = sample(edit)
         elif begun:
-            run, out = sample(begun.held(self.site, edit))
+            run, out = sample(begun.held(self.site, self.settings.rows, edit))
         else:
-            begun = Holding(Rehearsal(self.site))
+            begun = Holding(Rehearsal(self.site), self.settings.rows)
             setattr(guider, HOLDING, begun)
             try:
                 with undone(guider):
                     sample(begun.rehearsal, noise.clone(), latent_image.clone())
                 begun.rehearsing = False
-                run, out = sample(begun.held(self.site, edit))
+                run, out = sample(begun.held(self.site, self.settings.rows, edit))
             finally:
                 delattr(guider, HOLDING)
         run.finish()
@@ -152,7 +156,7 @@ class SiteEdit:
             check_account(run.account, self.site)
         told = self.settings.log
         told.numbers.append((run.numbers + run.first).numpy())
-        elsewhere = begun.elsewhere(self.site) if begun and self.settings.hold else ""
+        elsewhere = begun.elsewhere(self.site, self.settings.rows) if begun and self.settings.hold else ""
         short = shortfall(run.account, self.site, self.settings.span)
         told.said[:] = [*filter(None, [run.said, run.stretched, short, elsewhere])]
         for sentence in told.said:
@@ -319,4 +323,4 @@ def apply_site(
     model: ModelPatcher, site: str, edit: Edit, node: str, conditioning: str = "positive", **settings: Any
 ) -> ModelPatcher:
     """`edit_site` for the rows of a conditioning (one of CONDITIONINGS); settings: further ones of `Settings`."""
-    return edit_site(model, site, edit, follows(conditioning), Settings(node, **settings))
+    return edit_site(model, site, edit, follows(conditioning), Settings(node, rows=conditioning, **settings))

@@ -218,15 +218,20 @@ def test_exactly_the_rows_of_the_conditioning_are_edited_with_their_pictures_num
 
 
 class Held(Push):
-    """An edit that remembers what it is given of the unsteered pictures, and pushes or not."""
+    """An edit that remembers what it is given, and pushes or not. One that holds is given every map and then that of
+    the unsteered pictures.
+    """
 
     def __init__(self, log, amount):
         super().__init__(log)
         self.amount, self.seen, self.given = amount, [], []
 
-    def __call__(self, h, progress, images, unsteered=None):
+    def acts(self, progress):
+        return True
+
+    def __call__(self, h, progress, images, shown=None):
         self.seen.append(h.clone())
-        self.given.append(unsteered)
+        self.given.append(shown)
         return h + self.amount * self.of(images + 1, h)
 
 
@@ -258,10 +263,10 @@ def test_a_run_that_is_held_is_drawn_as_it_is_first_and_keeps_no_trace_of_that(i
     again, echo = drawn(0, hold=True)
     pushed, push = drawn(1, hold=True)
     assert torch.equal(plain, again) and not torch.equal(plain, pushed)
-    assert len(free.seen) == len(echo.given) == len(push.given) >= 2
-    for expected, one, other in zip(free.seen, echo.given, push.given, strict=True):
-        assert torch.equal(one.h, expected) and torch.equal(other.h, expected)
-    assert not torch.equal(push.seen[-1], free.seen[-1])
+    assert 2 * len(free.seen) == len(echo.seen) == len(push.seen) >= 4
+    for expected, one, other in zip(free.seen, echo.seen[1::2], push.seen[1::2], strict=True):
+        assert torch.equal(one, expected) and torch.equal(other, expected)
+    assert not torch.equal(push.seen[-2], free.seen[-1])
 
 
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "heun", "dpmpp_3m_sde", "dpmpp_2m_sde", "uni_pc", "lcm"])
@@ -277,7 +282,7 @@ def test_what_is_drawn_as_it_is_first_is_drawn_with_the_same_noise(inside, sampl
 
     (plain, free), (again, _), (_, push) = drawn(0, False), drawn(0, True), drawn(1, True)
     assert torch.equal(plain, again)
-    assert all(torch.equal(given.h, seen) for given, seen in zip(push.given, free.seen, strict=True))
+    assert all(torch.equal(one, seen) for one, seen in zip(push.seen[1::2], free.seen, strict=True))
 
 
 @pytest.mark.parametrize("sampler", ["dpm_adaptive", "dpm_fast"])
@@ -290,21 +295,25 @@ def test_a_sampler_that_chooses_its_steps_is_held_by_the_nearest(inside, sampler
 
 def test_two_that_hold_at_one_site_are_drawn_twice_in_all_and_one_elsewhere_says_that_it_does_not(inside):
     Log = inside.pack_module("difflens_core.targets").Log
-    first, between, second, last = Held(Log(), 1), Held(Log(), 0.5), Held(Log(), 0.1), Held(Log(), 0.1)
-    model, places = inside.model("SD1.5"), ("middle_block", "middle_block", "middle_block", "input_blocks.1.1")
-    for edit, place in zip((first, between, second, last), places, strict=True):
-        hold = edit is not between
-        model = inside.host.apply_site(model, place, edit, "Steer", log=edit.log, hold=hold)
-    inside.sample(model, inside.prompt("SD1.5", 1), latent=inside.latent("SD1.5", PICTURES), steps=3)
-    assert [len(edit.seen) for edit in (between, second, last)] == [6, 3, 3]
+    edits = first, between, second, negative, last = [Held(Log(), amount) for amount in (1, 0.5, 0.1, 0.1, 0.1)]
+    model, places = inside.model("SD1.5"), [*["middle_block"] * 4, "input_blocks.1.1"]
+    for edit, place in zip(edits, places, strict=True):
+        model = inside.host.apply_site(
+            model, place, edit, "Steer", "negative" if edit is negative else "positive", log=edit.log,
+            hold=edit is not between,
+        )  # fmt: skip
+    positive, other = inside.prompt("SD1.5", 1), inside.prompt("SD1.5", 2)
+    inside.sample(model, positive, other, 2.0, inside.latent("SD1.5", PICTURES), steps=3)
+    assert [len(edit.seen) for edit in (first, between, second, negative, last)] == [6, 6, 6, 3, 3]
     images = torch.arange(PICTURES)
     for step in range(3):
         unsteered = between.seen[step]
-        assert torch.equal(first.given[2 * step].h, unsteered)
-        torch.testing.assert_close(second.given[step].h, unsteered + first.of(images + 1, unsteered))
-    assert last.given == [None] * 3
+        assert torch.equal(first.seen[2 * step + 1], unsteered)
+        torch.testing.assert_close(second.seen[2 * step + 1], unsteered + first.of(images + 1, unsteered))
+    assert negative.given == last.given == [None] * 3
     assert first.log.said == second.log.said == between.log.said == [] and len(between.log.numbers) == 1
-    assert "holds at middle_block, so this one at input_blocks.1.1 did not" in last.log.said[0]
+    assert "holds at middle_block (positive), so this one at middle_block (negative) did not" in negative.log.said[0]
+    assert "so this one at input_blocks.1.1 (positive) did not" in last.log.said[0]
 
 
 def test_cancel_while_a_run_is_drawn_for_the_first_time_leaves_the_model_as_it_was(inside):

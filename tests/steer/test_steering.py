@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from difflens_core.activations import Unsteered
+from difflens_core.activations import Shown
 from difflens_core.experiments import causal_effect
 from difflens_core.files import DiffLensError
 from difflens_core.networks import sample, start_noise
@@ -25,7 +25,7 @@ from difflens_core.steer import (
     with_settings,
 )
 from difflens_core.steer.recipes import READING
-from difflens_core.steer.steering import kth_largest
+from difflens_core.steer.steering import BY_LEVELS, kth_largest
 from difflens_core.targets import LEFT_ALONE
 
 TARGETS = torch.tensor([0, 1, 2, 2, 1, 0, 2, 1])
@@ -368,19 +368,16 @@ def test_levels_go_by_what_else_a_picture_shows(toys, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_holding_mixes_in_the_edit_of_the_unsteered_pictures_by_what_they_show_in_the_end(toys, mode):
-    recipe, progress = toys.recipe(mode=mode, context=toys.context()), 1 / 3
-    h, before, last = (toys.activations(pictures=8, seed=seed).values[1] for seed in (2, 3, 4))
+def test_what_else_a_picture_shows_is_read_where_it_is_shown(toys, mode):
+    recipe = toys.recipe(mode=mode, context=toys.context())
+    h, last = (toys.activations(pictures=8, seed=seed).values[1] for seed in (2, 4))
     steering = Steering(recipe, lambda i: TARGETS[i])
     t = steering.tensors(h.device)
-    traits = recipe.context.traits(recipe.normalisation.apply(last, 2).mean(dim=1), 2) if "fixed" not in mode else None
-    parts = [part + steering.change(part, TARGETS, traits, 1, t, IMAGES) for part in (h, before)]
-    plain = before - 0.1 * before.flip(0)  # an edit of the site that came before this one
-    found = steering(h, progress, IMAGES, Unsteered(before, plain, last, 2 / 3))
-    size = (parts[1] - plain).square().sum(dim=1, keepdim=True).sqrt()
-    share = progress * (4 * size / size.amax(dim=(2, 3), keepdim=True)).clamp(max=1)
-    torch.testing.assert_close(found, (1 - share) * parts[1] + share * parts[0], atol=1e-5, rtol=1e-5)
-    assert float((found - steer(recipe, h, progress)).abs().max()) > 0.1
+    traits = recipe.context.traits(recipe.normalisation.apply(last, 2).mean(dim=1), 2) if mode in BY_LEVELS else None
+    expected = h + steering.change(h, TARGETS, traits, 1, t, IMAGES)
+    found = steering(h, 1 / 3, IMAGES, Shown(last, 2 / 3))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (float((found - steer(recipe, h, 1 / 3)).abs().max()) > 0.01) == (mode in BY_LEVELS)
 
 
 def test_pictures_held_do_not_depend_on_their_batch_and_those_left_alone_stay_to_the_bit(toys):
