@@ -115,10 +115,9 @@ def mixed(now: Tensor, then: Tensor, change: Tensor, progress: float) -> Tensor:
 
     now: its output edited; then: that of the unsteered pictures edited; change: what the edits change of those. Early
     steps lay out the picture and draw it all over again where they are steered, so they follow `then`; late ones draw
-    its edges, for which the model must see what it has drawn, and follow `now`. Where next to nothing is changed, all
-    steps follow `then`: everywhere else from `LET_GO` of the picture's largest change on. Where even half of that is
-    held on to in part, the outline of what a picture loses, such as long hair, shows through. A picture that is not
-    changed is left as it is.
+    its edges, for which the model must see what it has drawn, and follow `now`. Positions that change less than
+    `LET_GO` of the picture's largest change are held on to beyond that, in proportion; with a larger share, the outline
+    of what a picture loses, such as long hair, shows through. A picture that is not changed is left as it is.
     """
     size = torch.linalg.vector_norm(change, dim=1, keepdim=True, dtype=torch.float32)
     largest = size.amax(dim=(2, 3), keepdim=True)

@@ -87,17 +87,16 @@ class Recipe:
         """C of the site's activations."""
         return self.normalisation.mean.shape[1]
 
-    def fits(self, height: int, width: int) -> bool:
-        """Whether the levels are of such a map. Of one that is not known its sides may be, if it may be a square."""
-        if self.map:
-            return (height, width) == self.map
-        return height * width == self.levels.shape[-1] and (height == width or 1 in (height, width))
-
     @property
     def grid(self) -> tuple[int, int] | None:
         """Height and width of the map that the levels are of: `map`, or a square. None if it cannot be one."""
         side = isqrt(self.levels.shape[-1])
         return self.map or ((side, side) if side**2 == self.levels.shape[-1] else None)
+
+    def fits(self, height: int, width: int) -> bool:
+        """Whether the levels are of such a map, or, if theirs is not known, of as many tokens in a row."""
+        tokens = not self.map and 1 in (height, width) and height * width == self.levels.shape[-1]
+        return (height, width) == self.grid or tokens
 
     def stretched(self, height: int, width: int) -> Recipe:
         """The recipe for maps of another size: its levels, resampled linearly, as a picture would be."""

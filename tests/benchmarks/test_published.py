@@ -31,11 +31,6 @@ WIDTH = 8  # of the context
 
 
 @pytest.fixture(scope="module")
-def model(toys):
-    return toys.denoiser(context_width=WIDTH)
-
-
-@pytest.fixture(scope="module")
 def guidance(toys):
     draw = toys.random(20)
     return Guidance(draw(1, 4, WIDTH), draw(1, 4, WIDTH), 2.0)

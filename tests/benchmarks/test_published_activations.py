@@ -36,11 +36,6 @@ WIDTH, STEPS, CLASSES = 8, 3, 3  # of the context, of the sampling, of the attri
 
 
 @pytest.fixture(scope="module")
-def model(toys):
-    return toys.denoiser(context_width=WIDTH)
-
-
-@pytest.fixture(scope="module")
 def guidance(toys):
     draw = toys.random(30)
     return Guidance(draw(12, 4, WIDTH), draw(1, 4, WIDTH), 2.0)
