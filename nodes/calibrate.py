@@ -11,10 +11,18 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..difflens_core.activations import drawer
 from ..difflens_core.classifiers import ImageClassifier, seen, seen_classes
-from ..difflens_core.experiments import CalibrationOptions, Doses, asked_shares, calibrate, cross_effects
+from ..difflens_core.experiments import (
+    CalibrationOptions,
+    Doses,
+    asked_shares,
+    calibrate,
+    cross_effects,
+    weigh_latents,
+)
 from ..difflens_core.files import DiffLensError, digest
-from ..difflens_core.report import calibration_text, cross_chart, cross_table, dose_chart
+from ..difflens_core.report import calibration_text, cross_chart, cross_table, dose_chart, weighing_text
 from ..difflens_core.sae import SparseAutoencoder
 from ..difflens_core.steer import Recipe, plan_in_words, planned_targets
 from ..difflens_core.targets import parse_target
@@ -24,6 +32,8 @@ from .explore import experiment_inputs
 from .inputs import guidance_inputs, schedule_inputs, seed_input
 from .sockets import CATEGORY, SAE, Classifier, RecipeSocket, TargetsSocket
 from .steer import check_model
+
+WEIGHED_BY = 256  # pictures at most that tell what the features do
 
 
 class Calibrate(io.ComfyNode):
@@ -81,6 +91,14 @@ class Calibrate(io.ComfyNode):
                     tooltip="The SAE that the recipe was made from, if you will steer with it, too. Recipes from Load "
                     "Feature Files need it in modes that read the features.",
                 ),
+                io.Boolean.Input(
+                    "spare_others",
+                    default=True,
+                    optional=True,
+                    tooltip="First weigh the features by what they do, so that whatever else the classifier reads "
+                    "changes less. It differentiates through the model and takes the memory for that; a smaller batch "
+                    "of the latent takes less.",
+                ),
             ],
             outputs=[
                 RecipeSocket.Output(display_name="recipe", tooltip="The calibrated recipe, for Steer or Save Recipe."),
@@ -99,30 +117,34 @@ class Calibrate(io.ComfyNode):
         cls, model: Any, positive: list, latent_image: dict, vae: Any, classifier: ImageClassifier, recipe: Recipe,
         target: str, budget: int, tolerance: float, clear: float, only_where_needed: bool, steps: int,
         sampler_name: str, scheduler: str, seed: int, negative: list | None = None, cfg: float = 1.0,
-        sae: SparseAutoencoder | None = None,
+        sae: SparseAutoencoder | None = None, spare_others: bool = True,
     ) -> io.NodeOutput:  # fmt: skip
         host.warn(cls, check_model(model, recipe))
         check_classes(classifier, recipe)
         shares = parse_target(target, recipe.classes)
         options = CalibrationOptions(budget, tolerance, clear, only_where_needed, seed % 2**31)
-        node = cls.define_schema().display_name
-        draw = host.drawer(
-            model, positive, latent_image, vae, 2 * options.pictures, steps, sampler_name, scheduler, seed, node,
-            negative, cfg,
+        sampler = host.HostSampler(
+            model, positive, latent_image, steps, sampler_name, scheduler, seed, negative, cfg, vae,
+            cls.define_schema().display_name,
         )  # fmt: skip
+        noise = host.experiment_noise(sampler, 2 * options.pictures)
+        draw, batch = drawer(sampler, noise), len(latent_image["samples"])
         run = host.run_mark(model, positive, latent_image, negative, cfg, steps, sampler_name, scheduler, seed)
         grey = classifier.classify(torch.full((1, 64, 64, 3), 0.5))  # tells classifiers and face detectors apart
         reads = [grey[name].numpy().tobytes() for name in sorted(grey)]
-        settings = f"{target}{options}{sae is not None}"
+        settings = f"{target}{options}{sae is not None}{spare_others}"
         mark = digest(run, host.recipe_mark(recipe), settings, f"{sorted(grey)}", *reads)
         folder = host.temporary_file(f"difflens_calibration_{mark}")
-        report = host.progress_bar(budget)
+        weighing = min(WEIGHED_BY, options.pictures) if spare_others else 0
+        report = host.progress_bar(budget + 2 * weighing)
+        if weighing:
+            recipe = weigh_latents(
+                recipe, sampler, classifier, noise[:weighing], batch, lambda done: report(done, None)
+            )
 
         def on_batch(done: int, doses: Doses) -> None:
             started = any(doses.values())
-            report(done, host.preview(dose_chart(recipe.attribute, doses)) if started else None)
-
-        batch = len(latent_image["samples"])
+            report(2 * weighing + done, host.preview(dose_chart(recipe.attribute, doses)) if started else None)
 
         def read(images: Tensor) -> Tensor:
             return seen(classifier.classify(images), recipe.attribute)
@@ -132,6 +154,8 @@ class Calibrate(io.ComfyNode):
         record = found.info["calibration"]
         image = host.to_image(dose_chart(recipe.attribute, record["doses"]))
         text = calibration_text(recipe.attribute, recipe.classes, record)
+        if weighing:
+            text += "\n" + weighing_text(found.info["weighed"])
         return host.drawn(cls, image, found, image, text, json.dumps(record, indent=2), text=text)
 
 

@@ -2,6 +2,7 @@
 
 from .capture import Draw, Edit, Kept, Sampler, at_step, capture, noise_batches
 from .captured import Activations
+from .differentiable import Leaf, OnPrediction, differentiable
 from .rehearsal import Held, HoldingEdit, Rehearsal, Shown, draw_held, drawer, holds
 from .sites import UPDATE, Whole, edit_site, find_site, from_map, reads_update, to_map
 from .store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, load_labels, open_store, record, save_labels
@@ -16,6 +17,8 @@ __all__ = [
     "INDEX",
     "Index",
     "Kept",
+    "Leaf",
+    "OnPrediction",
     "Rehearsal",
     "SAMPLES",
     "Sampler",
@@ -26,6 +29,7 @@ __all__ = [
     "Whole",
     "at_step",
     "capture",
+    "differentiable",
     "draw_held",
     "drawer",
     "edit_site",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import DiffLensError
+from .differentiable import OnPrediction
 from .sites import edit_site
 from .store import DTYPES, INDEX, MOST, SAMPLES, Index, Shard, Store, read_index, record
 
@@ -90,6 +91,15 @@ class Sampler(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B x H x W x 3 in [0, 1], on the CPU) of finished latents."""
+        ...
+
+    def predict(
+        self, noise: Tensor, images: Tensor, site: str, steps: Sequence[int], on_prediction: OnPrediction
+    ) -> None:
+        """Sample as `sample` does, by Euler's method where there is a choice, and tell `on_prediction` of `steps`.
+
+        The pictures can be differentiated by what `site` puts out for the positive conditioning.
+        """
         ...
 
 

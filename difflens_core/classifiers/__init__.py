@@ -5,6 +5,7 @@ from .faces import load_face_finder
 from .loading import load_any_classifier
 from .readings import (
     NO_CLASS,
+    DifferentiableClassifier,
     ImageClassifier,
     decided,
     faces_missing,
@@ -21,6 +22,7 @@ from .zero_shot import ZeroShotClassifier, class_directions, parse_prompts
 
 __all__ = [
     "AttributeClassifier",
+    "DifferentiableClassifier",
     "ImageClassifier",
     "NO_CLASS",
     "ResNetClassifier",

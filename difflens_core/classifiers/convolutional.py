@@ -35,17 +35,26 @@ class AttributeClassifier(nn.Module):
         features = self.features(x).flatten(1)
         return {name: head(features) for name, head in self.heads.items()}
 
+    def logits(self, x: Tensor) -> dict[str, Tensor]:
+        """Logits (B x K) of every attribute for pictures B x 3 x H x W in [0, 1]; of another size they are resized."""
+        x = x * 2 - 1
+        if x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+        return self(x)
+
     @torch.inference_mode()
     def classify(self, images: Tensor, batch: int = 64) -> dict[str, Tensor]:
-        """See `ImageClassifier.classify`; pictures of another size than `size` are resized."""
+        """See `ImageClassifier.classify`."""
 
         def read(x: Tensor) -> dict[str, Tensor]:
-            x = x * 2 - 1
-            if x.shape[-2:] != (self.size, self.size):
-                x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-            return {name: logits.softmax(dim=1) for name, logits in self(x).items()}
+            return {name: logits.softmax(dim=1) for name, logits in self.logits(x).items()}
 
         return by_batches(images, batch, next(self.parameters()).device, read)
+
+    def log_probabilities(self, images: Tensor) -> dict[str, Tensor]:
+        """See `DifferentiableClassifier.log_probabilities`."""
+        x = images.to(next(self.parameters()).device).movedim(-1, 1)
+        return {name: logits.log_softmax(dim=1) for name, logits in self.logits(x).items()}
 
 
 def save_classifier(path: str | Path, model: AttributeClassifier, info: Mapping[str, Any]) -> None:

@@ -34,6 +34,17 @@ class ImageClassifier(Protocol):
         ...
 
 
+class DifferentiableClassifier(ImageClassifier, Protocol):
+    """A classifier that also tells how a picture would have to change to be read otherwise."""
+
+    def log_probabilities(self, images: Tensor) -> dict[str, Tensor]:
+        """Logarithms (n x K) of what `classify` gives, differentiable by images n x H x W x 3, on its own device.
+
+        With `NO_FACE` as it is there.
+        """
+        ...
+
+
 def left_out(attribute: str) -> str:
     """Name of a reading (n): how much of each picture a classifier gives to classes that the attribute leaves out."""
     return f"{attribute}: other classes"

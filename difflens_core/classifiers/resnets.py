@@ -31,12 +31,11 @@ class Readout:
     columns: tuple[tuple[int, ...], ...]
     whole: bool = True
 
-    def probabilities(self, logits: Tensor) -> Tensor:
+    def log_probabilities(self, logits: Tensor) -> Tensor:
         """n x classes from n x outputs."""
         part = logits[:, slice(*self.outputs)]
-        # logarithms, so that nothing is divided by a tiny sum
         sums = torch.stack([part[:, list(added)].logsumexp(dim=1) for added in self.columns], dim=1)
-        return sums.softmax(dim=1) if self.whole else (sums - part.logsumexp(dim=1, keepdim=True)).exp()
+        return sums.log_softmax(dim=1) if self.whole else sums - part.logsumexp(dim=1, keepdim=True)
 
     @property
     def missing(self) -> list[int]:
@@ -127,24 +126,33 @@ class ResNetClassifier(nn.Module):
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
+    def logits(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The network's outputs (B x outputs) for pictures B x 3 x H x W in [0, 1], and where no face was found."""
+        if self.faces is None:
+            found, told = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True), {}
+        else:
+            boxes = largest_faces(self.faces(x.detach()))
+            found, told = cut_out(x, boxes, self.size), {NO_FACE: boxes.isnan().any(dim=1)}
+        return self.network((found - self.mean) / self.std).float(), told
+
     @torch.inference_mode()
     def classify(self, images: Tensor, batch: int = 32) -> dict[str, Tensor]:
         """See `ImageClassifier.classify`."""
 
         def read(x: Tensor) -> dict[str, Tensor]:
-            if self.faces is None:
-                found, told = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True), {}
-            else:
-                boxes = largest_faces(self.faces(x))
-                found, told = cut_out(x, boxes, self.size), {NO_FACE: boxes.isnan().any(dim=1)}
-            logits = self.network((found - self.mean) / self.std).float()
+            logits, told = self.logits(x)
             for name, readout in self.readouts.items():
-                told[name] = readout.probabilities(logits)
+                told[name] = readout.log_probabilities(logits).exp()
                 if readout.missing:
                     told[left_out(name)] = readout.share_left_out(logits)
             return told
 
         return by_batches(images, batch, self.mean.device, read)
+
+    def log_probabilities(self, images: Tensor) -> dict[str, Tensor]:
+        """See `DifferentiableClassifier.log_probabilities`."""
+        logits, told = self.logits(images.to(self.mean.device).movedim(-1, 1))
+        return told | {name: readout.log_probabilities(logits) for name, readout in self.readouts.items()}
 
 
 def build_resnet(weights: Mapping[str, Tensor]) -> tuple[nn.Module, str]:

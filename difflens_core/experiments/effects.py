@@ -148,8 +148,9 @@ def keep_best(recipe: Recipe, score: Tensor, count: int, ranking: str) -> Recipe
     member = torch.zeros_like(recipe.member).scatter_(1, best.indices, best.values > -torch.inf)
     kept = member.any(dim=0)
     rows = {name: getattr(recipe, name)[kept] for name in ("features", "encoder", "bias", "threshold", "decoder")}
-    info = {name: value for name, value in recipe.info.items() if name != "calibration"}  # of other features
+    others = ("calibration", "weighed")  # what was found for all features together
+    info = {name: value for name, value in recipe.info.items() if name not in others}
     info["ranking"] = ranking
     context = recipe.context and replace(recipe.context, maps=recipe.context.maps[:, kept])
     levels = recipe.levels[:, :, kept]
-    return replace(recipe, **rows, member=member[:, kept], levels=levels, context=context, info=info)
+    return replace(recipe, **rows, member=member[:, kept], levels=levels, context=context, weight=None, info=info)

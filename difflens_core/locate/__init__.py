@@ -1,6 +1,14 @@
 """Which latents carry an attribute: probes, attribution, levels, and how well single latents tell the classes apart."""
 
-from .attribution import METHODS, Attribution, attribute_features, balancing_weights, contrast, integrated_gradients
+from .attribution import (
+    METHODS,
+    Attribution,
+    attribute_features,
+    balancing_weights,
+    contrast,
+    integrated_gradients,
+    tied,
+)
 from .gradients import integrated_gradients_of, picture_objective
 from .levels import CONTEXT, Context, Labelled, channel_rows, fit_levels, latent_rows
 from .probes import Probes, load_probes, save_probes, train_probes
@@ -26,5 +34,6 @@ __all__ = [
     "measure_separation",
     "picture_objective",
     "save_probes",
+    "tied",
     "train_probes",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..activations import Edit, Kept, at_step, draw_held, holds
-from ..files import digest, fingerprint, made_by, sums_mark
+from ..activations import Edit, Kept, Leaf, OnPrediction, at_step, differentiable, draw_held, holds
+from ..files import DiffLensError, digest, fingerprint, made_by, sums_mark
 
 if TYPE_CHECKING:  # sampling needs nothing of diffusers but what it is given
     from diffusers.models.modeling_utils import ModelMixin
@@ -72,8 +72,24 @@ class DiffusersSampler:
     @torch.inference_mode()
     def sample(self, noise: Tensor, images: Tensor, edits: Sequence[Edit] = (), kept: Sequence[Kept] = ()) -> Tensor:
         """See `Sampler.sample`."""
-        if any(map(holds, edits)):
-            return draw_held(lambda own: self.sample(noise, images, own, kept), edits)
+
+        def draw(edits: Sequence[Edit]) -> Tensor:
+            return self.run(noise, images, edits, kept)
+
+        return draw_held(draw, edits) if any(map(holds, edits)) else draw(edits)
+
+    def run(
+        self,
+        noise: Tensor,
+        images: Tensor,
+        edits: Sequence[Edit],
+        kept: Sequence[Kept] = (),
+        on_step: Callable[[int, Any], None] = lambda step, out: None,
+    ) -> Tensor:
+        """The scheduler's steps; on_step is told what it puts out, and what follows is not differentiated through that.
+
+        Else as `Sampler.sample`.
+        """
         scheduler, settings = self.started(), {}
         if "generator" in inspect.signature(scheduler.step).parameters:
             seeds = [(self.seed + STEP_SEEDS + int(image)) % 2**63 for image in images]
@@ -86,17 +102,42 @@ class DiffusersSampler:
             if self.negative is not None and self.cfg != 1:
                 away = self.network(scaled, timestep, **rows_of(self.negative, images, x)).sample
                 out = torch.lerp(away, out, self.cfg)
-            x = scheduler.step(out, timestep, x, **settings).prev_sample
+            result = scheduler.step(out, timestep, x, **settings)
+            on_step(step, result)
+            x = result.prev_sample.detach()
         return x
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """See `Sampler.decode`."""
+        return self.pictures(latents).cpu()
+
+    def pictures(self, latents: Tensor) -> Tensor:
+        """B x H x W x 3 in [0, 1], where the network is."""
         if self.vae is not None:
             config = self.vae.config
             latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
             latents = self.vae.decode(latents).sample
-        return (latents.float().cpu().movedim(1, -1) / 2 + 0.5).clamp(0, 1)
+        return (latents.float().movedim(1, -1) / 2 + 0.5).clamp(0, 1)
+
+    def predict(
+        self, noise: Tensor, images: Tensor, site: str, steps: Sequence[int], on_prediction: OnPrediction
+    ) -> None:
+        """See `Sampler.predict`. Raises `DiffLensError` if the scheduler does not tell what it predicts."""
+        leaf = Leaf(site)
+
+        def tell(step: int, result: Any) -> None:
+            if step not in steps or leaf.h is None:
+                return
+            if (x0 := getattr(result, "pred_original_sample", None)) is None:
+                raise DiffLensError(
+                    f"{type(self.scheduler).__name__} does not tell which picture it predicts on the way. Use a "
+                    "scheduler that does, such as DDIMScheduler or EulerDiscreteScheduler."
+                )
+            on_prediction(step, leaf.h, self.pictures(x0))
+
+        with differentiable(*filter(None, (self.network, self.vae))):
+            self.run(noise.clone(), images, [leaf], on_step=tell)
 
 
 def rows_of(given: Mapping[str, Tensor], images: Tensor, like: Tensor) -> dict[str, Tensor]:

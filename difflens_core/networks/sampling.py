@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations import Edit, Kept, at_step, draw_held, holds
+from ..activations import Edit, Kept, Leaf, OnPrediction, at_step, differentiable, draw_held, holds
 from ..files import fingerprint, made_by, sums_mark
 from .denoiser import Denoiser
 
@@ -47,13 +47,31 @@ def sample(
     kept: Sequence[Kept] = (),
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
+    """Pictures (B x 3 x H x W, in [-1, 1]) by `euler`, whose arguments it takes; edits that hold do."""
+
+    def draw(edits: Sequence[Edit]) -> Tensor:
+        return euler(model, noise, steps, edits, images, guidance, kept, on_step).clamp(-1, 1)
+
+    return draw_held(draw, edits) if any(map(holds, edits)) else draw(edits)
+
+
+def euler(
+    model: Denoiser,
+    noise: Tensor,
+    steps: int,
+    edits: Sequence[Edit],
+    images: Tensor | None,
+    guidance: Guidance | None,
+    kept: Sequence[Kept] = (),
+    on_step: Callable[[int], None] = lambda step: None,
+    on_prediction: Callable[[int, Tensor], None] = lambda step, x0: None,
+) -> Tensor:
     """Euler sampling of the rectified-flow ODE from sigma 1 to 0 in equal steps.
 
     noise: B x 3 x H x W; images: B, the pictures' numbers, from 0 if not given. Under guidance edits and `kept` see
-    what the prompt draws, never the unconditional half. Returns pictures (B x 3 x H x W, in [-1, 1]).
+    what the prompt draws, never the unconditional half. on_prediction is told the clean pictures (B x 3 x H x W) that a
+    step predicts; what follows is not differentiated through them.
     """
-    if any(map(holds, edits)):
-        return draw_held(lambda own: sample(model, noise, steps, own, images, guidance, kept, on_step), edits)
     x, images = noise, torch.arange(len(noise)) if images is None else images
     sigmas = torch.linspace(1, 0, steps + 1)
 
@@ -66,9 +84,11 @@ def sample(
             x0 = model(x, level, context(guidance.context if guidance else None))
         if guidance and guidance.cfg != 1:
             x0 = torch.lerp(model(x, level, context(guidance.empty)), x0, guidance.cfg)
+        on_prediction(i, x0)
+        x0 = x0.detach()
         x = x0 + (x - x0) * (following / sigma)
         on_step(i + 1)
-    return x.clamp(-1, 1)
+    return x
 
 
 @dataclass(frozen=True)
@@ -109,3 +129,17 @@ class DenoiserSampler:
     def decode(self, latents: Tensor) -> Tensor:
         """See `Sampler.decode`."""
         return latents.movedim(1, -1) / 2 + 0.5
+
+    def predict(
+        self, noise: Tensor, images: Tensor, site: str, steps: Sequence[int], on_prediction: OnPrediction
+    ) -> None:
+        """See `Sampler.predict`."""
+        leaf = Leaf(site)
+
+        def tell(step: int, x0: Tensor) -> None:
+            if step in steps and leaf.h is not None:
+                on_prediction(step, leaf.h, self.decode(x0).clamp(0, 1))
+
+        with differentiable(self.model):
+            guidance = self.guidance and self.guidance.of(images)
+            euler(self.model, noise.clone(), self.steps, [leaf], images, guidance, on_prediction=tell)

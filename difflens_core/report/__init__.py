@@ -17,6 +17,7 @@ from .findings import (
     ranking_table,
     scan_chart,
     scan_table,
+    weighing_text,
 )
 from .page import SHOWN, report_page
 from .text import report_text
@@ -45,4 +46,5 @@ __all__ = [
     "scan_table",
     "share_chart",
     "summary",
+    "weighing_text",
 ]

@@ -111,6 +111,18 @@ def calibration_text(attribute: str, classes: tuple[str, ...], record: dict[str,
     return "\n".join(lines)
 
 
+def weighing_text(weighed: dict[str, Any]) -> str:
+    """What the weighing of a recipe's features came to (`Recipe.info["weighed"]`), in a sentence."""
+    if "why" in weighed:
+        return f"The features were not weighed: {weighed['why']}."
+    spared = ", ".join(weighed["spared"]).replace("_", " ")
+    return (
+        f"Features weighed on {weighed['pictures']} pictures. On others than they are weighed on, "
+        f"{weighed['others']:.0%} is left of what they do to {spared}, and {weighed['own']:.0%} of what they do to the "
+        "attribute."
+    )
+
+
 def scan_table(found: Sequence[SiteEffect], attribute: str, classes: tuple[str, ...]) -> str:
     """The rows as text, shares in percent."""
     width = max(len(row.site) for row in found)

@@ -4,9 +4,10 @@ from .building import build_recipe, recipe_from_features
 from .controls import mean_difference, random_features, with_latents
 from .plans import plan_in_words, plan_moves, planned_targets
 from .recipes import MODES, WITHOUT_LEVELS, Recipe, at_dose, load_recipe, save_recipe, with_settings
-from .steering import Steering
+from .steering import BY_LEVELS, Steering
 
 __all__ = [
+    "BY_LEVELS",
     "MODES",
     "Recipe",
     "Steering",

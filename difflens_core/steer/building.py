@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..activations import Activations
 from ..files import DiffLensError
-from ..locate import Attribution, Labelled, Probes, fit_levels, latent_rows
+from ..locate import Attribution, Labelled, Probes, fit_levels, latent_rows, tied
 from ..sae import Normalisation, SparseAutoencoder
 from .recipes import UNKNOWN, Recipe, with_settings
 
@@ -53,7 +53,9 @@ def build_recipe(
     normalisation = Normalisation(attribution.progress, sae.normalisation.mean[rows], sae.normalisation.scale[rows])
     start, end = captured_part(attribution.progress)
     levels, context = attribution.levels[:, :, chosen], None
+    info = {"gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures}
     if labels is not None:
+        info["tied"] = [name for name, (_, of) in others.items() if tied(labels, of)]
         levels, context = fit_levels(
             activations, sae.normalisation, latent_rows(sae, chosen), labels, len(classes), others, on_step
         )
@@ -62,7 +64,7 @@ def build_recipe(
         member, levels, probe_weight, probe_bias, normalisation,
         strength=(1.0,) * len(classes), start=start, end=end,
         map=activations.map if sae.kernel == 1 else None, context=context, hold=True,
-        info={"gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures},
+        info=info,
     )  # fmt: skip
 
 

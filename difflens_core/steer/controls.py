@@ -34,7 +34,9 @@ def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, ot
         member=torch.ones(classes, recipe.width, dtype=torch.bool),
         levels=levels,
         context=context,
-        info={"control": "mean difference of the raw activations"},
+        weight=None,
+        info={name: recipe.info[name] for name in ("tied",) if name in recipe.info}
+        | {"control": "mean difference of the raw activations"},
     )
 
 
@@ -58,8 +60,8 @@ def with_latents(recipe: Recipe, sae: SparseAutoencoder, features: Tensor) -> Re
     recipe's own over all steps. What it reads stays: its own latents still tell how much to change.
     """
     decoder = sae.decoder[features]
-    own, other = (edit_norm(recipe.levels, rows).square().sum().sqrt() for rows in (recipe.decoder, decoder))
-    return replace(recipe, features=features, decoder=own / other.clamp(min=1e-12) * decoder)
+    own, other = (edit_norm(recipe.levels, rows).square().sum().sqrt() for rows in (recipe.writes, decoder))
+    return replace(recipe, features=features, decoder=own / other.clamp(min=1e-12) * decoder, weight=None)
 
 
 def edit_norm(levels: Tensor, decoder: Tensor) -> Tensor:

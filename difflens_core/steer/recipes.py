@@ -32,7 +32,8 @@ class Recipe:
     K x F, which latents belong to which class; levels: S x K x F x P, mean activity per step, class and position (no
     positions: not known); probe_weight: S x K x width and probe_bias: S x K read the class that a picture is about to
     show. mode, strength, start, end: how to edit, see `Steering`; hold: whether to hold on to the unsteered pictures,
-    which takes twice the time. model: fingerprint of the weights it was made on.
+    which takes twice the time. weight: F, how much of its change each latent makes, all of it if None. model:
+    fingerprint of the weights it was made on.
     map: height and width of the map whose positions they are, None if not known. context: how the levels differ by
     what else a picture shows, None if they are the same for all. info: provenance and figures.
     """
@@ -55,6 +56,7 @@ class Recipe:
     strength: tuple[float, ...] = ()
     start: float = 0.0
     end: float = 1.0
+    weight: Tensor | None = None
     map: tuple[int, int] | None = None
     context: Context | None = None
     hold: bool = False
@@ -76,6 +78,11 @@ class Recipe:
     @property
     def width(self) -> int:
         return self.decoder.shape[1]
+
+    @property
+    def writes(self) -> Tensor:
+        """What a unit of each latent's change adds to a row: F x width."""
+        return self.decoder if self.weight is None else self.weight[:, None] * self.decoder
 
     @property
     def needs_sae(self) -> bool:
@@ -129,7 +136,7 @@ TENSORS = (
 )  # fmt: skip
 # Features, width, classes, steps of the capture and of the normalisation, positions, channels, traits and maps.
 AXES = {
-    "features": "F", "encoder": "FW", "decoder": "FW", "bias": "F", "threshold": "F", "member": "KF",
+    "features": "F", "weight": "F", "encoder": "FW", "decoder": "FW", "bias": "F", "threshold": "F", "member": "KF",
     "levels": "SKFP", "context.weight": "SGW", "context.bias": "SG", "context.coefficients": "SKGR",
     "context.maps": "RFP", "probe_weight": "SKW", "probe_bias": "SK", "normalisation.progress": "N",
     "normalisation.mean": "NC", "normalisation.scale": "N",
@@ -156,6 +163,8 @@ def save_recipe(path: str | Path, recipe: Recipe) -> None:
         tensors[name] = as_half(tensors[name])
     tensors |= {f"normalisation.{name}": getattr(recipe.normalisation, name) for name in NORMALISATION}
     plain = {name: getattr(recipe, name) for name in PLAIN}
+    if recipe.weight is not None:
+        tensors["weight"] = recipe.weight
     if recipe.context:
         tensors |= {f"context.{name}": as_half(getattr(recipe.context, name)) for name in CONTEXT}
         plain["context"] = {name: list(classes) for name, classes in recipe.context.attributes.items()}
@@ -180,7 +189,7 @@ def load_recipe(path: str | Path) -> Recipe:
             context = Context(attributes, *(tensors.pop(f"context.{name}").float() for name in CONTEXT))
         parts = {name: info[name] for name in PLAIN} | {name: tensors[name] for name in TENSORS}
         parts["classes"], parts["strength"] = tuple(parts["classes"]), tuple(parts["strength"])
-        return Recipe(**parts, normalisation=normalisation, context=context)
+        return Recipe(**parts, normalisation=normalisation, context=context, weight=tensors.get("weight"))
     except DiffLensError as error:
         raise DiffLensError(f"{Path(path).name}: {error}") from error
 
@@ -189,8 +198,8 @@ def check_shapes(tensors: Mapping[str, Tensor]) -> None:
     """Raise `DiffLensError` if the parts of a recipe do not belong together."""
     sizes: dict[str, int] = {}
     for name, axes in AXES.items():
-        if name.startswith("context.") and name not in tensors:
-            continue  # levels that are the same for all pictures
+        if name.startswith(("context.", "weight")) and name not in tensors:
+            continue  # levels that are the same for all pictures, latents that make all of their change
         shape = tuple(tensors[name].shape)
         if len(shape) != len(axes) or any(sizes.setdefault(axis, n) != n for axis, n in zip(axes, shape, strict=True)):
             expected = " x ".join(str(sizes.get(axis, axis)) for axis in axes)

@@ -16,7 +16,7 @@ from ..sae import SparseAutoencoder
 from ..targets import LEFT_ALONE
 from .recipes import READING, WITHOUT_LEVELS, Recipe
 
-DEVICE_TENSORS = ("encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias")
+DEVICE_TENSORS = ("encoder", "bias", "threshold", "member", "levels", "probe_weight", "probe_bias")
 MAPPED = ("reach", "shift", "add", "add own", "add fixed", "add own fixed")  # modes that add maps of the classes
 BY_LEVELS = ("reach", "shift", "add", "add own", "move", "clamp")
 CHUNK = 2**22  # pre-activations of the full SAE that are held at once
@@ -31,8 +31,8 @@ class Steering:
     `target_of(images)` gives the class (B, int64) that pictures `images` (B, their indices in the run) are asked to
     show; LEFT_ALONE leaves a picture exactly as it is. The latents z of the recipe are changed to z' and the
     difference is written back through the decoder:
-    h' = h + scale_t D (z' - z); what the SAE does not explain stays as it was. With c the asked class, s its
-    strength, and "own" the latents that belong to c, per step and position:
+    h' = h + scale_t D w (z' - z), with w the recipe's weight of each latent; what the SAE does not explain stays as it
+    was. With c the asked class, s its strength, and "own" the latents that belong to c, per step and position:
 
     reach          z' = z + s (1 - way) (level_c - level_own), own being the probe's likeliest other class and way, at
                    most 1, how far z has come from level_own to level_c: <z - level_own, d> / <d, d> with d the
@@ -292,6 +292,7 @@ class Steering:
         if device not in self._moved:
             moved = {name: getattr(self.recipe, name).to(device) for name in DEVICE_TENSORS}
             moved["member"] = moved["member"].float()
+            moved["decoder"] = self.recipe.writes.to(device)
             moved |= {"mean": self.recipe.means.to(device)}
             moved |= {"scale": self.recipe.normalisation.scale.to(device)}
             moved |= {"strength": torch.tensor(self.recipe.strength, device=device)}

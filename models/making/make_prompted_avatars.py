@@ -35,6 +35,7 @@ from torch import nn
 
 from difflens_core.activations import Activations, capture, save_labels
 from difflens_core.classifiers import load_classifier, save_classifier
+from difflens_core.experiments import weigh_latents
 from difflens_core.files import fingerprint, load_tensors
 from difflens_core.locate import save_probes
 from difflens_core.networks import (
@@ -48,6 +49,7 @@ from difflens_core.networks import (
     load_denoiser,
     load_prompted,
     save_denoiser,
+    start_noise,
 )
 from difflens_core.report import image_grid
 from difflens_core.sae import load_sae, save_sae
@@ -75,6 +77,7 @@ RECIPE = {
     "success": 0.98,
     "tuning_pictures": 256,
     "tuning_seed": 3_100,
+    "weighing_seed": 3_150,
 }
 STEERED = ("presentation", "age")
 CFG = 2.0
@@ -162,6 +165,14 @@ def make_recipes() -> None:
     context = text.encode([f"portrait of a {job}" for job in jobs]).repeat_interleave(count // len(jobs), dim=0)
     guidance = Guidance(context, text.encode([""]), CFG)
 
+    def weigh(recipe: Recipe) -> Recipe:
+        return weigh_latents(
+            recipe,
+            DenoiserSampler(model, bench.STEPS, guidance),
+            classifier,
+            start_noise(RECIPE["tuning_pictures"], RECIPE["weighing_seed"]),
+        )
+
     def try_out(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
         after, targets = bench.run(model, count, recipe, RECIPE["tuning_seed"], guidance)
         return read_attributes(classifier, after)[recipe.attribute], torch.from_numpy(targets.first(count))
@@ -169,7 +180,7 @@ def make_recipes() -> None:
     for attribute in STEERED:
         recipe, probes, controls = make_recipe(
             attribute, portraits.ATTRIBUTES[attribute], activations, sae, read, fingerprint(model.state_dict()),
-            RECIPE, try_out,
+            RECIPE, weigh, try_out,
         )  # fmt: skip
         save_probes(PROBES / f"prompted_avatars_{attribute}.safetensors", probes)
         save_recipe(RECIPES / f"prompted_avatars_{attribute}.safetensors", recipe)
@@ -254,7 +265,8 @@ presentation or an age, so that rare classes come, too. Held-out figures: FVU {f
 
 ## Recipes
 One recipe of an attribute serves all prompts. The {r[per_class]} best latents of every class by the class mean
-difference. Their levels go by what else a picture shows. Strengths: the weakest of {r[strengths][shift]} that shows
+difference. Their levels go by what else a picture shows, and each is weighed by what it does to the other attributes,
+on as many pictures of seed {r[weighing_seed]}. Strengths: the weakest of {r[strengths][shift]} that shows
 the class asked for in at least {r[success]:.0%} of its pictures, on {r[tuning_pictures]} pictures of the four
 occupations, seed {r[tuning_seed]}. The benchmark uses other seeds.
 

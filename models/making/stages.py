@@ -146,18 +146,22 @@ TryOut = Callable[[Recipe], tuple[Tensor, Tensor]]
 
 def make_recipe(
     attribute: str, classes: tuple[str, ...], activations: Activations, sae: SparseAutoencoder,
-    read: Labelled, fingerprint: str, c: Options, try_out: TryOut,
+    read: Labelled, fingerprint: str, c: Options, weigh: Callable[[Recipe], Recipe], try_out: TryOut,
 ) -> tuple[Recipe, Probes, dict[str, Recipe]]:  # fmt: skip
-    """Recipe of an attribute with strengths found by `try_out`, its probes, and the controls to compare it with."""
+    """Recipe of an attribute, its probes, and the controls to compare it with.
+
+    Its latents are weighed by `weigh`, and then its strengths found by `try_out`.
+    """
     labels, others = read[attribute][1], {name: other for name, other in read.items() if name != attribute}
     probes = train_probes(activations, sae, labels, attribute, classes)
     weights = balancing_weights(labels, [other for _, other in others.values()])
     attribution = attribute_features(activations, sae, probes, labels, weights=weights)
     recipe = build_recipe(attribution, sae, probes, activations, c["per_class"], fingerprint, labels, others)
-    recipe = tuned(with_settings(recipe, start=c["start"], mode=c["modes"][attribute]), c, try_out)
+    recipe = tuned(weigh(with_settings(recipe, start=c["start"], mode=c["modes"][attribute])), c, try_out)
+    print(f"{attribute} weighed: {recipe.info['weighed']}", flush=True)
     controls = {
         "random": random_features(recipe, sae, seed=1),
-        "mean_difference": mean_difference(recipe, activations, labels, others),
+        "mean_difference": weigh(mean_difference(recipe, activations, labels, others)),
     }
     return recipe, probes, controls
 

@@ -56,7 +56,7 @@ from .progress import (
     warn,
 )
 from .runs import progress_of
-from .sampling import SAMPLERS, SCHEDULERS, capture, drawer, run_mark
+from .sampling import SAMPLERS, SCHEDULERS, HostSampler, capture, drawer, experiment_noise, run_mark
 from .sites import own_name, site_width, some_sites
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "CLASSIFIERS",
     "CONDITIONINGS",
     "HostedClassifier",
+    "HostSampler",
     "MODELS",
     "RECIPES",
     "SAES",
@@ -82,6 +83,7 @@ __all__ = [
     "content_mark",
     "ddim_sigmas",
     "drawer",
+    "experiment_noise",
     "drawn",
     "find_features",
     "find_file",

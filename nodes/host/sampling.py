@@ -19,7 +19,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...difflens_core.activations import Draw, Edit, Kept, Store, noise_batches
+from ...difflens_core.activations import Draw, Edit, Kept, Leaf, OnPrediction, Store, differentiable, noise_batches
 from ...difflens_core.activations import capture as capture_with
 from ...difflens_core.activations import drawer as draw_with
 from ...difflens_core.files import DiffLensError, digest
@@ -171,6 +171,33 @@ class HostSampler:
         """See `Sampler.decode`."""
         return self.vae.decode(latents).float().cpu()
 
+    def predict(
+        self, noise: Tensor, images: Tensor, site: str, steps: Sequence[int], on_prediction: OnPrediction
+    ) -> None:
+        """See `Sampler.predict`: by Euler's method over the schedule, whatever the sampler."""
+        leaf, inner = Leaf(site), self.model.model
+        edit = functools.partial(numbered, leaf, images)
+        model = edit_site(self.model, site, edit, follows_first, Settings(self.node, numbered=False))
+
+        def euler(
+            predict: Callable, x: Tensor, sigmas: Tensor, extra_args: dict, callback: Any, disable: Any
+        ) -> Tensor:
+            for step, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+                x0 = predict(x, sigma * x.new_ones(len(x)), **extra_args)
+                if step in steps and leaf.h is not None:
+                    on_prediction(step, leaf.h, self.vae.decode(inner.process_latent_out(x0)).float())
+                x0 = x0.detach()
+                x = x0 + (x - x0) * (following / sigma)
+                self.on_step(images, step, x0, x, len(sigmas) - 1)
+            return x
+
+        with differentiable(inner.diffusion_model, self.vae.first_stage_model):
+            comfy.sample.sample_custom(
+                model, noise.to(self.start.dtype, copy=True), self.cfg, comfy.samplers.KSAMPLER(euler), self.sigmas,
+                self.positive, self.negative or self.positive, self.start[images % len(self.start)].clone(),
+                disable_pbar=True, seed=(self.seed + int(images[0])) % 2**64,
+            )  # fmt: skip
+
 
 def numbered(edit: Edit, images: Tensor, rows: Tensor, progress: float, places: Tensor) -> Tensor:
     """The edit of rows of pictures `images`, whose noise was chosen by the core and tells nothing of their numbers."""
@@ -217,14 +244,19 @@ def capture(
     )  # fmt: skip
 
 
+def experiment_noise(sampler: HostSampler, pictures: int) -> Tensor:
+    """The noises of a run of `pictures`, as for a KSampler. Refuses samplers that add noise."""
+    check_noiseless(sampler.sampler_name)
+    (noise,) = noise_batches(sampler.shape, pictures, sampler.seed, pictures)
+    return noise
+
+
 def drawer(
     model: ModelPatcher, positive: list, latent: dict, vae: comfy.sd.VAE, pictures: int, steps: int, sampler_name: str,
     scheduler: str, seed: int, node: str, negative: list | None = None, cfg: float = 1.0,
 ) -> Draw:  # fmt: skip
     """`Draw` that samples from the noises of a run of `pictures`. Refuses samplers that add noise."""
-    check_noiseless(sampler_name)
     sampler = HostSampler(
         model, positive, latent, steps, sampler_name, scheduler, seed, negative, cfg, vae, node
     )  # fmt: skip
-    (noise,) = noise_batches(sampler.shape, pictures, seed, pictures)
-    return draw_with(sampler, noise)
+    return draw_with(sampler, experiment_noise(sampler, pictures))

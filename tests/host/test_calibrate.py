@@ -13,7 +13,7 @@ from small_graphs import AVATARS, Avatars, cancel_in, latents, refusal, text_of
 
 from difflens_core.activations import drawer
 from difflens_core.classifiers import load_classifier as read_classifier
-from difflens_core.experiments import CalibrationOptions, calibrate
+from difflens_core.experiments import CalibrationOptions, calibrate, weigh_latents
 from difflens_core.networks import DenoiserSampler, load_denoiser, start_noise
 from difflens_core.steer import load_recipe, plan_moves
 
@@ -36,7 +36,8 @@ def test_calibrate_finds_what_the_core_finds_and_goes_on_after_cancel(server):
     graph.add("DiffLensSaveRecipe", recipe=node[0], name="calibrated")
     shown = graph.show(node[3])
 
-    cancel_in(server, graph, node, after=16)
+    weighing = 2 * (BUDGET // 5)  # pictures before the calibration begins
+    cancel_in(server, graph, node, after=weighing + 16)
     assert len([*(server.base / "temp").glob("difflens_calibration_*")]) == 1
 
     seen = []
@@ -47,15 +48,17 @@ def test_calibrate_finds_what_the_core_finds_and_goes_on_after_cancel(server):
             seen.append(state["value"])
 
     entry = server.run(to_api(graph), on_progress=first)
-    assert min(seen) > 8, "what was drawn before Cancel was drawn again"
+    assert min(done for done in seen if done > weighing) > weighing + 8, "what was drawn before Cancel was drawn again"
     assert not [*(server.base / "temp").glob("difflens_calibration_*")]
 
     record = json.loads(text_of(entry, shown))
     recipe = shipped("presentation")
     model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
     classifier = read_classifier(AVATARS / "difflens_classifiers" / "avatars.safetensors")
+    sampler, noise = DenoiserSampler(model, STEPS), start_noise(2 * (BUDGET // 5), SEED)
+    weighed = weigh_latents(recipe, sampler, classifier, noise[: BUDGET // 5], 8)
     expected = calibrate(
-        recipe, drawer(DenoiserSampler(model, STEPS), start_noise(2 * (BUDGET // 5), SEED)),
+        weighed, drawer(sampler, noise),
         lambda pictures: classifier.classify(pictures)["presentation"], np.full(2, 0.5),
         CalibrationOptions(BUDGET, clear=0.9, only_where_needed=True, seed=SEED), 8,
     )  # fmt: skip
@@ -63,7 +66,22 @@ def test_calibrate_finds_what_the_core_finds_and_goes_on_after_cancel(server):
     assert record["start"]["fd"] == pytest.approx(expected.info["calibration"]["start"]["fd"], abs=2e-3)
     assert record["fresh"]["fd"] == pytest.approx(expected.info["calibration"]["fresh"]["fd"], abs=0.02)
     kept = load_recipe(server.base / "models" / "difflens_recipes" / "calibrated.safetensors")
+    torch.testing.assert_close(kept.weight, weighed.weight, rtol=0.02, atol=0.02)
+    left = kept.info["weighed"]
+    assert left["spared"] == weighed.info["weighed"]["spared"]
     assert kept.strength == pytest.approx(expected.strength, rel=1e-3) and kept.info["calibration"] == record
+
+
+def test_features_can_be_left_as_they_are(server):
+    graph = Avatars(pictures=8)
+    settings = {**CALIBRATE, "spare_others": False}
+    node = graph.experiment("DiffLensCalibrate", recipe=graph.recipe(PRESENTATION), **settings)
+    graph.add("DiffLensSaveRecipe", recipe=node[0], name="as it was")
+    shown = graph.show(node[2])
+    assert "weighed" not in text_of(server.run(to_api(graph)), shown)
+    kept = load_recipe(server.base / "models" / "difflens_recipes" / "as it was.safetensors")
+    given = shipped("presentation").weight
+    assert kept.weight is given is None or torch.equal(kept.weight, given)
 
 
 def test_a_plan_for_two_attributes_is_met_and_leaves_the_rest_alone(server):

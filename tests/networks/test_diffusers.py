@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     EulerDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 
 from difflens_core.activations import Kept, Sampler, capture, noise_batches
+from difflens_core.files import DiffLensError
 from difflens_core.networks import DiffusersSampler
 from difflens_core.sae import TrainingOptions
 
@@ -120,6 +123,22 @@ def test_edits_and_capture_see_what_the_prompt_draws_alone(sampler):
         handle.remove()
     torch.testing.assert_close(kept.taken()[0].movedim(-1, 1), seen[0], atol=1e-5, rtol=1e-5)
     assert torch.equal(sampler.sample(noise, images), plain) and not sampler.network.mid_block._forward_hooks
+
+
+def test_predicted_pictures_can_be_differentiated_by_the_prompts_half(sampler):
+    noise, images, told = noise_of(sampler, 2), torch.arange(2), {}
+
+    def look(step, h, pictures):
+        (told[step],) = torch.autograd.grad(pictures[1, 2, 3, 0], h)
+        assert pictures.shape[1:] == sampler.decode(sampler.sample(noise, images)).shape[1:]
+
+    sampler.predict(noise, images, "mid_block", [1, STEPS - 1], look)
+    assert [*told] == [1, STEPS - 1] and not told[1][0].any() and told[1][1].any()
+    guided = told[STEPS - 1]
+    replace(sampler, cfg=1.0).predict(noise, images, "mid_block", [0], look)
+    assert not torch.equal(told[0], guided)
+    with pytest.raises(DiffLensError, match="PNDMScheduler does not tell which picture"):
+        replace(sampler, scheduler=PNDMScheduler()).predict(noise, images, "mid_block", [0], look)
 
 
 def test_a_store_is_gone_on_with_by_the_same_sampler_alone(sampler, tmp_path):

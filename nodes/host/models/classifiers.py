@@ -13,6 +13,7 @@ from comfy.sd import CLIP
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ....difflens_core.activations import differentiable
 from ....difflens_core.classifiers import join_readings
 from ....difflens_core.files import DiffLensError
 
@@ -36,6 +37,12 @@ class HostedClassifier:
             comfy.model_management.throw_exception_if_processing_interrupted()
             parts.append(self.classifier.classify(batch))
         return join_readings(parts)
+
+    def log_probabilities(self, images: Tensor) -> dict[str, Tensor]:
+        """See `DifferentiableClassifier.log_probabilities`."""
+        comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
+        with differentiable(self.classifier):
+            return self.classifier.log_probabilities(images)
 
 
 PAIRS = (

@@ -1,0 +1,200 @@
+"""How much of its change each latent of a recipe makes: so that the attribute moves as before, and others less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..activations import Sampler
+from ..classifiers import (
+    NO_CLASS,
+    DifferentiableClassifier,
+    ImageClassifier,
+    decided,
+    other_attributes,
+    seen,
+    seen_classes,
+)  # fmt: skip
+from ..locate import tied
+from ..steer import BY_LEVELS, Recipe, Steering
+
+EVERY = 2  # of the steps in the recipe's part of the sampling are looked at
+SPARE, KEEP = 30.0, 300.0  # what the others' change and the attribute's cost, beside that of the edit
+
+
+@dataclass
+class Products:
+    """Sums over pictures and steps that tell what an edit with weights w (F) does, each as a product w^T M w.
+
+    edit: its squared size; own, others: its squared effects on the log-odds of the attribute and of all others.
+    """
+
+    edit: Tensor
+    own: Tensor
+    others: Tensor
+
+    @classmethod
+    def none(cls, latents: int) -> Products:
+        """Of no pictures."""
+        return cls(*torch.zeros(3, latents, latents, dtype=torch.float64))
+
+    def add(self, change: Tensor, decoder: Tensor, gradients: Tensor) -> None:
+        """Pictures at a step: change of their latents (B x F x P), decoder rows (F x width), and the gradients of the
+        attribute's log-odds and of the others' (2 x B x width x P)."""
+        size = (decoder @ decoder.T) * torch.einsum("bfp,bgp->fg", change, change)
+        effects = (torch.einsum("ebwp,fw->ebfp", gradients, decoder) * change).sum(dim=3)
+        own, others = torch.einsum("ebf,ebg->efg", effects, effects).double().cpu()
+        self.edit = self.edit + size.double().cpu()  # not in place: a host may have begun them in inference mode
+        self.own, self.others = self.own + own, self.others + others
+
+    def with_(self, other: Products) -> Products:
+        """Those of both sets of pictures."""
+        return Products(self.edit + other.edit, self.own + other.own, self.others + other.others)
+
+    def shares(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The three over their values at w = 1."""
+        return tuple(m / m.sum().clamp(min=1e-30) for m in (self.edit, self.own, self.others))  # type: ignore[return-value]
+
+    def solve(self) -> Tensor:
+        """The weights (F) nearest to 1 that keep the effect on the attribute and lessen that on the others.
+
+        The minimum of edit(w - 1) + KEEP own(w - 1) + SPARE others(w): linear, as all are quadratic. A trace of the
+        mean keeps latents that never change at 1.
+        """
+        edit, own, others = self.shares()
+        trace = 1e-6 * edit.diagonal().mean() + 1e-12
+        near = edit + KEEP * own + trace * torch.eye(len(edit), dtype=torch.float64)
+        return torch.linalg.solve(near + SPARE * others, near.sum(dim=1)).float()
+
+    def left(self, weight: Tensor) -> dict[str, float]:
+        """Size and effects of the edit under such weights (F), root mean squares, where 1 is without them."""
+        w = weight.double()
+        names = ("edit", "own", "others")
+        return {name: float((w @ m @ w).sqrt()) for name, m in zip(names, self.shares(), strict=True)}
+
+
+def nothing_to_spare(recipe: Recipe, classifier: ImageClassifier) -> str:
+    """Why the latents cannot be weighed, or ""."""
+    if recipe.mode not in BY_LEVELS:
+        return f"mode {recipe.mode} does not go by levels"
+    if not hasattr(classifier, "log_probabilities"):
+        return "the classifier does not tell how a picture would have to change to be read otherwise"
+    if not other_attributes(classifier.attributes, recipe.attribute):
+        return f"the classifier reads nothing but {recipe.attribute}"
+    return ""
+
+
+def weigh_latents(
+    recipe: Recipe,
+    sampler: Sampler,
+    classifier: ImageClassifier,
+    noise: Tensor,
+    batch: int = 32,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> Recipe:
+    """The recipe with a weight for each latent under which it moves its attribute as before and the others least.
+
+    Each of `noise` (n x shape) is drawn twice without steering: first to see what it shows, then to differentiate. At
+    every other step the classifier reads the finished picture that the network predicts. By the gradient of its
+    log-odds with respect to the site, a latent that goes from the level of the picture's class to that of another
+    adds, to the first order, J[a, f] = sum over positions of change[f] <D_f, gradient_a>; `Products` says what is
+    solved. The other attributes need one gradient in all: with signs drawn at random for each of them the square of
+    the sum is the sum of squares on average.
+
+    What comes with the class, such as a beard, is left out: attributes that are `tied` to it in the pictures that the
+    recipe was made on, or, if it does not tell, in these. The result does not depend on the batch. Where there is
+    nothing to go by, the recipe stays as it is, and its info["weighed"] tells why.
+    """
+    if why := nothing_to_spare(recipe, classifier):
+        return with_figures(recipe, {"why": why})
+    labels = read_classes(sampler, classifier, noise, batch, on_batch)
+    own = labels[recipe.attribute]
+    others = other_attributes(classifier.attributes, recipe.attribute)
+    left_out = recipe.info.get("tied", [name for name in others if tied(own, labels[name])])
+    spared = [name for name in others if name not in left_out]
+    if not spared or len(own[own != NO_CLASS].unique()) < 2:
+        why = "all show one class" if spared else "every other attribute comes with the class"
+        return with_figures(recipe, {"why": f"among {len(noise)} pictures {why}"})
+    steering = Steering(replace(recipe, weight=None), torch.Tensor.long)
+    steps = [s for s, at in enumerate(sampler.progress) if recipe.start <= at <= recipe.end][::EVERY]
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (len(sampler.progress), len(spared), len(noise)), generator=generator) * 2.0 - 1
+    halves = [Products.none(len(recipe.features)) for _ in range(2)]
+
+    def look(images: Tensor, step: int, h: Tensor, pictures: Tensor) -> None:
+        told = cast(DifferentiableClassifier, classifier).log_probabilities(pictures)
+        known = {name: (labels[name][images] != NO_CLASS) & decided(told).cpu() for name in (recipe.attribute, *spared)}
+        odds = {name: log_odds(told[name], labels[name][images]) * known[name].to(told[name]) for name in known}
+        others = sum(
+            odds[name] * sign.to(odds[name]) for name, sign in zip(spared, signs[step][:, images], strict=True)
+        )
+        gradients = torch.stack([
+            torch.autograd.grad(odds[recipe.attribute].sum(), h, retain_graph=True)[0],
+            torch.autograd.grad(others.sum(), h)[0],
+        ])  # fmt: skip
+        with torch.no_grad():
+            for half, products in enumerate(halves):
+                mine = images % 2 == half
+                part = h.detach()[mine], own[images[mine]], gradients[:, mine]
+                add(products, steering, sampler.progress[step], *part)
+
+    for images in torch.arange(len(noise)).split(batch):
+        sampler.predict(noise[images], images, recipe.site, steps, partial(look, images))
+        on_batch(len(noise) + int(images[-1]) + 1)
+    weight = halves[0].with_(halves[1]).solve()
+    figures = {"pictures": len(noise), "spared": spared, **left_elsewhere(*halves)}
+    return with_figures(replace(recipe, weight=weight), figures)
+
+
+def left_elsewhere(one: Products, other: Products) -> dict[str, float]:
+    """What `Products.left` tells of weights on other pictures than they were found on, by both halves."""
+    there, back = other.left(one.solve()), one.left(other.solve())
+    return {name: (there[name] + back[name]) / 2 for name in there}
+
+
+def with_figures(recipe: Recipe, weighed: Mapping[str, object]) -> Recipe:
+    """The recipe with what its info["weighed"] is to tell."""
+    return replace(recipe, info={**recipe.info, "weighed": dict(weighed)})
+
+
+def read_classes(
+    sampler: Sampler, classifier: ImageClassifier, noise: Tensor, batch: int, on_batch: Callable[[int], None]
+) -> Mapping[str, Tensor]:
+    """Which class of each attribute (n, int64, or NO_CLASS) the unsteered pictures show."""
+    parts = []
+    for images in torch.arange(len(noise)).split(batch):
+        read = classifier.classify(sampler.decode(sampler.sample(noise[images], images)))
+        parts.append({name: seen_classes(seen(read, name)) for name in classifier.attributes})
+        on_batch(int(images[-1]) + 1)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def log_odds(log_probabilities: Tensor, classes: Tensor) -> Tensor:
+    """log p - log (1 - p) of each row's class (B, NO_CLASS as the first): B, exact where p rounds to 1."""
+    own = nn.functional.one_hot(classes.clamp(min=0), log_probabilities.shape[1]).bool().to(log_probabilities.device)
+    rest = log_probabilities.masked_fill(own, -torch.inf).logsumexp(dim=1)
+    return log_probabilities.masked_fill(~own, -torch.inf).logsumexp(dim=1) - rest
+
+
+def add(
+    products: Products, steering: Steering, progress: float, h: Tensor, own: Tensor, gradients: Tensor
+) -> None:  # fmt: skip
+    """Add pictures of classes `own` (B) to the products: at this progress, asked for each of the other classes.
+
+    h: B x C x H x W, what the site puts out; gradients: 2 x B x C x H x W.
+    """
+    known, own = (own != NO_CLASS).to(h.device), own.clamp(min=0).to(h.device)
+    edit = steering.sized(h) if steering.stretch(h) else steering
+    recipe, t, step = edit.recipe, edit.tensors(h.device), edit.recipe.normalisation.step_at(progress)
+    traits = edit.traits(h, step, t)
+    by_column = torch.stack([recipe.columns(part.float()) for part in gradients])
+    start = edit.level(own, traits, step, t)
+    for target in range(len(recipe.classes)):
+        asked = ((own != target) & known)[:, None, None]
+        change = edit.level(torch.full_like(own, target), traits, step, t) - start
+        products.add(asked * change, t["scale"][step] * t["decoder"], by_column)
