@@ -12,7 +12,9 @@ on seeds of its own. At these strengths other pictures are drawn, from seeds on 
 reaches it at none of its strengths is shown at its most successful one, marked with !.
 
 Sampled with guidance (cfg 2), 20 steps. `SAE recipe` and `mean difference` are the shipped files (see `debias.py`), at
-multiples of the recipe's strength; *in one go* is the same without holding on to the unsteered pictures.
+multiples of the recipe's strength; *in one go* is the same without holding on to the unsteered pictures, *all alike*
+without weighing what each latent, or channel, does. `random dictionary` is the mean difference, weighed in as many
+directions drawn at random as the recipe has latents.
 `semantic guidance` and `latent direction` are in `published.py`; what those methods leave open (warm-up and threshold,
 rate and length of the learning) was set on up to 16 pictures of another seed, so that they work as their authors
 intend. `Linear-AcT`, `MidSteer` and `EquiSteer` are in `published_activations.py`; their sites and strengths were
@@ -56,9 +58,11 @@ from published_activations import (
     norm_sites,
 )
 from torch import Tensor
+from torch.nn import functional as F
 
 from difflens_core.activations import Activations, Edit, capture
 from difflens_core.classifiers import AttributeClassifier, load_classifier
+from difflens_core.experiments import weigh_latents
 from difflens_core.files import fingerprint, load_tensors, save_tensors
 from difflens_core.measure import kept_attributes, pixel_change
 from difflens_core.networks import (
@@ -170,22 +174,48 @@ def by_guidance(edits: Tensor) -> Draw:
     return draw
 
 
+def in_directions(recipe: Recipe, directions: Tensor) -> Recipe:
+    """What `mean_difference` gives, written in unit directions (F x C, F at least C): of all ways the shortest."""
+    count, inverse = len(directions), torch.linalg.pinv(directions.T)  # F x C
+    context = recipe.context and replace(recipe.context, maps=torch.einsum("fc,rcp->rfp", inverse, recipe.context.maps))
+    return replace(
+        recipe, features=torch.arange(count), encoder=directions, decoder=directions, bias=torch.zeros(count),
+        threshold=torch.full((count,), -1e9), member=torch.ones(len(recipe.classes), count, dtype=torch.bool),
+        levels=torch.einsum("fc,skcp->skfp", inverse, recipe.levels.float()), context=context, weight=None,
+    )  # fmt: skip
+
+
+def random_dictionary(
+    model: Denoiser, text: TextEncoder, classifier: AttributeClassifier, recipes: Mapping[str, Recipe]
+) -> Recipe:
+    """The control *mean difference* in as many random directions as the recipe has latents, weighed as that is."""
+    own = recipes["SAE recipe"]
+    draw = torch.Generator().manual_seed(LEARNING["seed"])
+    directions = F.normalize(torch.randn(len(own.features), own.channels, generator=draw), dim=1)
+    recipe = in_directions(recipes["mean difference"], directions)
+    count = own.info["weighed"]["pictures"]
+    context = text.encode([f"portrait of {phrase([], job)}" for job in OCCUPATIONS])
+    guidance = Guidance(context.repeat_interleave(count // len(context), dim=0), text.encode([""]), CFG)
+    sampler = DenoiserSampler(model, STEPS, guidance)
+    return weigh_latents(recipe, sampler, classifier, start_noise(count, LEARNING["seed"]))
+
+
 def methods_of(
-    attribute: str, model: Denoiser, text: TextEncoder, directions: Tensor, maps: Mapping[str, Tensor]
-) -> dict[str, Method]:
-    """The methods by name. directions: K x C x H x W; maps: see `maps_of`."""
-    file = FILES / "difflens_recipes" / f"prompted_avatars_{attribute}.safetensors"
-    recipes = recipes_of(file, f"prompted_{attribute}", controls=True)
+    attribute: str, model: Denoiser, text: TextEncoder, directions: Tensor, maps: Mapping[str, Tensor],
+    recipes: Mapping[str, Recipe],
+) -> dict[str, Method]:  # fmt: skip
+    """The methods by name. directions: K x C x H x W; maps: see `maps_of`; recipes: by the way's name."""
     ours, edits = (
-        (0.5, 0.75, 1.0, 1.5, 2.5),
+        (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5),
         text.encode([f"portrait of {phrase([w], 'person')}" for w in WORDS[attribute]]),
     )
     found = {}
-    for name in ("SAE recipe", "mean difference"):
-        found[name] = Method(ours, by_recipe(recipes[name]))
-        found[f"{name}, in one go"] = Method(ours, by_recipe(replace(recipes[name], hold=False)))
+    for name, recipe in recipes.items():
+        found[name] = Method(ours, by_recipe(recipe))
+        if name in ("SAE recipe", "mean difference"):
+            found[f"{name}, all alike"] = Method(ours, by_recipe(replace(recipe, weight=None)))
+            found[f"{name}, in one go"] = Method(ours, by_recipe(replace(recipe, hold=False)))
     return found | {
-        "random features": Method(ours, by_recipe(recipes["random features"])),
         "semantic guidance": Method((1.0, 2.0, 4.0, 6.0, 8.0), by_guidance(edits)),
         "latent direction": Method((1.0, 1.5, 2.0, 3.0, 4.0), by_direction(directions)),
         "Linear-AcT": Method((1.0, 1.5, 2.0, 3.0, 4.0), by_linear_act(norm_sites(model), maps["linear_act"])),
@@ -431,7 +461,10 @@ def main() -> None:
             "directions", model, attribute, partial(directions_of, model, examples), **LEARNING
         )
         maps, fitting = learned("maps", model, attribute, partial(maps_of, model, examples), **DRAWN)
-        methods[attribute] = methods_of(attribute, model, text, directions["directions"], maps)
+        file = FILES / "difflens_recipes" / f"prompted_avatars_{attribute}.safetensors"
+        recipes = recipes_of(file, f"prompted_{attribute}", controls=True)
+        recipes["random dictionary"] = random_dictionary(model, text, classifier, recipes)
+        methods[attribute] = methods_of(attribute, model, text, directions["directions"], maps, recipes)
         print(f"{attribute}: latent directions learned in {learning:.0f} s, maps fitted in {fitting:.0f} s", flush=True)
     model = at_precision(model)
     print(f"n = {options.pictures} a prompt, cfg {CFG:g}, {STEPS} steps, seeds from {SEED}, {PRECISION}; shares in %")

@@ -14,9 +14,10 @@ from pathlib import Path
 from environment import REPOSITORY, HostError, cache_folder, ensure_comfyui, ensure_environment, ensure_libraries
 
 PACKAGES = (
-    "pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.15", "diffusers>=0.42", "torchmetrics>=1.8", "kornia>=0.7.1",
-    "transformers>=4.50",
+    "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.9", "mypy>=1.15", "diffusers>=0.42",
+    "torchmetrics>=1.8", "kornia>=0.7.1", "transformers>=4.50",
 )  # fmt: skip
+WORKERS = 2  # processes that share the test files; each starts a ComfyUI of its own
 HELP = """
   python scripts/test.py               style, format, types, and all tests that are not slow; the first run makes an
                                        environment in .cache (about 3 GB)
@@ -37,7 +38,7 @@ def checks(python: Path, libraries: Path | None, pytest_arguments: list[str]) ->
         "style": [*run, "ruff", "check", *ruff],
         "format": [*run, "ruff", "format", "--check", *ruff],
         "types": [*run, "mypy", "--cache-dir", str(cache / "mypy")],
-        "tests": [*run, *pytest, *pytest_arguments],
+        "tests": [*run, *pytest, "-n", str(WORKERS), "--dist", "loadfile", *pytest_arguments],
     }
     if libraries:
         found["libraries"] = [str(libraries), "-m", *pytest, "tests/sae/test_formats.py"]
@@ -63,6 +64,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))  # or they wait for one another
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(cache_folder() / "hypothesis")
     chosen = ["--ignore=tests/host"] * options.unit + ["-m", ""] * options.slow
     failed = 0

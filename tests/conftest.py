@@ -120,5 +120,7 @@ def toys() -> SimpleNamespace:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A run in which every test was skipped has shown nothing."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:  # one of several processes, whose parent knows of all tests
+        return
     if exitstatus == 0 and not session.config.option.collectonly and not reporter.stats.get("passed"):
         session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED

@@ -17,14 +17,20 @@ OnPrediction = Callable[[int, Tensor, Tensor], None]
 
 @dataclass
 class Leaf:
-    """An edit that changes nothing: what comes after `site` can be differentiated by `h`, what it put out last."""
+    """An edit that changes nothing: what comes after `site` can be differentiated by `h`, what it put out.
+
+    Where it runs several times a step, for several prompts, `h` is of the first, and the gradient the sum over all.
+    """
 
     site: str
     h: Tensor | None = None
+    progress: float = -1.0
 
     def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
-        self.h = h.detach().clone().requires_grad_()
-        return self.h
+        if self.h is None or progress != self.progress:
+            self.h, self.progress = h.detach().clone().requires_grad_(), progress
+            return self.h.clone()  # a block after it may write into it
+        return h.detach() + (self.h - self.h.detach()) if h.shape == self.h.shape else h
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -177,7 +178,7 @@ class HostSampler:
         """See `Sampler.predict`: by Euler's method over the schedule, whatever the sampler."""
         leaf, inner = Leaf(site), self.model.model
         edit = functools.partial(numbered, leaf, images)
-        model = edit_site(self.model, site, edit, follows_first, Settings(self.node, numbered=False))
+        model = apply_site(self.model, site, edit, self.node, numbered=False)
 
         def euler(
             predict: Callable, x: Tensor, sigmas: Tensor, extra_args: dict, callback: Any, disable: Any
@@ -191,12 +192,24 @@ class HostSampler:
                 self.on_step(images, step, x0, x, len(sigmas) - 1)
             return x
 
-        with differentiable(inner.diffusion_model, self.vae.first_stage_model):
+        with training(), differentiable(inner.diffusion_model, self.vae.first_stage_model):
             comfy.sample.sample_custom(
                 model, noise.to(self.start.dtype, copy=True), self.cfg, comfy.samplers.KSAMPLER(euler), self.sigmas,
                 self.positive, self.negative or self.positive, self.start[images % len(self.start)].clone(),
                 disable_pbar=True, seed=(self.seed + int(images[0])) % 2**64,
             )  # fmt: skip
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """While open, networks leave out fused code that cannot be differentiated, and may write into what they read."""
+    before = comfy.model_management.in_training
+    comfy.model_management.in_training = True
+    try:
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            yield
+    finally:
+        comfy.model_management.in_training = before
 
 
 def numbered(edit: Edit, images: Tensor, rows: Tensor, progress: float, places: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ In this process, on small random networks (`inside.py`), through the node Steer 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -185,6 +186,69 @@ def test_a_lora_stays(given):
     assert differ(plain, given.draw()) and differ(steered, plain) and differ(steered, given.draw(given.steer()))
     assert torch.equal(given.draw(given.steer(lora, strength=0.0)), plain)
     assert torch.equal(given.draw(given.inside.with_lora(given.steer())), steered), "the order of the nodes"
+
+
+@contextmanager
+def loaded_in_inference_mode(model):
+    """The network's weights as a node has them that loads in inference mode, which cannot be differentiated through."""
+    own = [
+        (tensors, name, tensor)
+        for module in model.model.diffusion_model.modules()
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
+    with torch.inference_mode():
+        for tensors, name, tensor in own:
+            copy = tensor.detach().clone()
+            tensors[name] = torch.nn.Parameter(copy, False) if isinstance(tensor, torch.nn.Parameter) else copy
+    yield
+    for tensors, name, tensor in own:
+        assert tensors[name].is_inference(), "the weights that were there are there again"
+        tensors[name] = tensor
+
+
+def test_predicted_pictures_can_be_differentiated_by_what_the_site_puts_out(given):
+    """Along its own direction the slope is that of two predictions beside it, under guidance."""
+    inside, site, vae = given.inside, given.recipe.site, given.inside.host.pixel_space_vae()
+    start = {"samples": given.latent.repeat(2, *[1] * (given.latent.ndim - 1))}
+    noise = 0.3 * torch.randn(start["samples"].shape, generator=torch.Generator().manual_seed(3))
+    directions, slopes = [], []
+
+    def picture(model, look=None) -> float:
+        found = []
+
+        def on_prediction(step, h, pictures):
+            weights = torch.linspace(-1, 1, pictures[1].numel(), dtype=torch.float64).reshape(pictures[1].shape)
+            value = (weights * pictures[1]).sum()
+            found.append(float(value))
+            if look:
+                look(h, value)
+
+        sampler = inside.host.HostSampler(
+            model, given.positive, start, 1, "euler", "normal", 0, given.negative, CFG, vae, "Look"
+        )
+        with torch.inference_mode(), loaded_in_inference_mode(given.model):
+            sampler.predict(noise, torch.arange(2), site, [0], on_prediction)
+        return found[0]
+
+    def slope(h, value):
+        (gradient,) = torch.autograd.grad(value, h)
+        assert not gradient[0].any(), "another picture"
+        directions.append(gradient[1] / gradient[1].norm())
+        slopes.append(float(gradient[1].norm()))
+
+    plain = picture(given.model, slope)
+    assert slopes[0] > 0 and plain == picture(given.model)
+
+    def nudged(sign: int) -> float:
+        def nudge(h, progress, images):
+            return torch.cat([h[:1], h[1:] + sign * 1e-2 * directions[0]])
+
+        return picture(inside.host.apply_site(given.model, site, nudge, "Nudge"))
+
+    assert (nudged(1) - nudged(-1)) / 2e-2 == pytest.approx(slopes[0], rel=0.15)  # pixels reach black or white
+    assert not given.hooks and not torch.is_inference_mode_enabled()
 
 
 @pytest.mark.parametrize("end", ["an error", "Cancel"])
