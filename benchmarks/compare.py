@@ -206,7 +206,7 @@ def methods_of(
 ) -> dict[str, Method]:  # fmt: skip
     """The methods by name. directions: K x C x H x W; maps: see `maps_of`; recipes: by the way's name."""
     ours, edits = (
-        (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5),
+        (0.5, 0.75, 1.0, 1.5, 2.5),
         text.encode([f"portrait of {phrase([w], 'person')}" for w in WORDS[attribute]]),
     )
     found = {}

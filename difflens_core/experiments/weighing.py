@@ -44,16 +44,18 @@ class Products:
         return cls(*torch.zeros(3, latents, latents, dtype=torch.float64))
 
     def add(self, change: Tensor, decoder: Tensor, gradients: Tensor) -> None:
-        """Pictures at a step: change of their latents (B x F x P), decoder rows (F x width), and the gradients of the
-        attribute's log-odds and of the others' (2 x B x width x P)."""
+        """Add pictures at a step.
+
+        change: B x F x P, of their latents; decoder: F x width; gradients: 2 x B x width x P, of the log-odds of the
+        attribute and of the others.
+        """
         size = (decoder @ decoder.T) * torch.einsum("bfp,bgp->fg", change, change)
         effects = (torch.einsum("ebwp,fw->ebfp", gradients, decoder) * change).sum(dim=3)
         own, others = torch.einsum("ebf,ebg->efg", effects, effects).double().cpu()
         self.edit = self.edit + size.double().cpu()  # not in place: a host may have begun them in inference mode
         self.own, self.others = self.own + own, self.others + others
 
-    def with_(self, other: Products) -> Products:
-        """Those of both sets of pictures."""
+    def __add__(self, other: Products) -> Products:
         return Products(self.edit + other.edit, self.own + other.own, self.others + other.others)
 
     def shares(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,12 +65,12 @@ class Products:
     def solve(self) -> Tensor:
         """The weights (F) nearest to 1 that keep the effect on the attribute and lessen that on the others.
 
-        The minimum of edit(w - 1) + KEEP own(w - 1) + SPARE others(w): linear, as all are quadratic. A trace of the
-        mean keeps latents that never change at 1.
+        The minimum of edit(w - 1) + KEEP own(w - 1) + SPARE others(w): linear, as all are quadratic. Latents that
+        never change stay at 1.
         """
         edit, own, others = self.shares()
-        trace = 1e-6 * edit.diagonal().mean() + 1e-12
-        near = edit + KEEP * own + trace * torch.eye(len(edit), dtype=torch.float64)
+        little = 1e-6 * edit.diagonal().mean() + 1e-12
+        near = edit + KEEP * own + little * torch.eye(len(edit), dtype=torch.float64)
         return torch.linalg.solve(near + SPARE * others, near.sum(dim=1)).float()
 
     def left(self, weight: Tensor) -> dict[str, float]:
@@ -146,7 +148,7 @@ def weigh_latents(
     for images in torch.arange(len(noise)).split(batch):
         sampler.predict(noise[images], images, recipe.site, steps, partial(look, images))
         on_batch(len(noise) + int(images[-1]) + 1)
-    weight = halves[0].with_(halves[1]).solve()
+    weight = (halves[0] + halves[1]).solve()
     figures = {"pictures": len(noise), "spared": spared, **left_elsewhere(*halves)}
     return with_figures(replace(recipe, weight=weight), figures)
 
