@@ -212,8 +212,9 @@ def methods_of(
     found = {}
     for name, recipe in recipes.items():
         found[name] = Method(ours, by_recipe(recipe))
-        if name in ("SAE recipe", "mean difference"):
+        if name in (DEFAULT, "mean difference"):
             found[f"{name}, all alike"] = Method(ours, by_recipe(replace(recipe, weight=None)))
+        if name == DEFAULT:
             found[f"{name}, in one go"] = Method(ours, by_recipe(replace(recipe, hold=False)))
     return found | {
         "semantic guidance": Method((1.0, 2.0, 4.0, 6.0, 8.0), by_guidance(edits)),
