@@ -266,8 +266,8 @@ presentation or an age, so that rare classes come, too. Held-out figures: FVU {f
 ## Recipes
 One recipe of an attribute serves all prompts. The {r[per_class]} best latents of every class by the class mean
 difference. Their levels go by what else a picture shows, and each is weighed by what it does to the other attributes,
-on as many pictures of seed {r[weighing_seed]}. Strengths: the weakest of {r[strengths][shift]} that shows
-the class asked for in at least {r[success]:.0%} of its pictures, on {r[tuning_pictures]} pictures of the four
+on {r[tuning_pictures]} pictures of seed {r[weighing_seed]}. Strengths: the weakest of {r[strengths][shift]} that shows
+the class asked for in at least {r[success]:.0%} of its pictures, on as many pictures of the four
 occupations, seed {r[tuning_seed]}. The benchmark uses other seeds.
 
 | attribute | latents | mode | from | strength per class | gate agrees with TopK |
