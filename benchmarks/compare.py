@@ -62,7 +62,6 @@ from torch.nn import functional as F
 
 from difflens_core.activations import Activations, Edit, capture
 from difflens_core.classifiers import AttributeClassifier, load_classifier
-from difflens_core.experiments import weigh_latents
 from difflens_core.files import fingerprint, load_tensors, save_tensors
 from difflens_core.measure import kept_attributes, pixel_change
 from difflens_core.networks import (
@@ -75,7 +74,7 @@ from difflens_core.networks import (
     start_noise,
 )
 from difflens_core.report import image_grid
-from difflens_core.steer import Recipe, Steering, at_dose, plan_moves
+from difflens_core.steer import Recipe, Steering, at_dose, plan_moves, weigh_latents
 
 SEED = 94_001  # of doctors; those of the other prompts follow
 # The model's words for the classes, as adjectives of "person" or an occupation.

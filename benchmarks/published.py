@@ -75,7 +75,7 @@ def sample_semantic(
     since the ratio differs from step to step. At sigma 1 x0 says nothing of eps, so the warm-up must be 1 at least.
     """
     x, images, velocity = noise, torch.arange(first_image, first_image + len(noise)), torch.zeros_like(noise)
-    signs, sigmas = semantic.signs(images), torch.linspace(1, 0, steps + 1)
+    signs, sigmas = semantic.signs(images).to(noise.dtype), torch.linspace(1, 0, steps + 1)
     for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
 
         def predict(context: Tensor, x: Tensor = x, sigma: Tensor = sigma) -> Tensor:

@@ -19,12 +19,11 @@ from ..difflens_core.experiments import (
     asked_shares,
     calibrate,
     cross_effects,
-    weigh_latents,
 )
 from ..difflens_core.files import DiffLensError, digest
 from ..difflens_core.report import calibration_text, cross_chart, cross_table, dose_chart, weighing_text
 from ..difflens_core.sae import SparseAutoencoder
-from ..difflens_core.steer import Recipe, plan_in_words, planned_targets
+from ..difflens_core.steer import Recipe, plan_in_words, planned_targets, weigh_latents
 from ..difflens_core.targets import parse_target
 from . import host
 from .classify import check_classes, classify

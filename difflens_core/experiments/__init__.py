@@ -7,7 +7,6 @@ from .diagnose import Diagnosis, diagnose
 from .effects import EFFECTS, Effects, causal_effect, keep_effective
 from .outcomes import UNSTEERED
 from .scan import SiteEffect, scan_sites
-from .weighing import weigh_latents
 
 __all__ = [
     "CalibrationOptions",
@@ -27,5 +26,4 @@ __all__ = [
     "diagnose",
     "keep_effective",
     "scan_sites",
-    "weigh_latents",
 ]

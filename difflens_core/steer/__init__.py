@@ -5,6 +5,7 @@ from .controls import mean_difference, random_features, with_latents
 from .plans import plan_in_words, plan_moves, planned_targets
 from .recipes import MODES, WITHOUT_LEVELS, Recipe, at_dose, load_recipe, save_recipe, with_settings
 from .steering import BY_LEVELS, Steering
+from .weighing import weigh_latents
 
 __all__ = [
     "BY_LEVELS",
@@ -22,6 +23,7 @@ __all__ = [
     "random_features",
     "recipe_from_features",
     "save_recipe",
+    "weigh_latents",
     "with_latents",
     "with_settings",
 ]

@@ -34,7 +34,6 @@ from stages import (  # noqa: E402
 
 from difflens_core.activations import Activations, capture, save_labels  # noqa: E402
 from difflens_core.classifiers import load_classifier, save_classifier  # noqa: E402
-from difflens_core.experiments import weigh_latents  # noqa: E402
 from difflens_core.files import fingerprint, load_tensors  # noqa: E402
 from difflens_core.locate import save_probes  # noqa: E402
 from difflens_core.networks import (  # noqa: E402
@@ -46,7 +45,7 @@ from difflens_core.networks import (  # noqa: E402
 )
 from difflens_core.report import image_grid  # noqa: E402
 from difflens_core.sae import load_sae, save_sae  # noqa: E402
-from difflens_core.steer import Recipe, load_recipe, save_recipe  # noqa: E402
+from difflens_core.steer import Recipe, load_recipe, save_recipe, weigh_latents  # noqa: E402
 
 OUT = ROOT / "models" / "avatars"
 WORK = OUT / ".work"

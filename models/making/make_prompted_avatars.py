@@ -35,7 +35,6 @@ from torch import nn
 
 from difflens_core.activations import Activations, capture, save_labels
 from difflens_core.classifiers import load_classifier, save_classifier
-from difflens_core.experiments import weigh_latents
 from difflens_core.files import fingerprint, load_tensors
 from difflens_core.locate import save_probes
 from difflens_core.networks import (
@@ -53,7 +52,7 @@ from difflens_core.networks import (
 )
 from difflens_core.report import image_grid
 from difflens_core.sae import load_sae, save_sae
-from difflens_core.steer import Recipe, load_recipe, save_recipe
+from difflens_core.steer import Recipe, load_recipe, save_recipe, weigh_latents
 
 OUT = Path(__file__).resolve().parents[1] / "prompted_avatars"
 WORK = OUT / ".work"

@@ -59,6 +59,7 @@ def find_the_bias_features() -> Graph:
         "DiffLensCalibrate", None, model=model[0], positive=model[1], latent_image=batch[0], vae=model[2],
         classifier=classifier[0], recipe=found[0], target="uniform", budget=640, tolerance=0.02, clear=0.999,
         only_where_needed=False, steps=20, sampler_name="euler", scheduler="simple", seed=1, cfg=1.0,
+        spare_others=True,
     )  # fmt: skip
     graph.add("PreviewAny", "Was the mix met?", source=calibrated[2])
     graph.group("5 Steer other pictures by them")

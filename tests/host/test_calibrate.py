@@ -13,9 +13,9 @@ from small_graphs import AVATARS, Avatars, cancel_in, latents, refusal, text_of
 
 from difflens_core.activations import drawer
 from difflens_core.classifiers import load_classifier as read_classifier
-from difflens_core.experiments import CalibrationOptions, calibrate, weigh_latents
+from difflens_core.experiments import CalibrationOptions, calibrate
 from difflens_core.networks import DenoiserSampler, load_denoiser, start_noise
-from difflens_core.steer import load_recipe, plan_moves
+from difflens_core.steer import load_recipe, plan_moves, weigh_latents
 
 STEPS, SEED, BUDGET = 4, 5, 100
 CALIBRATE = {

@@ -230,6 +230,7 @@ def test_predicted_pictures_can_be_differentiated_by_what_the_site_puts_out(give
         )
         with torch.inference_mode(), loaded_in_inference_mode(given.model):
             sampler.predict(noise, torch.arange(2), site, [0], on_prediction)
+        inside.forget()
         return found[0]
 
     def slope(h, value):

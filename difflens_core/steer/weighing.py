@@ -21,7 +21,8 @@ from ..classifiers import (
     seen_classes,
 )  # fmt: skip
 from ..locate import tied
-from ..steer import BY_LEVELS, Recipe, Steering
+from .recipes import Recipe
+from .steering import BY_LEVELS, Steering
 
 EVERY = 2  # of the steps in the recipe's part of the sampling are looked at
 SPARE, KEEP = 30.0, 300.0  # what the others' change and the attribute's cost, beside that of the edit
