@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-
 import sys
 from collections import Counter
 from dataclasses import replace
