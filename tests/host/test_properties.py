@@ -221,7 +221,7 @@ def test_predicted_pictures_can_be_differentiated_by_what_the_site_puts_out(give
         def on_prediction(step, h, pictures):
             weights = torch.linspace(-1, 1, pictures[1].numel(), dtype=torch.float64).reshape(pictures[1].shape)
             value = (weights * pictures[1]).sum()
-            found.append(float(value))
+            found.append(float(value.detach()))
             if look:
                 look(h, value)
 
