@@ -8,7 +8,7 @@ from functools import partial
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..activations import Sampler
 from ..classifiers import (
@@ -179,9 +179,9 @@ def read_classes(
 
 def log_odds(log_probabilities: Tensor, classes: Tensor) -> Tensor:
     """log p - log (1 - p) of each row's class (B, NO_CLASS as the first): B, exact where p rounds to 1."""
-    own = nn.functional.one_hot(classes.clamp(min=0), log_probabilities.shape[1]).bool().to(log_probabilities.device)
-    rest = log_probabilities.masked_fill(own, -torch.inf).logsumexp(dim=1)
-    return log_probabilities.masked_fill(~own, -torch.inf).logsumexp(dim=1) - rest
+    own = classes.clamp(min=0).to(log_probabilities.device)[:, None]
+    rest = log_probabilities.scatter(1, own, -torch.inf).logsumexp(dim=1)
+    return log_probabilities.gather(1, own)[:, 0] - rest
 
 
 def add(
