@@ -14,7 +14,7 @@ reaches it at none of its strengths is shown at its most successful one, marked 
 Sampled with guidance (cfg 2), 20 steps. `SAE recipe` and `mean difference` are the shipped files (see `debias.py`), at
 multiples of the recipe's strength; *in one go* is the same without holding on to the unsteered pictures, *all alike*
 without weighing what each latent, or channel, does. `random dictionary` is the mean difference, weighed in as many
-directions drawn at random as the recipe has latents.
+directions drawn at random as the recipe has latents. Of presentation nothing is weighed, so these two have no row.
 `semantic guidance` and `latent direction` are in `published.py`; what those methods leave open (warm-up and threshold,
 rate and length of the learning) was set on up to 16 pictures of another seed, so that they work as their authors
 intend. `Linear-AcT`, `MidSteer` and `EquiSteer` are in `published_activations.py`; their sites and strengths were
@@ -188,7 +188,7 @@ def random_dictionary(
     model: Denoiser, text: TextEncoder, classifier: AttributeClassifier, recipes: Mapping[str, Recipe]
 ) -> Recipe:
     """The control *mean difference* in as many random directions as the recipe has latents, weighed as that is."""
-    own = recipes["SAE recipe"]
+    own = recipes[DEFAULT]
     draw = torch.Generator().manual_seed(LEARNING["seed"])
     directions = F.normalize(torch.randn(len(own.features), own.channels, generator=draw), dim=1)
     recipe = in_directions(recipes["mean difference"], directions)
@@ -211,7 +211,7 @@ def methods_of(
     found = {}
     for name, recipe in recipes.items():
         found[name] = Method(ours, by_recipe(recipe))
-        if name in (DEFAULT, "mean difference"):
+        if name in (DEFAULT, "mean difference") and recipe.weight is not None:
             found[f"{name}, all alike"] = Method(ours, by_recipe(replace(recipe, weight=None)))
         if name == DEFAULT:
             found[f"{name}, in one go"] = Method(ours, by_recipe(replace(recipe, hold=False)))
@@ -463,7 +463,8 @@ def main() -> None:
         maps, fitting = learned("maps", model, attribute, partial(maps_of, model, examples), **DRAWN)
         file = FILES / "difflens_recipes" / f"prompted_avatars_{attribute}.safetensors"
         recipes = recipes_of(file, f"prompted_{attribute}", controls=True)
-        recipes["random dictionary"] = random_dictionary(model, text, classifier, recipes)
+        if recipes[DEFAULT].weight is not None:
+            recipes["random dictionary"] = random_dictionary(model, text, classifier, recipes)
         methods[attribute] = methods_of(attribute, model, text, directions["directions"], maps, recipes)
         print(f"{attribute}: latent directions learned in {learning:.0f} s, maps fitted in {fitting:.0f} s", flush=True)
     model = at_precision(model)

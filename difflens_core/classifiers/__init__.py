@@ -1,6 +1,6 @@
 """What reads attributes off pictures."""
 
-from .convolutional import AttributeClassifier, load_classifier, save_classifier
+from .convolutional import AttributeClassifier, FramedClassifier, cut_frame, load_classifier, save_classifier
 from .faces import load_face_finder
 from .loading import load_any_classifier
 from .readings import (
@@ -23,11 +23,13 @@ from .zero_shot import ZeroShotClassifier, class_directions, parse_prompts
 __all__ = [
     "AttributeClassifier",
     "DifferentiableClassifier",
+    "FramedClassifier",
     "ImageClassifier",
     "NO_CLASS",
     "ResNetClassifier",
     "ZeroShotClassifier",
     "class_directions",
+    "cut_frame",
     "decided",
     "faces_missing",
     "join_readings",

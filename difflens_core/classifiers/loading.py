@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..files import METADATA_KEY, DiffLensError, read_tensors
-from .convolutional import load_classifier
+from .convolutional import FramedClassifier, load_classifier
 from .faces import FaceFinder
 from .readings import ImageClassifier
 from .resnets import (
@@ -40,9 +40,10 @@ def load_any_classifier(path: str | Path, faces: FaceFinder | None = None) -> tu
     tensors, info = read_tensors(path), description(path)
     if "kind" in info:
         if faces:
-            raise DiffLensError(f"{path.name}: this classifier looks at whole pictures. Set face_detector to none.")
+            raise DiffLensError(f"{path.name}: this classifier looks for no faces. Set face_detector to none.")
         own = load_classifier(path)
-        lines = ["format: DiffLens", f"input: whole pictures, {own.size} x {own.size}"]
+        area = "where the figure is found" if isinstance(own, FramedClassifier) else "whole pictures"
+        lines = ["format: DiffLens", f"input: {area}, {own.size} x {own.size}"]
         return own, "\n".join([*lines, *attribute_lines(own)])
     if not {"conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight", "fc.weight", "fc.bias"} <= tensors.keys():
         raise DiffLensError(

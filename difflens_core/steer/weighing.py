@@ -25,17 +25,18 @@ from .recipes import Recipe
 from .steering import BY_LEVELS, Steering
 
 EVERY = 2  # of the steps in the recipe's part of the sampling are looked at
-SPARE, KEEP = 30.0, 300.0  # what the others' change and the attribute's cost, beside that of the edit
+# What changes to the others, to the picture and to the attribute cost, beside that of weights themselves.
+SPARE, PICTURE, KEEP = 30.0, 30.0, 300.0
 
 
 @dataclass
 class Products:
     """Sums over pictures and steps that tell what an edit with weights w (F) does, each as a product w^T M w.
 
-    edit: its squared size; own, others: its squared effects on the log-odds of the attribute and of all others.
+    The squared effects on the picture's pixels, on the log-odds of the attribute (own) and on those of all others.
     """
 
-    edit: Tensor
+    picture: Tensor
     own: Tensor
     others: Tensor
 
@@ -47,37 +48,35 @@ class Products:
     def add(self, change: Tensor, decoder: Tensor, gradients: Tensor) -> None:
         """Add pictures at a step.
 
-        change: B x F x P, of their latents; decoder: F x width; gradients: 2 x B x width x P, of the log-odds of the
+        change: B x F x P, of their latents; decoder: F x width; gradients: 3 x B x width x P, of the picture, of the
         attribute and of the others.
         """
-        size = (decoder @ decoder.T) * torch.einsum("bfp,bgp->fg", change, change)
         effects = (torch.einsum("ebwp,fw->ebfp", gradients, decoder) * change).sum(dim=3)
-        own, others = torch.einsum("ebf,ebg->efg", effects, effects).double().cpu()
-        self.edit = self.edit + size.double().cpu()  # not in place: a host may have begun them in inference mode
+        picture, own, others = torch.einsum("ebf,ebg->efg", effects, effects).double().cpu()
+        self.picture = self.picture + picture  # not in place: a host may have begun them in inference mode
         self.own, self.others = self.own + own, self.others + others
 
     def __add__(self, other: Products) -> Products:
-        return Products(self.edit + other.edit, self.own + other.own, self.others + other.others)
+        return Products(self.picture + other.picture, self.own + other.own, self.others + other.others)
 
     def shares(self) -> tuple[Tensor, Tensor, Tensor]:
         """The three over their values at w = 1."""
-        return tuple(m / m.sum().clamp(min=1e-30) for m in (self.edit, self.own, self.others))  # type: ignore[return-value]
+        return tuple(m / m.sum().clamp(min=1e-30) for m in (self.picture, self.own, self.others))  # type: ignore[return-value]
 
     def solve(self) -> Tensor:
-        """The weights (F) nearest to 1 that keep the effect on the attribute and lessen that on the others.
+        """The weights (F) nearest to 1 that keep the picture and the effect on the attribute, and spare the others.
 
-        The minimum of edit(w - 1) + KEEP own(w - 1) + SPARE others(w): linear, as all are quadratic. Latents that
-        never change stay at 1.
+        The minimum of mean((w - 1)^2) + PICTURE picture(w - 1) + KEEP own(w - 1) + SPARE others(w): linear, as all are
+        quadratic. Latents that never change stay at 1.
         """
-        edit, own, others = self.shares()
-        little = 1e-6 * edit.diagonal().mean() + 1e-12
-        near = edit + KEEP * own + little * torch.eye(len(edit), dtype=torch.float64)
+        picture, own, others = self.shares()
+        near = PICTURE * picture + KEEP * own + torch.eye(len(own), dtype=torch.float64) / len(own)
         return torch.linalg.solve(near + SPARE * others, near.sum(dim=1)).float()
 
     def left(self, weight: Tensor) -> dict[str, float]:
-        """Size and effects of the edit under such weights (F), root mean squares, where 1 is without them."""
+        """Effects of the edit under such weights (F), root mean squares, where 1 is without them."""
         w = weight.double()
-        names = ("edit", "own", "others")
+        names = ("picture", "own", "others")
         return {name: float((w @ m @ w).sqrt()) for name, m in zip(names, self.shares(), strict=True)}
 
 
@@ -106,8 +105,8 @@ def weigh_latents(
     every other step the classifier reads the finished picture that the network predicts. By the gradient of its
     log-odds with respect to the site, a latent that goes from the level of the picture's class to that of another
     adds, to the first order, J[a, f] = sum over positions of change[f] <D_f, gradient_a>; `Products` says what is
-    solved. The other attributes need one gradient in all: with signs drawn at random for each of them the square of
-    the sum is the sum of squares on average.
+    solved. The other attributes need one gradient in all, and so do the pixels: with signs drawn at random for each
+    of them the square of the sum is the sum of squares on average.
 
     What comes with the class, such as a beard, is left out: attributes that are `tied` to it in the pictures that the
     recipe was made on, or, if it does not tell, in these. The result does not depend on the batch. Where there is
@@ -125,21 +124,19 @@ def weigh_latents(
         return with_figures(recipe, {"why": f"among {len(noise)} pictures {why}"})
     steering = Steering(replace(recipe, weight=None), torch.Tensor.long)
     steps = [s for s, at in enumerate(sampler.progress) if recipe.start <= at <= recipe.end][::EVERY]
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (len(sampler.progress), len(spared), len(noise)), generator=generator) * 2.0 - 1
     halves = [Products.none(len(recipe.features)) for _ in range(2)]
 
     def look(images: Tensor, step: int, h: Tensor, pictures: Tensor) -> None:
         told = cast(DifferentiableClassifier, classifier).log_probabilities(pictures)
         known = {name: (labels[name][images] != NO_CLASS) & decided(told).cpu() for name in (recipe.attribute, *spared)}
         odds = {name: log_odds(told[name], labels[name][images]) * known[name].to(told[name]) for name in known}
-        others = sum(
-            odds[name] * sign.to(odds[name]) for name, sign in zip(spared, signs[step][:, images], strict=True)
+        others = torch.stack([odds[name] for name in spared], dim=1)
+        sums = (
+            (pictures * random_signs(images, step, pictures)).sum(),
+            odds[recipe.attribute].sum(),
+            (others * random_signs(images, step, others)).sum(),
         )
-        gradients = torch.stack([
-            torch.autograd.grad(odds[recipe.attribute].sum(), h, retain_graph=True)[0],
-            torch.autograd.grad(others.sum(), h)[0],
-        ])  # fmt: skip
+        gradients = torch.stack([torch.autograd.grad(value, h, retain_graph=True)[0] for value in sums])
         with torch.no_grad():
             for half, products in enumerate(halves):
                 mine = images % 2 == half
@@ -177,6 +174,13 @@ def read_classes(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def random_signs(images: Tensor, step: int, like: Tensor) -> Tensor:
+    """1 or -1 for each element of `like`, whose rows are the images: the same whatever else is in the batch."""
+    seeds = [torch.Generator().manual_seed(1000 * image + step) for image in images.tolist()]
+    drawn = torch.stack([torch.randint(0, 2, like.shape[1:], generator=seed) for seed in seeds])
+    return (2 * drawn - 1).to(like)
+
+
 def log_odds(log_probabilities: Tensor, classes: Tensor) -> Tensor:
     """log p - log (1 - p) of each row's class (B, NO_CLASS as the first): B, exact where p rounds to 1."""
     own = classes.clamp(min=0).to(log_probabilities.device)[:, None]
@@ -189,7 +193,7 @@ def add(
 ) -> None:  # fmt: skip
     """Add pictures of classes `own` (B) to the products: at this progress, asked for each of the other classes.
 
-    h: B x C x H x W, what the site puts out; gradients: 2 x B x C x H x W.
+    h: B x C x H x W, what the site puts out; gradients: 3 x B x C x H x W.
     """
     known, own = (own != NO_CLASS).to(h.device), own.clamp(min=0).to(h.device)
     edit = steering.sized(h) if steering.stretch(h) else steering

@@ -41,11 +41,10 @@ from difflens_core.networks import (  # noqa: E402
     DenoiserSampler,
     load_denoiser,
     save_denoiser,
-    start_noise,
 )
 from difflens_core.report import image_grid  # noqa: E402
 from difflens_core.sae import load_sae, save_sae  # noqa: E402
-from difflens_core.steer import Recipe, load_recipe, save_recipe, weigh_latents  # noqa: E402
+from difflens_core.steer import Recipe, load_recipe, save_recipe  # noqa: E402
 
 OUT = ROOT / "models" / "avatars"
 WORK = OUT / ".work"
@@ -68,7 +67,6 @@ RECIPE = {
     "success": 0.98,
     "tuning_pictures": 192,
     "tuning_seed": 3_000,
-    "weighing_seed": 3_050,
 }
 CARD = {"pictures": 512, "seed": 4_000}
 
@@ -117,14 +115,6 @@ def make_recipes() -> None:
     read = {name: (classifier.attributes[name], labels) for name, labels in seen.items()}
     save_labels(WORK / "capture", read)
 
-    def weigh(recipe: Recipe) -> Recipe:
-        return weigh_latents(
-            recipe,
-            DenoiserSampler(model, STEPS),
-            classifier,
-            start_noise(RECIPE["tuning_pictures"], RECIPE["weighing_seed"]),
-        )
-
     def try_out(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
         count = RECIPE["tuning_pictures"]
         after, targets = bench.run(model, count, recipe, RECIPE["tuning_seed"])
@@ -132,7 +122,7 @@ def make_recipes() -> None:
 
     for attribute, classes in portraits.ATTRIBUTES.items():
         recipe, probes, controls = make_recipe(
-            attribute, classes, activations, sae, read, fingerprint(model.state_dict()), RECIPE, weigh, try_out
+            attribute, classes, activations, sae, read, fingerprint(model.state_dict()), RECIPE, try_out
         )
         save_probes(PROBES / f"avatars_{attribute}.safetensors", probes)
         save_recipe(RECIPES / f"avatars_{attribute}.safetensors", recipe)
@@ -204,8 +194,7 @@ an eighth of them held out. Held-out figures: FVU {fvu:.4f}, L0 {l0:.1f}, dead l
 
 ## Recipes
 The {r[per_class]} best latents of every class by the class mean difference. Their levels go by what
-else a picture shows, and each is weighed by what it does to the other attributes, on {r[tuning_pictures]} pictures of
-seed {r[weighing_seed]}. Strengths: the weakest of {r[strengths][shift]} that shows the class asked for in at least
+else a picture shows. Strengths: the weakest of {r[strengths][shift]} that shows the class asked for in at least
 {r[success]:.0%} of its pictures, on as many pictures of seed {r[tuning_seed]}. The benchmark uses other seeds.
 
 | attribute | latents | mode | from | strength per class | gate agrees with TopK |

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from precision import autocast
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from difflens_core.activations import Activations
-from difflens_core.classifiers import AttributeClassifier
+from difflens_core.classifiers import AttributeClassifier, FramedClassifier
 from difflens_core.locate import Labelled, Probes, attribute_features, balancing_weights, train_probes
 from difflens_core.sae import SparseAutoencoder, TrainingOptions, hold_out, learning_rate_share, measure_sae, train_sae
 from difflens_core.steer import Recipe, build_recipe, mean_difference, random_features, with_settings
@@ -79,11 +80,11 @@ def train_network(model: nn.Module, loss_at: Callable[[], Tensor], c: Options, c
     return ema
 
 
-def augment(x: Tensor) -> Tensor:
-    """Shift by up to 2 pixels, blur some, add noise: generated pictures are less crisp than drawings."""
-    dx, dy = torch.randint(-2, 3, (2,)).tolist()
+def augment(x: Tensor, shift: int = 2) -> Tensor:
+    """Shift by up to so many pixels, blur some, add noise: generated pictures are less crisp than drawings."""
+    dx, dy = torch.randint(-shift, shift + 1, (2,)).tolist()
     x = x.roll((dy, dx), dims=(2, 3))
-    blurred = torch.nn.functional.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    blurred = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
     x = torch.lerp(x, blurred, torch.rand(len(x), 1, 1, 1))
     return x + 0.1 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
 
@@ -97,14 +98,31 @@ def fit_classifier(draw: Callable[[int, int], Drawings], heads: Mapping[str, tup
     images, traits = draw(c["images"], c["seed"])
     labels = {name: torch.from_numpy(traits[name]) for name in heads}
     model = AttributeClassifier(heads)
+
+    def loss_at(step: int) -> Tensor:
+        picks = torch.randint(len(images), (c["batch"],))
+        with autocast():
+            logits = model(augment(to_tensor(images[picks.numpy()])))
+        return attributes_loss(logits, {name: of[picks] for name, of in labels.items()})
+
+    fit_readers(model, loss_at, c)
+    accuracy = accuracies(model, *draw(c["test_images"], c["seed"] + 1), heads)
+    print("classifier accuracy on balanced held-out drawings:", accuracy, flush=True)
+    return model, accuracy
+
+
+def attributes_loss(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
+    """Sum of the cross-entropies of all attributes."""
+    return torch.stack([F.cross_entropy(logits[name].float(), labels[name]) for name in labels]).sum()
+
+
+def fit_readers(model: nn.Module, loss_at: Callable[[int], Tensor], c: Options) -> None:
+    """Train by the loss of each step over the epochs of the options `c`, and leave in evaluation mode."""
     steps = c["epochs"] * (c["images"] // c["batch"])
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, c["lr"], total_steps=steps)
     for step in range(steps):
-        picks = torch.randint(len(images), (c["batch"],))
-        with autocast():
-            logits = model(augment(to_tensor(images[picks.numpy()])))
-        loss = sum(torch.nn.functional.cross_entropy(logits[n].float(), labels[n][picks]) for n in labels)
+        loss = loss_at(step)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -112,11 +130,15 @@ def fit_classifier(draw: Callable[[int, int], Drawings], heads: Mapping[str, tup
         if (step + 1) % 100 == 0:
             print(f"classifier {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
     model.eval()
-    images, traits = draw(c["test_images"], c["seed"] + 1)
-    probabilities = model.classify(torch.from_numpy(images).float() / 255)
-    accuracy = {n: float((probabilities[n].argmax(1).numpy() == traits[n]).mean()) for n in heads}
-    print("classifier accuracy on balanced held-out drawings:", accuracy, flush=True)
-    return model, accuracy
+
+
+def accuracies(
+    model: AttributeClassifier | FramedClassifier, images: np.ndarray, traits: Mapping[str, np.ndarray],
+    heads: Iterable[str],
+) -> dict[str, float]:  # fmt: skip
+    """Share of drawings whose class is told, for each attribute."""
+    read = model.classify(torch.from_numpy(images).float() / 255)
+    return {name: float((read[name].argmax(1).numpy() == traits[name]).mean()) for name in heads}
 
 
 def fit_sae(activations: Activations, c: Options, checkpoint: Path) -> SparseAutoencoder:
@@ -146,7 +168,8 @@ TryOut = Callable[[Recipe], tuple[Tensor, Tensor]]
 
 def make_recipe(
     attribute: str, classes: tuple[str, ...], activations: Activations, sae: SparseAutoencoder,
-    read: Labelled, fingerprint: str, c: Options, weigh: Callable[[Recipe], Recipe], try_out: TryOut,
+    read: Labelled, fingerprint: str, c: Options, try_out: TryOut,
+    weigh: Callable[[Recipe], Recipe] = lambda recipe: recipe,
 ) -> tuple[Recipe, Probes, dict[str, Recipe]]:  # fmt: skip
     """Recipe of an attribute, its probes, and the controls to compare it with.
 
@@ -158,7 +181,7 @@ def make_recipe(
     attribution = attribute_features(activations, sae, probes, labels, weights=weights)
     recipe = build_recipe(attribution, sae, probes, activations, c["per_class"], fingerprint, labels, others)
     recipe = tuned(weigh(with_settings(recipe, start=c["start"], mode=c["modes"][attribute])), c, try_out)
-    print(f"{attribute} weighed: {recipe.info['weighed']}", flush=True)
+    print(f"{attribute} weighed: {recipe.info.get('weighed')}", flush=True)
     controls = {
         "random": random_features(recipe, sae, seed=1),
         "mean_difference": weigh(mean_difference(recipe, activations, labels, others)),

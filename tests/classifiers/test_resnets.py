@@ -273,7 +273,7 @@ def test_the_avatars_classifier_is_recognised():
     model, report = load_any_classifier(AVATARS / "difflens_classifiers" / "avatars.safetensors")
     assert report.startswith("format: DiffLens\n") and "presentation: masculine, feminine" in report
     assert model.classify(images(1, 64, 64))["age"].shape == (1, 3)
-    with pytest.raises(DiffLensError, match="whole pictures. Set face_detector to none"):
+    with pytest.raises(DiffLensError, match="looks for no faces. Set face_detector to none"):
         load_any_classifier(AVATARS / "difflens_classifiers" / "avatars.safetensors", faces=lambda x: [])
 
 

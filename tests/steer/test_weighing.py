@@ -15,7 +15,7 @@ from difflens_core.classifiers.readings import NO_FACE
 from difflens_core.networks import DenoiserSampler, start_noise
 from difflens_core.report import weighing_text
 from difflens_core.steer import Steering, load_recipe, save_recipe, weigh_latents
-from difflens_core.steer.weighing import KEEP, SPARE, Products, add, log_odds, read_classes
+from difflens_core.steer.weighing import KEEP, PICTURE, SPARE, Products, add, log_odds, random_signs, read_classes
 
 CLASSES = {"age": ("young", "adult", "senior"), "hair": ("short", "long"), "tone": ("a", "b", "c")}
 
@@ -62,18 +62,19 @@ def random_products(latents: int = 5) -> Products:
 
 def test_the_weights_are_where_the_cost_is_flat_and_least():
     products = random_products()
-    edit, own, others = products.shares()
+    picture, own, others = products.shares()
 
     def cost(w):
         gap = w - 1
-        return gap @ edit @ gap + KEEP * gap @ own @ gap + SPARE * w @ others @ w
+        kept = PICTURE * gap @ picture @ gap + KEEP * gap @ own @ gap
+        return gap.square().mean() + kept + SPARE * w @ others @ w
 
     w = products.solve().double().requires_grad_()
     (slope,) = torch.autograd.grad(cost(w), w)
     assert slope.abs().max() < 1e-3 * cost(torch.ones_like(w))
     left = products.left(w.detach())
-    assert left["others"] < 0.9 and abs(left["own"] - 1) < 0.1
-    assert products.left(torch.ones(5)) == pytest.approx({"edit": 1, "own": 1, "others": 1})
+    assert left["others"] < 0.95 and abs(left["own"] - 1) < 0.1
+    assert products.left(torch.ones(5)) == pytest.approx({"picture": 1, "own": 1, "others": 1})
 
 
 def test_latents_that_change_nothing_keep_their_weight():
@@ -93,7 +94,7 @@ def test_what_is_foreseen_is_what_a_small_edit_does_to_the_pictures(given):
         (gradient,) = torch.autograd.grad(odds, h)
         kept.append(h.detach())
         with torch.no_grad():
-            add(products, edit, 0.0, h.detach(), own, torch.stack([gradient, 2 * gradient]))
+            add(products, edit, 0.0, h.detach(), own, torch.stack([3 * gradient, gradient, 2 * gradient]))
 
     sampler.predict(noise, images, "middle_block", [0], look)
     t, seen = edit.tensors(torch.device("cpu")), torch.zeros(())
@@ -114,7 +115,15 @@ def test_what_is_foreseen_is_what_a_small_edit_does_to_the_pictures(given):
         seen = seen + ((log_odds(after, own) - before) / small).double().square().sum()
     foreseen = w.double() @ products.own @ w.double()
     assert float(foreseen) == pytest.approx(float(seen), rel=0.02) and float(foreseen) > 0
-    assert torch.allclose(products.others, 4 * products.own)
+    assert torch.allclose(products.others, 4 * products.own) and torch.allclose(products.picture, 9 * products.own)
+
+
+def test_random_signs_give_the_squared_effect_on_all_pixels_and_do_not_hang_on_the_batch():
+    images, slope = torch.arange(400), torch.randn(12, generator=torch.Generator().manual_seed(2))
+    signs = random_signs(images, 3, torch.zeros(400, 12))
+    assert float((signs @ slope).square().mean()) == pytest.approx(float(slope.square().sum()), rel=0.2)
+    assert torch.equal(random_signs(images[7:9], 3, torch.zeros(2, 12)), signs[7:9])
+    assert not torch.equal(random_signs(images, 4, signs), signs)
 
 
 def test_the_other_attributes_change_less_and_the_attribute_as_before(given):
