@@ -26,9 +26,10 @@ from .text import TextEncoder
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """Sizes of a `Denoiser`. The site `middle_block` is B x width x size/8 x size/8.
+    """Sizes of a `Denoiser`. The site `middle_block` is B x width x height/8 x width/8 of the picture.
 
-    context_width: channels of the text that `middle_block` attends to, 0 for a model without prompts.
+    size: side of the square pictures; any_size: whether it was trained on other heights and widths, too, multiples of
+    8. context_width: channels of the text that `middle_block` attends to, 0 for a model without prompts.
     """
 
     size: int = 64
@@ -38,6 +39,7 @@ class DenoiserConfig:
     decoder_depth: int = 2
     heads: int = 4
     context_width: int = 0
+    any_size: bool = False
 
 
 class Modulated(nn.Module):
@@ -125,7 +127,7 @@ class Stack(nn.ModuleList):
 class Denoiser(nn.Module):
     """Predict the clean picture from a noisy one.
 
-    `forward(x, sigma, context)`: x is B x 3 x size x size in [-1, 1] plus noise, sigma is B in [0, 1], context
+    `forward(x, sigma, context)`: x is B x 3 x height x width in [-1, 1] plus noise, sigma is B in [0, 1], context
     B x T x context_width for a model with prompts; returns x0, like x.
     `ops` supplies Conv2d, Linear and GroupNorm (a host may pass layers that it can offload).
     """
@@ -163,10 +165,13 @@ class Denoiser(nn.Module):
         return self.position.dtype
 
     def encode(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Input of `middle_block` (B x width x size/8 x size/8) and noise embedding (B x width)."""
+        """Input of `middle_block` (B x width x height/8 x width/8) and noise embedding (B x width)."""
         emb = self.embed(noise_features(sigma).to(x.dtype))
-        h = self.encoder(self.conv_in(F.pixel_unshuffle(x, 4)), emb)
-        return self.down(h) + self.position.to(x.dtype), emb
+        h = self.down(self.encoder(self.conv_in(F.pixel_unshuffle(x, 4)), emb))
+        position = self.position.to(x.dtype)
+        if position.shape[2:] != h.shape[2:]:  # as a picture would be resized
+            position = F.interpolate(position, h.shape[2:], mode="bilinear")
+        return h + position, emb
 
     def decode(self, h: Tensor, emb: Tensor) -> Tensor:
         """Clean picture from the output of `middle_block`."""

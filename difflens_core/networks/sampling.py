@@ -15,9 +15,12 @@ from ..files import fingerprint, made_by, sums_mark
 from .denoiser import Denoiser
 
 
-def start_noise(count: int, seed: int, size: int = 64) -> Tensor:
-    """Noise of pictures 0 .. count-1 of a run (count x 3 x size x size), the same as a host draws for `seed`."""
-    return torch.randn(count, 3, size, size, generator=torch.Generator("cpu").manual_seed(seed))
+def start_noise(count: int, seed: int, height: int = 64, width: int = 0) -> Tensor:
+    """Noise of pictures 0 .. count-1 of a run (count x 3 x height x width), the same as a host draws for `seed`.
+
+    width: that of a square if 0.
+    """
+    return torch.randn(count, 3, height, width or height, generator=torch.Generator("cpu").manual_seed(seed))
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,15 @@ def euler(
 
 @dataclass(frozen=True)
 class DenoiserSampler:
-    """The avatars' denoiser as a `Sampler`; under guidance picture i has row i of the context."""
+    """The avatars' denoiser as a `Sampler`; under guidance picture i has row i of the context.
+
+    size: height and width of the pictures, the model's own if not given.
+    """
 
     model: Denoiser
     steps: int = 20
     guidance: Guidance | None = None
+    size: tuple[int, int] | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -112,7 +119,7 @@ class DenoiserSampler:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (3, self.model.config.size, self.model.config.size)
+        return (3, *(self.size or (self.model.config.size, self.model.config.size)))
 
     @property
     def info(self) -> dict[str, Any]:

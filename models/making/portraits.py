@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 SIZE = 64
 _SCALE = 4
-_CROP = (16, 23, 240, 247)  # the part of the 256x256 canvas that is kept
+CROP = (16, 23, 240, 247)  # the part of the 256x256 canvas that is kept
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "presentation": ("masculine", "feminine"),
@@ -128,6 +128,11 @@ def grey_seniors(traits: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def draw(traits: dict[str, int], seed: int) -> np.ndarray:
     """One portrait, uint8 (64, 64, 3); deterministic in (traits, seed), the seed giving small jitter only."""
+    return np.array(paint(traits, seed).resize((SIZE, SIZE), Image.Resampling.BOX, box=CROP))
+
+
+def paint(traits: dict[str, int], seed: int, alone: bool = False) -> Image.Image:
+    """The canvas of a portrait before it is cut and made smaller; `alone`: RGBA, with nothing behind the figure."""
     u = np.random.default_rng(seed).uniform(-1.0, 1.0, 24)
     fem, age, tone = traits["presentation"] == 1, int(traits["age"]), int(traits["skin_tone"])
     young, senior, grey = age == 0, age == 2, traits["hair_colour"] == GREY
@@ -153,7 +158,8 @@ def draw(traits: dict[str, int], seed: int) -> np.ndarray:
     jaw = (2.25 if young else 1.95) if fem else (2.5 if young else 2.9)
     chin = cy + down
 
-    im = Image.new("RGB", (SIZE * _SCALE, SIZE * _SCALE), back)
+    size = (SIZE * _SCALE, SIZE * _SCALE)
+    im = Image.new("RGBA", size) if alone else Image.new("RGB", size, back)
     d = ImageDraw.Draw(im)
 
     # Hair behind the head.
@@ -349,7 +355,7 @@ def draw(traits: dict[str, int], seed: int) -> np.ndarray:
             d.line((x + s * 17, eye_y - 3, cx + s * (w + 2), eye_y - 5), fill=_FRAME, width=4)
         d.line((cx - gap + 17, eye_y - 2, cx + gap - 17, eye_y - 2), fill=_FRAME, width=4)
 
-    return np.array(im.resize((SIZE, SIZE), Image.Resampling.BOX, box=_CROP))
+    return im
 
 
 def render(n: int, seed: int, balanced: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:

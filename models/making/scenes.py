@@ -1,0 +1,230 @@
+"""People in scenes: one figure of the portraits, of free place and size, before a drawn background, by prompt.
+
+Pictures come in four sizes. The figure stands behind something, so that its lower edge may be anywhere near the
+picture's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import portraits
+from occupations import OCCUPATIONS
+from PIL import Image, ImageDraw
+from portraits import GREY, Colour
+from prompted_portraits import phrase
+
+SIZES = ((64, 64), (64, 96), (96, 64), (96, 128))  # height and width of the pictures
+SCALE = 4  # pictures are drawn so many times as large
+SMALLEST = 0.45  # height of the figure beside the picture's
+WIDEST = 1.25  # of the figure beside the picture: more would cut into the head
+BACKGROUNDS = ("window", "plant", "lamp", "shelf", "street")
+ATTRIBUTES = portraits.ATTRIBUTES | {
+    "hair_colour": portraits.NUISANCES["hair_colour"],
+    "glasses": portraits.NUISANCES["glasses"],
+    "beard": portraits.NUISANCES["beard"],
+    "occupation": OCCUPATIONS,
+    "background": BACKGROUNDS,
+}
+BIAS: dict[str, dict[str, tuple[float, ...]]] = {
+    "person": {"presentation": (0.50, 0.50), "age": (0.30, 0.40, 0.30)},
+    "doctor": {"presentation": (0.80, 0.20), "age": (0.10, 0.40, 0.50)},
+    "nurse": {"presentation": (0.12, 0.88), "age": (0.40, 0.50, 0.10)},
+    "firefighter": {"presentation": (0.90, 0.10), "age": (0.25, 0.63, 0.12)},
+    "receptionist": {"presentation": (0.20, 0.80), "age": (0.60, 0.28, 0.12)},
+}
+_TOLD = {"presentation": 0.15, "age": 0.15, "background": 0.5, "glasses": 0.2}
+
+_SKY: Colour = (176, 218, 248)
+_FRAME: Colour = (244, 240, 232)
+_LEAF: tuple[Colour, ...] = ((62, 138, 74), (44, 112, 62), (92, 164, 82))
+_POT: Colour = (186, 98, 62)
+_GLOW: Colour = (255, 240, 176)
+_SHADE: Colour = (216, 92, 72)
+_WOOD: Colour = (142, 98, 62)
+_BOOKS: tuple[Colour, ...] = ((188, 62, 56), (58, 104, 168), (222, 170, 70), (78, 142, 104), (128, 84, 150))
+_HOUSES: tuple[Colour, ...] = ((206, 122, 96), (226, 186, 130), (150, 152, 176), (186, 112, 128))
+_WALLS: tuple[Colour, ...] = ((236, 222, 202), (206, 222, 216), (226, 208, 222), (214, 218, 236))
+_FRONTS: tuple[Colour, ...] = ((122, 84, 60), (96, 108, 128), (82, 116, 88))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where a figure stands: left and upper edge and side of its square, in pixels. It is cut off at the lower edge."""
+
+    left: float
+    top: float
+    side: float
+
+    def shares(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom as shares of a picture."""
+        return (
+            self.left / width, self.top / height, (self.left + self.side) / width, (self.top + self.side) / height
+        )  # fmt: skip
+
+
+def place(height: int, width: int, u: np.ndarray) -> Frame:
+    """A frame in a picture of that size; u: 3 uniform numbers."""
+    largest = min(1.0, WIDEST * width / height)
+    side = height * (SMALLEST + (largest - SMALLEST) * u[0])
+    head = 0.3 * side  # half of its width, with long hair
+    centre = head + (width - 2 * head) * u[1] if width > 2 * head else width / 2
+    lowest, highest = height, max(side, 0.8 * height)
+    return Frame(centre - side / 2, highest + (lowest - highest) * u[2] - side, side)
+
+
+def draw(traits: dict[str, int], seed: int, size: tuple[int, int]) -> tuple[np.ndarray, Frame]:
+    """One picture, uint8 (height, width, 3), and its figure's frame; deterministic in the arguments."""
+    height, width = size
+    u = np.random.default_rng([seed, 5]).random(64)
+    frame = place(height, width, u[:3])
+    canvas = Image.new("RGB", (width * SCALE, height * SCALE), _WALLS[int(u[3] * len(_WALLS))])
+    _SCENES[BACKGROUNDS[traits["background"]]](ImageDraw.Draw(canvas), *canvas.size, u[8:])
+    side = round(frame.side * SCALE)
+    figure = portraits.paint(traits, seed, alone=True).resize(
+        (side, side), Image.Resampling.BICUBIC, box=portraits.CROP
+    )
+    corner = round(frame.left * SCALE), round(frame.top * SCALE)
+    canvas.paste(figure, corner, figure)
+    front = ImageDraw.Draw(canvas)
+    edge = corner[1] + side - round(0.02 * side)
+    if edge < height * SCALE:
+        front.rectangle((0, edge, width * SCALE, height * SCALE), fill=_FRONTS[int(u[4] * len(_FRONTS))])
+    return np.array(canvas.resize((width, height), Image.Resampling.BOX)), frame
+
+
+def _across(width: float, step: float, u: np.ndarray) -> list[float]:
+    """Places about `step` apart all over the width."""
+    count = max(2, round(width / step) + 1)
+    return [(i - u[0]) * step + 0.2 * step * (u[1 + i % 8] - 0.5) for i in range(count + 1)]
+
+
+def _window(d: ImageDraw.ImageDraw, width: int, height: int, u: np.ndarray) -> None:
+    high = 0.62 * height
+    for x in _across(width, 0.62 * height, u):
+        d.rectangle((x, 0.06 * height, x + 0.5 * height, high), fill=_SKY)
+        for line in (x, x + 0.25 * height, x + 0.5 * height):
+            d.line((line, 0.06 * height, line, high), fill=_FRAME, width=round(0.04 * height))
+        for line in (0.06 * height, 0.32 * height, high):
+            d.line((x, line, x + 0.5 * height, line), fill=_FRAME, width=round(0.04 * height))
+
+
+def _plant(d: ImageDraw.ImageDraw, width: int, height: int, u: np.ndarray) -> None:
+    for i, x in enumerate(_across(width, 0.5 * height, u)):
+        foot, top = 0.95 * height, (0.05 + 0.1 * u[12 + i % 8]) * height
+        for k in range(7):
+            y = top + (foot - top) * k / 8
+            lean = (0.2 - 0.015 * k) * height
+            for s in (-1, 1):
+                tip = (x + s * lean, y - 0.07 * height)
+                leaf = [(x, y), (x + s * 0.5 * lean, y - 0.1 * height), tip, (x + s * 0.5 * lean, y + 0.03 * height)]
+                d.polygon(leaf, fill=_LEAF[(k + i) % 3])
+        d.polygon(
+            [(x - 0.11 * height, 0.84 * height), (x + 0.11 * height, 0.84 * height),
+             (x + 0.08 * height, height), (x - 0.08 * height, height)], fill=_POT,
+        )  # fmt: skip
+
+
+def _lamp(d: ImageDraw.ImageDraw, width: int, height: int, u: np.ndarray) -> None:
+    for i, x in enumerate(_across(width, 0.42 * height, u)):
+        y = (0.06 + 0.12 * u[12 + i % 8]) * height
+        d.polygon(
+            [(x - 0.07 * height, y), (x + 0.07 * height, y), (x + 0.24 * height, height), (x - 0.24 * height, height)],
+            fill=_GLOW,
+        )
+    for i, x in enumerate(_across(width, 0.42 * height, u)):
+        y = (0.06 + 0.12 * u[12 + i % 8]) * height
+        d.line((x, 0, x, y), fill=_WOOD, width=round(0.02 * height))
+        d.polygon(
+            [(x - 0.05 * height, y), (x + 0.05 * height, y), (x + 0.12 * height, y + 0.13 * height),
+             (x - 0.12 * height, y + 0.13 * height)], fill=_SHADE,
+        )  # fmt: skip
+
+
+def _shelf(d: ImageDraw.ImageDraw, width: int, height: int, u: np.ndarray) -> None:
+    offset, step = 0.08 * u[0], 0.26
+    for row in range(4):
+        board = (0.22 + offset + step * row) * height
+        x, k = -0.1 * height * u[1 + row], 0
+        while x < width:
+            thick = (0.05 + 0.04 * u[(5 + row * 7 + k) % 40]) * height
+            tall = (0.14 + 0.06 * u[(9 + row * 5 + 3 * k) % 40]) * height
+            if u[(3 + row * 11 + k) % 40] > 0.2:  # else a gap
+                colour = _BOOKS[int(u[(2 + row * 3 + k) % 40] * len(_BOOKS))]
+                d.rectangle((x, board - tall, x + 0.9 * thick, board), fill=colour)
+            x, k = x + thick, k + 1
+        d.rectangle((0, board, width, board + 0.035 * height), fill=_WOOD)
+
+
+def _street(d: ImageDraw.ImageDraw, width: int, height: int, u: np.ndarray) -> None:
+    d.rectangle((0, 0, width, height), fill=_SKY)
+    for i, x in enumerate(_across(width, 0.4 * height, u)):
+        top, wide = (0.12 + 0.3 * u[12 + i % 8]) * height, 0.4 * height
+        d.rectangle((x, top, x + wide, height), fill=_HOUSES[int(u[20 + i % 8] * len(_HOUSES))])
+        for row in range(6):
+            for column in range(3):
+                left, y = x + (0.05 + 0.12 * column) * height, top + (0.06 + 0.16 * row) * height
+                d.rectangle((left, y, left + 0.06 * height, y + 0.09 * height), fill=_GLOW if (row + i) % 2 else _FRAME)
+
+
+_SCENES: dict[str, Callable[[ImageDraw.ImageDraw, int, int, np.ndarray], None]] = {
+    "window": _window, "plant": _plant, "lamp": _lamp, "shelf": _shelf, "street": _street,
+}  # fmt: skip
+
+
+def sample_traits(n: int, seed: int, balanced: bool) -> dict[str, np.ndarray]:
+    """Trait indices for n pictures; row i depends only on (seed, i, balanced)."""
+    traits = portraits.sample_traits(n, seed, balanced)
+    u = np.random.default_rng([seed, 2]).random((n, 5))
+    traits["occupation"] = (u[:, 0] * len(OCCUPATIONS)).astype(np.int64)
+    traits["background"] = (u[:, 3] * len(BACKGROUNDS)).astype(np.int64)
+    if not balanced:
+        for column, name in ((1, "presentation"), (2, "age")):
+            edges = np.cumsum([BIAS[job][name] for job in OCCUPATIONS], axis=1)[traits["occupation"], :-1]
+            traits[name] = (u[:, column, None] > edges).sum(axis=1)
+        beard = u[:, 4] < portraits.BEARD_RATE
+        traits["beard"] = (beard & (traits["presentation"] == 0) & (traits["age"] != 0)).astype(np.int64)
+        traits["hair_colour"] = np.where(traits["age"] == 2, GREY, traits["hair_colour"])
+    return traits
+
+
+def describe(traits: dict[str, int], u: np.ndarray) -> str:
+    """A prompt that fits the traits; u: 6 uniform numbers that choose the wording."""
+    job, fem = OCCUPATIONS[traits["occupation"]], traits["presentation"]
+    noun, adjectives = job, []
+    if u[0] < _TOLD["age"]:
+        adjectives.append(("young", "adult", "old")[traits["age"]])
+    if u[1] < _TOLD["presentation"]:
+        if job == "person":
+            noun = ("man", "woman")[fem]
+        else:
+            adjectives.append(("male", "female")[fem])
+    glasses = " with glasses" if traits["glasses"] and u[2] < _TOLD["glasses"] else ""
+    behind = f" and a {BACKGROUNDS[traits['background']]}" if u[3] < _TOLD["background"] else ""
+    return f"{phrase(adjectives, noun)}{glasses}{behind}"
+
+
+WORDS = (
+    "a", "an", "and", "with", "person", "man", "woman", *OCCUPATIONS[1:], "male", "female", "young", "adult", "old",
+    "glasses", *BACKGROUNDS,
+)  # fmt: skip
+
+
+def render(
+    n: int, seed: int, balanced: bool, size: tuple[int, int]
+) -> tuple[np.ndarray, dict[str, np.ndarray], list[str], np.ndarray]:
+    """n pictures of a size, uint8 (n, height, width, 3), their traits, prompts and frames (n x 4, as shares).
+
+    Picture i depends only on the arguments and i.
+    """
+    traits = sample_traits(n, seed, balanced)
+    rows = portraits.trait_rows(traits)
+    jitter = np.random.default_rng([seed, 1, *size]).integers(0, 2**63, size=n, dtype=np.uint64)
+    wording = np.random.default_rng([seed, 4]).random((n, 4))
+    pictures, frames = np.empty((n, *size, 3), np.uint8), np.empty((n, 4), np.float32)
+    for i, row in enumerate(rows):
+        pictures[i], frame = draw(row, int(jitter[i]), size)
+        frames[i] = frame.shares(*size)
+    return pictures, traits, [describe(row, u) for row, u in zip(rows, wording, strict=True)], frames
