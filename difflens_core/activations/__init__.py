@@ -3,6 +3,7 @@
 from .capture import Draw, Edit, Kept, Sampler, at_step, capture, noise_batches
 from .captured import Activations
 from .differentiable import Leaf, OnPrediction, differentiable
+from .frames import GRID, FramedActivations, into_frames, out_of_frames, slopes_in_frames
 from .rehearsal import Held, HoldingEdit, Rehearsal, Shown, draw_held, drawer, holds
 from .sites import UPDATE, Whole, edit_site, find_site, from_map, reads_update, to_map
 from .store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, load_labels, open_store, record, save_labels
@@ -12,6 +13,8 @@ __all__ = [
     "DTYPES",
     "Draw",
     "Edit",
+    "FramedActivations",
+    "GRID",
     "Held",
     "HoldingEdit",
     "INDEX",
@@ -36,11 +39,14 @@ __all__ = [
     "find_site",
     "from_map",
     "holds",
+    "into_frames",
     "load_labels",
     "noise_batches",
     "open_store",
+    "out_of_frames",
     "reads_update",
     "record",
     "save_labels",
+    "slopes_in_frames",
     "to_map",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ GRID = 8  # cells a side of the frame
 
 
 def into_frames(h: Tensor, frames: Tensor) -> Tensor:
-    """Maps (B x C x H x W) in frames (B x 4: left, top, right, bottom as shares of the map): B x C x GRID x GRID.
+    """Maps (B x C x H x W) in frames (B x 4: left, top, right, bottom as shares of the map): B x C x GRID x GRID, fp32.
 
     Linear between positions; beyond the map its edge goes on.
     """
+    h = h.float()
     frames = frames.to(h)
     centre, half = (frames[:, 2:] + frames[:, :2]) - 1, frames[:, 2:] - frames[:, :2]
     return F.grid_sample(h, sampled_at(half, centre, (GRID, GRID)), padding_mode="border", align_corners=False)
@@ -33,6 +34,17 @@ def out_of_frames(maps: Tensor, frames: Tensor, size: tuple[int, int]) -> Tensor
     side = frames[:, 2:] - frames[:, :2]
     centre = (1 - frames[:, 2:] - frames[:, :2]) / side
     return F.grid_sample(maps, sampled_at(1 / side, centre, size), align_corners=False)
+
+
+def slopes_in_frames(slopes: Tensor, frames: Tensor) -> Tensor:
+    """How maps of frames (B x C x GRID x GRID) move what moves by `slopes` (B x C x H x W) with what they add.
+
+    The transpose of `out_of_frames`.
+    """
+    with torch.enable_grad():
+        maps = slopes.new_zeros(*slopes.shape[:2], GRID, GRID).requires_grad_()
+        laid = out_of_frames(maps, frames, (slopes.shape[2], slopes.shape[3]))
+    return torch.autograd.grad(laid, maps, slopes)[0]
 
 
 def sampled_at(scale: Tensor, centre: Tensor, size: tuple[int, int]) -> Tensor:
@@ -53,6 +65,11 @@ class FramedActivations(Activations):
         return cls(activations.shards, activations.progress, activations.site, activations.model, frames)
 
     @property
+    def whole(self) -> Activations:
+        """The same activations as they were captured."""
+        return Activations(self.shards, self.progress, self.site, self.model)
+
+    @property
     def map(self) -> tuple[int, int]:
         """See `Activations.map`; here that of a frame."""
         return GRID, GRID
@@ -64,14 +81,13 @@ class FramedActivations(Activations):
     @property
     def values(self) -> Tensor:
         """All as one tensor S x B x C x GRID x GRID: a copy in memory."""
-        whole = Activations.values.fget(self)  # type: ignore[attr-defined]
-        return torch.stack([into_frames(values.float(), self.frames) for values in whole])
+        return torch.stack([into_frames(values, self.frames) for values in self.whole.values])
 
     def batches(self, step: int, rows: int = 4096) -> Iterator[tuple[int, Tensor]]:
         """See `Activations.batches`; in fp32."""
-        for first, values in super().batches(step, rows):
-            yield first, into_frames(values.float(), self.frames[first : first + len(values)])
+        for first, values in self.whole.batches(step, rows):
+            yield first, into_frames(values, self.frames[first : first + len(values)])
 
     def part(self, start: int, stop: int) -> Activations:
         """See `Activations.part`."""
-        return replace(super().part(start, stop), frames=self.frames[start:stop])
+        return FramedActivations.of(self.whole.part(start, stop), self.frames[start:stop])

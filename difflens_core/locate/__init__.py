@@ -9,6 +9,7 @@ from .attribution import (
     integrated_gradients,
     tied,
 )
+from .frames import FRAME, FrameProbes, aligned, fit_frames
 from .gradients import integrated_gradients_of, picture_objective
 from .levels import CONTEXT, Context, Labelled, channel_rows, fit_levels, latent_rows
 from .probes import Probes, load_probes, save_probes, train_probes
@@ -18,14 +19,18 @@ __all__ = [
     "Attribution",
     "CONTEXT",
     "Context",
+    "FRAME",
+    "FrameProbes",
     "Labelled",
     "METHODS",
     "Probes",
     "Separation",
+    "aligned",
     "attribute_features",
     "balancing_weights",
     "channel_rows",
     "contrast",
+    "fit_frames",
     "fit_levels",
     "integrated_gradients",
     "integrated_gradients_of",

@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..activations import Activations
+from ..activations import FramedActivations
 from ..sae import Normalisation
+
+FRAME = ("weight", "bias")  # tensors of `FrameProbes`
+STILL = 0.5  # positions that the edges of frames may vary by (standard deviation) in pictures that are aligned
 
 SHRINKAGE = 1e-3  # of the readouts, beside the mean variance of what they read
 CORE = (0.35, 0.45)  # of the frame's width and height, from its centre: which positions are the subject's
@@ -46,6 +49,16 @@ class FrameProbes:
         return replace(self, weight=self.weight.to(device), bias=self.bias.to(device))
 
 
+def aligned(frames: Tensor, size: tuple[int, int]) -> bool:
+    """Whether pictures with these frames (B x 4) have their subject at the same place of a map of that size.
+
+    Pictures in which none was found (NaN) do not count.
+    """
+    height, width = size
+    edges = frames[~frames.isnan().any(dim=1)] * torch.tensor([width, height, width, height])
+    return len(edges) < 2 or bool((edges.std(dim=0) < STILL).all())
+
+
 def places(size: tuple[int, int]) -> Tensor:
     """Centres of the positions of a map of that height and width, in positions: 2 x P, x and y."""
     y, x = torch.meshgrid(torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij")
@@ -54,23 +67,23 @@ def places(size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def fit_frames(
-    activations: Activations, normalisation: Normalisation, frames: Tensor,
-    on_step: Callable[[int], None] = lambda step: None,
-) -> FrameProbes:  # fmt: skip
-    """Readouts of the frames (B x 4, as shares of the picture) of captured pictures, by one ridge regression a step.
+    activations: FramedActivations, normalisation: Normalisation, on_step: Callable[[int], None] = lambda step: None
+) -> FrameProbes:
+    """Readouts of the captured pictures' frames, by one ridge regression a step.
 
     In closed form from X^T X and X^T y; where a position is not the subject's only the first readout is asked for.
     """
-    height, width = activations.map
-    edges = frames * torch.tensor([width, height, width, height])
+    whole = activations.whole
+    height, width = whole.map
+    edges = activations.frames * torch.tensor([width, height, width, height])
     centre, side = (edges[:, :2] + edges[:, 2:]) / 2, (edges[:, 3] - edges[:, 1])
     offset = centre[:, :, None] - places((height, width))  # B x 2 x P
     core = (offset.abs() < side[:, None, None] * torch.tensor(CORE)[:, None]).all(dim=1)
     wanted = torch.cat([core[:, None].float(), offset, side.log()[:, None, None].expand(-1, 1, core.shape[1])], dim=1)
     weights, biases = [], []
-    for s, progress in enumerate(activations.progress):
+    for s, progress in enumerate(whole.progress):
         step, all_of, own_of = normalisation.step_at(float(progress)), torch.zeros(()), torch.zeros(())
-        for first, values in activations.batches(s):
+        for first, values in whole.batches(s):
             rows = normalisation.apply(values, step)
             x = torch.cat([rows, torch.ones(*rows.shape[:2], 1), wanted[first : first + len(rows)].transpose(1, 2)], 2)
             own = x[core[first : first + len(rows)]].double()

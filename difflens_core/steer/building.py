@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..activations import Activations
+from ..activations import Activations, FramedActivations
 from ..files import DiffLensError
-from ..locate import Attribution, Labelled, Probes, fit_levels, latent_rows, tied
+from ..locate import Attribution, Labelled, Probes, fit_frames, fit_levels, latent_rows, tied
 from ..sae import Normalisation, SparseAutoencoder
 from .recipes import UNKNOWN, Recipe, with_settings
 
@@ -33,6 +33,7 @@ def build_recipe(
     """Recipe from the `count` best latents of every class that speak for it (`Attribution.own`).
 
     It has one row a step of `attribution`; SAE and probes may come from captures of other steps: the nearest serve.
+    Of activations in their subjects' frames it follows the subject, see `Recipe.frame`.
     labels, others: classes of the captured pictures, in the attribute and in others. With them the levels are those of
     `fit_levels`, by what else a picture shows; without, the means of each class.
     """
@@ -53,6 +54,7 @@ def build_recipe(
     normalisation = Normalisation(attribution.progress, sae.normalisation.mean[rows], sae.normalisation.scale[rows])
     start, end = captured_part(attribution.progress)
     levels, context = attribution.levels[:, :, chosen], None
+    frame = fit_frames(activations, sae.normalisation) if isinstance(activations, FramedActivations) else None
     info = {"gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures}
     if labels is not None:
         info["tied"] = [name for name, (_, of) in others.items() if tied(labels, of)]
@@ -63,7 +65,7 @@ def build_recipe(
         attribution.attribute, classes, sae.site, model, chosen, encoder, bias, threshold, sae.decoder[chosen],
         member, levels, probe_weight, probe_bias, normalisation,
         strength=(1.0,) * len(classes), start=start, end=end,
-        map=activations.map if sae.kernel == 1 else None, context=context, hold=True,
+        map=activations.map if sae.kernel == 1 else None, context=context, frame=frame, hold=True,
         info=info,
     )  # fmt: skip
 

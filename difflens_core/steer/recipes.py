@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..files import DiffLensError, as_half, load_tensors, refuse_whole_numbers, save_tensors
-from ..locate import CONTEXT, Context
+from ..locate import CONTEXT, FRAME, Context, FrameProbes
 from ..sae import NORMALISATION, Normalisation
 
 MODES = ("reach", "shift", "add", "add own", "add fixed", "add own fixed", "move", "clamp", "scale", "ablate")
@@ -35,7 +35,8 @@ class Recipe:
     which takes twice the time. weight: F, how much of its change each latent makes, all of it if None. model:
     fingerprint of the weights it was made on.
     map: height and width of the map whose positions they are, None if not known. context: how the levels differ by
-    what else a picture shows, None if they are the same for all. info: provenance and figures.
+    what else a picture shows, None if they are the same for all. frame: reads where the subject is; then the map is
+    that of its frame, wherever in the picture, see `activations.into_frames`. info: provenance and figures.
     """
 
     attribute: str
@@ -59,6 +60,7 @@ class Recipe:
     weight: Tensor | None = None
     map: tuple[int, int] | None = None
     context: Context | None = None
+    frame: FrameProbes | None = None
     hold: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)
 
@@ -93,6 +95,11 @@ class Recipe:
     def channels(self) -> int:
         """C of the site's activations."""
         return self.normalisation.mean.shape[1]
+
+    @property
+    def positions(self) -> int:
+        """P, of the map that the levels are of."""
+        return self.levels.shape[-1]
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -134,11 +141,12 @@ class Recipe:
 TENSORS = (
     "features", "encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias"
 )  # fmt: skip
-# Features, width, classes, steps of the capture and of the normalisation, positions, channels, traits and maps.
+# Features, width, classes, steps of the capture and of the normalisation, positions, channels, traits, maps, edges.
 AXES = {
     "features": "F", "weight": "F", "encoder": "FW", "decoder": "FW", "bias": "F", "threshold": "F", "member": "KF",
     "levels": "SKFP", "context.weight": "SGW", "context.bias": "SG", "context.coefficients": "SKGR",
-    "context.maps": "RFP", "probe_weight": "SKW", "probe_bias": "SK", "normalisation.progress": "N",
+    "context.maps": "RFP", "frame.weight": "SEW", "frame.bias": "SE",
+    "probe_weight": "SKW", "probe_bias": "SK", "normalisation.progress": "N",
     "normalisation.mean": "NC", "normalisation.scale": "N",
 }  # fmt: skip
 PLAIN = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "map", "hold", "info")
@@ -168,6 +176,8 @@ def save_recipe(path: str | Path, recipe: Recipe) -> None:
     if recipe.context:
         tensors |= {f"context.{name}": as_half(getattr(recipe.context, name)) for name in CONTEXT}
         plain["context"] = {name: list(classes) for name, classes in recipe.context.attributes.items()}
+    if recipe.frame:
+        tensors |= {f"frame.{name}": as_half(getattr(recipe.frame, name)) for name in FRAME}
     save_tensors(path, "recipe", tensors, plain)
 
 
@@ -187,9 +197,13 @@ def load_recipe(path: str | Path) -> Recipe:
         if "context" in info:
             attributes = {name: tuple(classes) for name, classes in info["context"].items()}
             context = Context(attributes, *(tensors.pop(f"context.{name}").float() for name in CONTEXT))
+        frame = None
+        if "frame.weight" in tensors:
+            frame = FrameProbes(*(tensors.pop(f"frame.{name}").float() for name in FRAME))
         parts = {name: info[name] for name in PLAIN} | {name: tensors[name] for name in TENSORS}
         parts["classes"], parts["strength"] = tuple(parts["classes"]), tuple(parts["strength"])
-        return Recipe(**parts, normalisation=normalisation, context=context, weight=tensors.get("weight"))
+        weight = tensors.get("weight")
+        return Recipe(**parts, normalisation=normalisation, context=context, frame=frame, weight=weight)
     except DiffLensError as error:
         raise DiffLensError(f"{Path(path).name}: {error}") from error
 
@@ -198,8 +212,8 @@ def check_shapes(tensors: Mapping[str, Tensor]) -> None:
     """Raise `DiffLensError` if the parts of a recipe do not belong together."""
     sizes: dict[str, int] = {}
     for name, axes in AXES.items():
-        if name.startswith(("context.", "weight")) and name not in tensors:
-            continue  # levels that are the same for all pictures, latents that make all of their change
+        if name.startswith(("context.", "frame.", "weight")) and name not in tensors:
+            continue  # levels that are the same for all pictures and places, latents that make all of their change
         shape = tuple(tensors[name].shape)
         if len(shape) != len(axes) or any(sizes.setdefault(axis, n) != n for axis, n in zip(axes, shape, strict=True)):
             expected = " x ".join(str(sizes.get(axis, axis)) for axis in axes)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..activations import Shown
+from ..activations import Shown, into_frames, out_of_frames
 from ..files import DiffLensError
-from ..locate import Context, contrast
+from ..locate import Context, FrameProbes, contrast
 from ..sae import SparseAutoencoder
 from ..targets import LEFT_ALONE
 from .recipes import READING, WITHOUT_LEVELS, Recipe
@@ -48,7 +48,8 @@ class Steering:
     scale          z' = (1 + s) z on c's own latents, as in the DiffLens paper
     ablate         z' = (1 - s) z on c's own latents, with s at most 1
 
-    Where the recipe has a context, the levels are those of pictures with the traits that its probes read.
+    Where the recipe has a context, the levels are those of pictures with the traits that its probes read. Where it
+    reads a frame, all of this is done in the subject's frame.
     A latent is active where its pre-activation exceeds the recipe's threshold; with `sae` (the one that the recipe
     was made from) where it is among the k largest, exactly. mask: M x height x width in [0, 1], a picture each or
     one for all, resized to the site's map; the edit is multiplied by it. Steps whose progress lies outside
@@ -61,6 +62,7 @@ class Steering:
     mask: Tensor | None = field(default=None, compare=False)
     _moved: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
     _contexts: dict[torch.device, Context] = field(default_factory=dict, compare=False, repr=False)
+    _frames: dict[torch.device, FrameProbes] = field(default_factory=dict, compare=False, repr=False)
     _maps: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, compare=False, repr=False)
     _sized: dict[tuple[int, int], Steering] = field(default_factory=dict, compare=False, repr=False)
 
@@ -121,16 +123,25 @@ class Steering:
             return h
         target, steered = target.clamp(min=0).to(h.device), steered.to(h.device)
         read = (h, step) if shown is None else (shown.h, recipe.normalisation.step_at(shown.progress))
-        edited = h + self.change(h, target, self.traits(*read, t), step, t, images)
+        frames = self.frames(*read, t)
+        edited = h + self.change(h, target, self.traits(*read, t, frames), step, t, images, frames)
         return torch.where(steered[:, None, None, None], edited, h)
 
     def change(
-        self, h: Tensor, target: Tensor, traits: Tensor | None, step: int, t: dict[str, Tensor], images: Tensor
-    ) -> Tensor:
-        """What is added to h, of its shape and type; target: B; traits: B x G of the pictures, or None."""
+        self, h: Tensor, target: Tensor, traits: Tensor | None, step: int, t: dict[str, Tensor], images: Tensor,
+        frames: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """What is added to h, of its shape and type.
+
+        target: B; traits: B x G of the pictures, or None; frames: B x 4 of their subjects, or None.
+        """
         recipe = self.recipe
         change_of = self.map_change if recipe.mode in MAPPED else self.read_change
-        change = change_of(recipe.columns(h), target, traits, step, t).unflatten(1, (recipe.channels, -1)).flatten(2)
+        change = change_of(self.columns(h, frames), target, traits, step, t)
+        change = change.unflatten(1, (recipe.channels, -1)).flatten(2)
+        if frames is not None:
+            maps = change.expand(-1, -1, recipe.positions).unflatten(2, recipe.map)
+            change = out_of_frames(maps, frames, (h.shape[2], h.shape[3])).flatten(2)
         if self.mask is not None:
             change = change * resized(self.mask, h, images)
         return change.expand(-1, -1, h.shape[2:].numel()).reshape(h.shape).to(h.dtype)
@@ -184,11 +195,24 @@ class Steering:
         """Mean over positions of the normalised rows (B x width x P): B x width."""
         return (rows.mean(dim=2, dtype=torch.float32) - t["mean"][step]) / t["scale"][step]
 
-    def traits(self, h: Tensor, step: int, t: dict[str, Tensor]) -> Tensor | None:
+    def frames(self, h: Tensor, step: int, t: dict[str, Tensor]) -> Tensor | None:
+        """Frames (B x 4) of the subjects of activations h, None if the recipe does not read them."""
+        if self.recipe.frame is None:
+            return None
+        if h.device not in self._frames:
+            self._frames[h.device] = self.recipe.frame.to(h.device)
+        rows = (h.flatten(2).float() - t["mean"][step][:, None]) / t["scale"][step]
+        return self._frames[h.device].find(rows, (h.shape[2], h.shape[3]), step)
+
+    def columns(self, h: Tensor, frames: Tensor | None) -> Tensor:
+        """Activations h as the recipe reads them (B x width x P), in frames (B x 4) if there are any."""
+        return self.recipe.columns(h if frames is None else into_frames(h, frames))
+
+    def traits(self, h: Tensor, step: int, t: dict[str, Tensor], frames: Tensor | None = None) -> Tensor | None:
         """What else the pictures of activations h show (B x G), None if the edit does not go by it."""
         if self.recipe.context is None or self.recipe.mode not in BY_LEVELS:
             return None
-        return self.context(h.device).traits(self.pooled(self.recipe.columns(h), step, t), step)
+        return self.context(h.device).traits(self.pooled(self.columns(h, frames), step, t), step)
 
     def context(self, device: torch.device) -> Context:
         """The recipe's context on `device`, moved once."""
@@ -271,7 +295,8 @@ class Steering:
     def stretch(self, h: Tensor) -> str:
         """A sentence if the recipe was made on a map of another size than h (B x C x H x W), or ""."""
         recipe = self.recipe
-        if recipe.mode in WITHOUT_LEVELS or recipe.kernel > 1 or recipe.fits(h.shape[2], h.shape[3]):
+        anywhere = recipe.mode in WITHOUT_LEVELS or recipe.frame is not None
+        if anywhere or recipe.kernel > 1 or recipe.fits(h.shape[2], h.shape[3]):
             return ""
         made_on, here = (" x ".join(map(str, size)) for size in (recipe.grid or (), h.shape[2:]))
         return (
@@ -284,7 +309,7 @@ class Steering:
         size = (h.shape[2], h.shape[3])
         if size not in self._sized:
             recipe = self.recipe.stretched(*size)
-            self._sized[size] = replace(self, recipe=recipe, _moved={}, _contexts={}, _maps={}, _sized={})
+            self._sized[size] = replace(self, recipe=recipe, _moved={}, _contexts={}, _frames={}, _maps={}, _sized={})
         return self._sized[size]
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..activations import Sampler
+from ..activations import Sampler, slopes_in_frames
 from ..classifiers import (
     NO_CLASS,
     DifferentiableClassifier,
@@ -198,8 +198,10 @@ def add(
     known, own = (own != NO_CLASS).to(h.device), own.clamp(min=0).to(h.device)
     edit = steering.sized(h) if steering.stretch(h) else steering
     recipe, t, step = edit.recipe, edit.tensors(h.device), edit.recipe.normalisation.step_at(progress)
-    traits = edit.traits(h, step, t)
-    by_column = torch.stack([recipe.columns(part.float()) for part in gradients])
+    frames = edit.frames(h, step, t)
+    traits = edit.traits(h, step, t, frames)
+    slopes = [part.float() if frames is None else slopes_in_frames(part.float(), frames) for part in gradients]
+    by_column = torch.stack([recipe.columns(part) for part in slopes])
     start = edit.level(own, traits, step, t)
     for target in range(len(recipe.classes)):
         asked = ((own != target) & known)[:, None, None]
