@@ -64,12 +64,13 @@ def to_images(drawn: Tensor) -> Tensor:
 
 
 def run(
-    model: Denoiser, count: int, recipe: Recipe | None = None, seed: int = SEED, guidance: Guidance | None = None
-) -> tuple[Tensor, Targets | None]:
-    """Pictures (n x H x W x 3 in [0, 1]) and the classes they were asked to show."""
+    model: Denoiser, count: int, recipe: Recipe | None = None, seed: int = SEED, guidance: Guidance | None = None,
+    size: tuple[int, int] = (64, 64),
+) -> tuple[Tensor, Targets | None]:  # fmt: skip
+    """Pictures (n x H x W x 3 in [0, 1]) of a height and width, and the classes they were asked to show."""
     targets = recipe and fair_targets(recipe, seed)
     steerings = [Steering(recipe, targets.of)] if recipe else []
-    return to_images(draw_all(model, start_noise(count, seed), steerings, guidance)), targets
+    return to_images(draw_all(model, start_noise(count, seed, *size), steerings, guidance)), targets
 
 
 @dataclass(frozen=True)

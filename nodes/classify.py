@@ -11,6 +11,7 @@ from ..difflens_core.classifiers import (
     ImageClassifier,
     ZeroShotClassifier,
     class_directions,
+    frames_of,
     join_readings,
     label_table,
     other_attributes,
@@ -63,7 +64,8 @@ class ClassifyImages(io.ComfyNode):
             name: (classifier.attributes[name], seen_classes(seen(read, name)))
             for name in other_attributes(classifier.attributes, attribute)
         }
-        labels = Labels(attribute, classes, seen_classes(seen(read, attribute)), others)
+        frames = frames_of(classifier, images)
+        labels = Labels(attribute, classes, seen_classes(seen(read, attribute)), others, frames)
         return io.NodeOutput(labels, label_table(read, classifier.attributes, attribute))
 
 

@@ -15,13 +15,14 @@ class Labels:
     """The class that a classifier sees in each picture.
 
     indices: n, int64, into `classes`, NO_CLASS for a picture without a face; others: for each other attribute
-    of the classifier, its classes and the same.
+    of the classifier, its classes and the same; frames: n x 4 around the subjects, see `classifiers.frames_of`.
     """
 
     attribute: str
     classes: tuple[str, ...]
     indices: Tensor
     others: Labelled = field(default_factory=dict)
+    frames: Tensor | None = None
 
 
 CATEGORY = "DiffLens"

@@ -55,7 +55,10 @@ def sampled_at(scale: Tensor, centre: Tensor, size: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class FramedActivations(Activations):
-    """Captured activations as their subjects' frames (B x 4, as shares of the picture) hold them."""
+    """Captured activations as their subjects' frames (B x 4, as shares of the picture) hold them.
+
+    A picture without a subject (NaN) is taken whole.
+    """
 
     frames: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
 
@@ -70,6 +73,11 @@ class FramedActivations(Activations):
         return Activations(self.shards, self.progress, self.site, self.model)
 
     @property
+    def known_frames(self) -> Tensor:
+        """The frames, where there are none those of the whole pictures."""
+        return torch.where(self.frames.isnan(), torch.tensor([0.0, 0.0, 1.0, 1.0]), self.frames)
+
+    @property
     def map(self) -> tuple[int, int]:
         """See `Activations.map`; here that of a frame."""
         return GRID, GRID
@@ -81,12 +89,12 @@ class FramedActivations(Activations):
     @property
     def values(self) -> Tensor:
         """All as one tensor S x B x C x GRID x GRID: a copy in memory."""
-        return torch.stack([into_frames(values, self.frames) for values in self.whole.values])
+        return torch.stack([into_frames(values, self.known_frames) for values in self.whole.values])
 
     def batches(self, step: int, rows: int = 4096) -> Iterator[tuple[int, Tensor]]:
         """See `Activations.batches`; in fp32."""
         for first, values in self.whole.batches(step, rows):
-            yield first, into_frames(values, self.frames[first : first + len(values)])
+            yield first, into_frames(values, self.known_frames[first : first + len(values)])
 
     def part(self, start: int, stop: int) -> Activations:
         """See `Activations.part`."""

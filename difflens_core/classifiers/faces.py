@@ -23,6 +23,8 @@ LONGEST = 320  # side that pictures are resized to; the largest box is 256
 SURE = 0.6  # least score of a face
 MARGIN = 0.25  # of the box, added on every side, as FairFace's training pictures have it
 
+BUST, BELOW = 2.2, 0.09  # side of head and shoulders beside a face, and how far its centre lies below the face's
+
 Faces = list[Tensor]  # of every picture F x 4: left, top, right, bottom as shares of the picture
 FaceFinder = Callable[[Tensor], Faces]  # of pictures B x 3 x H x W in [0, 1]
 
@@ -72,6 +74,14 @@ def largest_faces(faces: Faces) -> Tensor:
             area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1)
             found[i] = boxes[area.argmax()]
     return found
+
+
+def around_faces(boxes: Tensor, height_by_width: float) -> Tensor:
+    """Squares of head and shoulders (B x 4) around the boxes of faces (B x 4), as shares of pictures of that shape."""
+    centre, side = (boxes[:, :2] + boxes[:, 2:]) / 2, BUST * (boxes[:, 3:] - boxes[:, 1:2])
+    half = side * torch.tensor([height_by_width, 1.0]) / 2
+    centre = centre + side * torch.tensor([0.0, BELOW])
+    return torch.cat([centre - half, centre + half], dim=1)
 
 
 def cut_out(x: Tensor, boxes: Tensor, size: int) -> Tensor:

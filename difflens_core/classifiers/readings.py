@@ -45,6 +45,15 @@ class DifferentiableClassifier(ImageClassifier, Protocol):
         ...
 
 
+def frames_of(classifier: ImageClassifier, images: Tensor) -> Tensor | None:
+    """Squares around the subjects of images n x H x W x 3, if the classifier looks for them: n x 4.
+
+    Left, top, right and bottom as shares of the picture, which they may exceed; NaN where none was found.
+    """
+    find: Callable[[Tensor], Tensor | None] | None = getattr(classifier, "frames", None)
+    return find(images) if find else None
+
+
 def left_out(attribute: str) -> str:
     """Name of a reading (n): how much of each picture a classifier gives to classes that the attribute leaves out."""
     return f"{attribute}: other classes"

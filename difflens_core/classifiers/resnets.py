@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..files import DiffLensError, finite, refuse_whole_numbers
-from .faces import FaceFinder, cut_out, largest_faces
+from .faces import FaceFinder, around_faces, cut_out, largest_faces
 from .readings import MISTAKE, NO_FACE, by_batches, left_out
 
 SIZE = 224
@@ -148,6 +148,17 @@ class ResNetClassifier(nn.Module):
             return told
 
         return by_batches(images, batch, self.mean.device, read)
+
+    def frames(self, images: Tensor, batch: int = 32) -> Tensor | None:
+        """See `frames_of`: around the largest face, NaN without one, or None if it does not look for faces."""
+        faces = self.faces
+        if faces is None:
+            return None
+
+        def find(x: Tensor) -> dict[str, Tensor]:
+            return {"frames": around_faces(largest_faces(faces(x)), x.shape[2] / x.shape[3])}
+
+        return by_batches(images, batch, self.mean.device, find)["frames"]
 
     def log_probabilities(self, images: Tensor) -> dict[str, Tensor]:
         """See `DifferentiableClassifier.log_probabilities`."""

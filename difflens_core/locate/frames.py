@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ..activations import FramedActivations
+from ..classifiers import NO_CLASS
 from ..sae import Normalisation
 
 FRAME = ("weight", "bias")  # tensors of `FrameProbes`
+SIDE = "size of the subject"
 STILL = 0.5  # positions that the edges of frames may vary by (standard deviation) in pictures that are aligned
 
 SHRINKAGE = 1e-3  # of the readouts, beside the mean variance of what they read
@@ -54,9 +56,22 @@ def aligned(frames: Tensor, size: tuple[int, int]) -> bool:
 
     Pictures in which none was found (NaN) do not count.
     """
-    height, width = size
-    edges = frames[~frames.isnan().any(dim=1)] * torch.tensor([width, height, width, height])
+    edges = in_positions(frames[~frames.isnan().any(dim=1)], size)
     return len(edges) < 2 or bool((edges.std(dim=0) < STILL).all())
+
+
+def in_positions(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Edges (B x 4) of frames in positions of a map of that height and width."""
+    return frames * torch.tensor([size[1], size[0], size[1], size[0]])
+
+
+def sides(activations: FramedActivations) -> tuple[tuple[str, ...], Tensor]:
+    """How large the subjects are, in thirds: a trait like any other, B, for what a position shows depends on it."""
+    edges = in_positions(activations.frames, activations.whole.map)
+    side = edges[:, 3] - edges[:, 1]
+    known = ~side.isnan()
+    thirds = torch.bucketize(side, side[known].quantile(torch.tensor([1 / 3, 2 / 3])))
+    return ("small", "middle", "large"), torch.where(known, thirds, NO_CLASS)
 
 
 def places(size: tuple[int, int]) -> Tensor:
@@ -75,11 +90,13 @@ def fit_frames(
     """
     whole = activations.whole
     height, width = whole.map
-    edges = activations.frames * torch.tensor([width, height, width, height])
+    edges = in_positions(activations.frames, whole.map)
     centre, side = (edges[:, :2] + edges[:, 2:]) / 2, (edges[:, 3] - edges[:, 1])
     offset = centre[:, :, None] - places((height, width))  # B x 2 x P
+    # Where there is no subject all is NaN, and nothing is the subject's.
     core = (offset.abs() < side[:, None, None] * torch.tensor(CORE)[:, None]).all(dim=1)
     wanted = torch.cat([core[:, None].float(), offset, side.log()[:, None, None].expand(-1, 1, core.shape[1])], dim=1)
+    wanted = wanted.nan_to_num(0.0)
     weights, biases = [], []
     for s, progress in enumerate(whole.progress):
         step, all_of, own_of = normalisation.step_at(float(progress)), torch.zeros(()), torch.zeros(())

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..activations import Activations
+from ..activations import Activations, FramedActivations
 from ..classifiers import NO_CLASS
 from ..sae import Normalisation, SparseAutoencoder
 from .attribution import SUPPORT, foreign, seen_together
+from .frames import SIDE, sides
 from .probes import fit_logistic
 
 SHRINKAGE = 5.0  # of all coefficients but the classes' own levels, in pictures
@@ -118,8 +119,11 @@ def fit_levels(
     class's difference from another's and is kept, in `RANK` maps. The main effects e, the same for all classes, do what
     balancing weights did.
     labels: B, NO_CLASS for a picture that does not count; others: the same of the other attributes, of which those
-    count that vary. If none does, the levels are the classes' means.
+    count that vary. If none does, the levels are the classes' means. In their subjects' frames how large the subject is
+    is one more.
     """
+    if isinstance(activations, FramedActivations):
+        others = {**others, SIDE: sides(activations)}
     others = {name: of for name, of in others.items() if varies(*of)}
     u, shared = torch.zeros(len(labels), 0), torch.zeros(len(labels), 0)
     for names, of in others.values():

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from difflens_core.classifiers import load_face_finder
-from difflens_core.classifiers.faces import LONGEST, YuNetFinder, cut_out, decode, largest_faces, priors
+from difflens_core.classifiers.faces import (
+    BUST,
+    LONGEST,
+    YuNetFinder,
+    around_faces,
+    cut_out,
+    decode,
+    largest_faces,
+    priors,
+)
 from difflens_core.files import DiffLensError
 
 NAN = float("nan")
@@ -97,3 +106,11 @@ def test_kornias_network_runs_on_random_weights_from_a_file(tmp_path):
     torch.save({"fc.weight": torch.ones(2)}, path)
     with pytest.raises(DiffLensError, match="not the weights of kornia's face detector"):
         load_face_finder(path)
+
+
+def test_head_and_shoulders_are_a_square_around_the_face():
+    boxes = torch.tensor([[0.4, 0.2, 0.6, 0.5], [NAN] * 4])
+    left, top, right, bottom = around_faces(boxes, 64 / 96)[0].tolist()
+    assert (bottom - top) * 64 == pytest.approx((right - left) * 96) and bottom - top == pytest.approx(BUST * 0.3)
+    assert (left + right) / 2 == pytest.approx(0.5) and top < 0.2 and bottom > 0.7
+    assert around_faces(boxes, 1.0)[1].isnan().all()

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from difflens_core.activations import Activations
+from difflens_core.activations import GRID, Activations, FramedActivations
 from difflens_core.classifiers import NO_CLASS
 from difflens_core.locate import channel_rows, fit_levels, latent_rows
 from difflens_core.locate.attribution import SUPPORT
+from difflens_core.locate.frames import SIDE
 from difflens_core.locate.levels import RANK, SHRINKAGE, in_few_maps
+from difflens_core.sae import Normalisation
 
 PICTURES, CLASSES = 90, 2
 
@@ -141,3 +143,20 @@ def test_effects_are_kept_in_the_best_few_maps():
     np.testing.assert_allclose(torch.einsum("skgr,rfp->skgfp", coefficients, maps).reshape(24, 30), best, atol=1e-5)
     whole, more = in_few_maps(effects, RANK)
     torch.testing.assert_close(torch.einsum("skgr,rfp->skgfp", whole, more), effects, atol=1e-5, rtol=1e-5)
+
+
+def test_in_frames_the_size_of_the_subject_is_a_trait_and_pictures_without_one_do_not_spoil_the_rest(toys):
+    draw = torch.Generator().manual_seed(6)
+    labels = torch.randint(CLASSES, (PICTURES,), generator=draw)
+    side = 0.4 + 0.5 * torch.rand(PICTURES, 1, generator=draw)
+    frames = torch.cat([torch.full((PICTURES, 2), 0.05), 0.05 + side.expand(-1, 2)], dim=1)
+    values = toys.random(8)(1, PICTURES, 6, 4, 4) * 0.1
+    values[0, :, 2] += (labels == 1).float()[:, None, None] * (3 * side[:, :, None] - 1.5)  # larger in the large
+    values[0, 0], frames[0], labels[0] = 1e3, torch.nan, NO_CLASS
+    plain = Activations(values, torch.tensor([0.0]), "middle")
+    norm = Normalisation(torch.tensor([0.0]), torch.zeros(1, 6), torch.ones(1))
+    levels, context = fit_levels(FramedActivations.of(plain, frames), norm, channel_rows(norm), labels, CLASSES, {})
+    assert levels.shape == (1, CLASSES, 6, GRID**2) and context.attributes == {SIDE: ("small", "middle", "large")}
+    gap = torch.einsum("gr,rfp->gfp", context.coefficients[0, 1] - context.coefficients[0, 0], context.maps)
+    assert float(gap[2, 2].mean() - gap[0, 2].mean()) > 0.5 and torch.isfinite(levels).all()
+    assert gap[:, [0, 1, 3, 4, 5]].abs().max() < 0.2

@@ -23,6 +23,7 @@ from ....difflens_core.networks import END, Denoiser, DenoiserConfig, TextEncode
 from .pixels import Hosted, after_middle, as_patcher
 
 LATENT = 8  # pixels a side of what Empty Latent Image takes for one latent, unless it hands on that they are pixels
+PATCH = 8  # pixels a side of what one position of the middle block stands for
 TIMESTEPS = 1000  # what ComfyUI's flow models multiply sigma by
 
 
@@ -33,9 +34,11 @@ class HostedDenoiser(Hosted, Denoiser):
         super().__init__(DenoiserConfig(**sizes), operations, device=device, dtype=dtype)
 
     def check_input(self, x: Tensor, context: Tensor | None) -> None:
-        """See `Hosted.check_input`; x must be B x 3 x size x size."""
+        """See `Hosted.check_input`; x must be B x 3 x size x size, or of any multiples of 8."""
         size, width = self.config.size, self.config.context_width
-        if x.shape[1:] != (3, size, size):
+        if self.config.any_size:
+            self.check_sides(x)
+        elif x.shape[1:] != (3, size, size):
             found, node = " x ".join(map(str, x.shape[1:])), "Prompted" if width else "Unconditional"
             ask = f"Set Empty Latent Image to {size} x {size}."
             if x.shape[2:] == (size // LATENT, size // LATENT):
@@ -53,6 +56,16 @@ class HostedDenoiser(Hosted, Denoiser):
             raise DiffLensError(
                 f"Load Prompted Model: this model reads a text of width {width}, got {found}. Connect CLIP Text Encode "
                 "with the CLIP of the same Load Prompted Model."
+            )
+
+    def check_sides(self, x: Tensor) -> None:
+        """Raise `DiffLensError` unless x is of pictures that a model of any size draws."""
+        height, width = x.shape[2:]
+        if x.shape[1] != 3 or height % PATCH or width % PATCH or min(height, width) < self.config.size // 2:
+            raise DiffLensError(
+                f"Load Prompted Model: this model draws pictures whose sides are multiples of {PATCH} pixels and at "
+                f"least {self.config.size // 2}, got a latent of {' x '.join(map(str, x.shape[1:]))}. Set Empty Latent "
+                f"Image to such a size, for example {self.config.size} x {self.config.size}."
             )
 
     def _forward(self, x, timesteps, context, control, transformer_options, y=None):

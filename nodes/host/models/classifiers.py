@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ....difflens_core.activations import differentiable
-from ....difflens_core.classifiers import join_readings
+from ....difflens_core.classifiers import frames_of, join_readings
 from ....difflens_core.files import DiffLensError
 
 BATCH = 16
@@ -37,6 +37,12 @@ class HostedClassifier:
             comfy.model_management.throw_exception_if_processing_interrupted()
             parts.append(self.classifier.classify(batch))
         return join_readings(parts)
+
+    def frames(self, images: Tensor) -> Tensor | None:
+        """See `difflens_core.classifiers.frames_of`."""
+        comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
+        parts = [frames_of(self.classifier, batch) for batch in images.split(BATCH)]
+        return None if parts[0] is None else torch.cat(parts)
 
     def log_probabilities(self, images: Tensor) -> dict[str, Tensor]:
         """See `DifferentiableClassifier.log_probabilities`."""
