@@ -19,6 +19,7 @@ from .sockets import CATEGORY, SAE, RecipeSocket, TargetsSocket
 
 AS_RECIPE = "from recipe"
 HOLD = {"on": True, "off": False}
+OFFERED = ("shift", "reach", "scale", "add own fixed", "ablate")  # the other modes serve old recipes and graphs
 OTHER_WEIGHTS = "The recipe for {} was made on other weights than this model's; it may steer badly."
 STALE_PLAN = (
     "Plan Targets asks for shares of {} that make up for what the recipe misses as it was calibrated, but it is used "
@@ -55,14 +56,11 @@ class Steer(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "mode",
-                    options=[AS_RECIPE, *MODES],
+                    options=[AS_RECIPE, *OFFERED],
                     default=AS_RECIPE,
-                    tooltip="How the features are changed. reach: to the asked class, by as much as is still missing; "
-                    "shift: from the class a picture heads for to the asked one; "
-                    "add: towards the asked class, always; add own: only by the asked class's features; add fixed: by "
-                    "the strength itself, the others down; add own fixed: the asked class's features alone, by the "
-                    "strength itself; move: to the asked class's level, never beyond; clamp: down to that level; "
-                    "scale: multiply the asked class's features; ablate: take them away.",
+                    tooltip="How the features are changed. shift: from the class a picture heads for to the asked one; "
+                    "reach: to the asked class, by as much as is still missing; scale: multiply the asked class's "
+                    "features; add own fixed: add the strength to them; ablate: take them away.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -148,6 +146,12 @@ class Steer(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, mode: str | None = None) -> bool | str:
+        """Graphs of 0.4 may ask for modes that are no longer offered."""
+        known = mode is None or mode in (AS_RECIPE, *MODES)
+        return known or f"mode {mode!r} is unknown, expected one of {', '.join((AS_RECIPE, *OFFERED))}."
 
     @classmethod
     @host.clear_errors
