@@ -423,7 +423,7 @@ def compare(
 
 def print_means(results: Sequence[Mapping]) -> None:
     """Mean over prompts and attributes of what is kept, and the interval of the difference from the default's."""
-    print(f"\nmean over all{'':14s} at   kept   default minus this [95 %]   EPR  SSIM")
+    print(f"\nmean over all{'':23s} at   kept   default minus this [95 %]   EPR  SSIM")
     for at in SUCCESS:
         own = {(r["prompt"], r["attribute"]): r for r in results if (r["way"], r["at_success"]) == ("default", at)}
         for way in dict.fromkeys(r["way"] for r in results):
@@ -432,8 +432,9 @@ def print_means(results: Sequence[Mapping]) -> None:
             gain, error = np.mean([d.mean() for d in pairs]), np.sqrt(sum(d.var() / len(d) for d in pairs)) / len(pairs)
             kept, epr, like = (np.mean([r[key] for r in rows]) for key in ("mean_kept", "epr", "ssim"))
             mark = "" if all(r["reached"] for r in rows) else "!"
+            mark += "" if len(rows) == len(own) else f" ({len(rows)} of {len(own)})"
             interval = f"{100 * gain:5.1f} [{100 * (gain - 1.96 * error):5.1f}, {100 * (gain + 1.96 * error):5.1f}]"
-            print(f"{way + mark:27s} {at:.2f} {100 * kept:5.1f}   {interval:26s} {epr:5.2f} {like:.3f}")
+            print(f"{way + mark:36s} {at:.2f} {100 * kept:5.1f}   {interval:26s} {epr:5.2f} {like:.3f}")
 
 
 DEFAULT = "SAE recipe"  # what we ship

@@ -20,9 +20,10 @@ TENSORS = ("weight", "bias", "progress", "accuracy")
 
 @dataclass(frozen=True)
 class Probes:
-    """One linear probe per sampling step, on the SAE's reconstruction in normalised units.
+    """One linear probe per sampling step, on the site's rows in the SAE's normalised units, as steering reads them.
 
-    Logits of step s for x (B x P x width): weight[s] . mean over positions of x + bias[s].
+    Attribution asks it about the SAE's reconstruction of them. Logits of step s for x (B x P x width): weight[s] . mean
+    over positions of x + bias[s].
     weight: S x K x width; bias: S x K; progress: S; accuracy: S, balanced accuracy on held-out pictures, 0 to 1.
     """
 
@@ -88,7 +89,7 @@ def train_probes(
         step = sae.normalisation.step_at(float(progress))
         pooled = torch.empty(activations.pictures, sae.width)
         for first, values in activations.batches(s):
-            pooled[first : first + len(values)] = sae.decode(sae.encode(values, step)).mean(dim=1)
+            pooled[first : first + len(values)] = sae.rows(values, step).mean(dim=1)
         fitting = known & ~held_out
         trial = fit_logistic(pooled[fitting], labels[fitting], len(classes), weight_decay)
         accuracy = balanced_accuracy(F.linear(pooled[held_out], *trial).argmax(dim=1), labels[held_out])
