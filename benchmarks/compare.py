@@ -176,11 +176,11 @@ def by_guidance(edits: Tensor) -> Draw:
 def in_directions(recipe: Recipe, directions: Tensor) -> Recipe:
     """What `mean_difference` gives, written in unit directions (F x C, F at least C): of all ways the shortest."""
     count, inverse = len(directions), torch.linalg.pinv(directions.T)  # F x C
-    context = recipe.context and replace(recipe.context, maps=torch.einsum("fc,rcp->rfp", inverse, recipe.context.maps))
+    levels = replace(recipe.levels, maps=torch.einsum("fc,rcp->rfp", inverse, recipe.levels.maps))
     return replace(
         recipe, features=torch.arange(count), encoder=directions, decoder=directions, bias=torch.zeros(count),
         threshold=torch.full((count,), -1e9), member=torch.ones(len(recipe.classes), count, dtype=torch.bool),
-        levels=torch.einsum("fc,skcp->skfp", inverse, recipe.levels.float()), context=context, weight=None,
+        levels=levels, weight=None,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from difflens_core.locate import Levels  # noqa: E402
 from difflens_core.sae import Normalisation, SparseAutoencoder  # noqa: E402
 from difflens_core.steer import Steering, recipe_from_features  # noqa: E402
 
@@ -72,7 +73,7 @@ def rows() -> list[dict]:
     scaled = Steering(replace(recipe, threshold=torch.zeros(FEATURES)), torch.zeros_like)
     levels = torch.rand(1, 2, FEATURES, MAP * MAP, generator=draw)
     two = replace(
-        scaled.recipe, classes=("one", "other"), strength=(1.0, 1.0), mode="shift", levels=levels,
+        scaled.recipe, classes=("one", "other"), strength=(1.0, 1.0), mode="shift", levels=Levels.of(levels),
         member=torch.ones(2, FEATURES, dtype=torch.bool), probe_weight=torch.randn(1, 2, WIDTH, generator=draw),
         probe_bias=torch.zeros(1, 2),
     )  # fmt: skip

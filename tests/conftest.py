@@ -19,7 +19,7 @@ from launch_comfyui import install_mends  # noqa: E402
 install_mends()  # a torchvision built for a GPU beside a CPU build of torch: diffusers imports it
 
 from difflens_core.activations import Activations  # noqa: E402
-from difflens_core.locate import Context, Probes  # noqa: E402
+from difflens_core.locate import Levels, Probes  # noqa: E402
 from difflens_core.networks import Adm, AdmConfig, Denoiser, DenoiserConfig  # noqa: E402
 from difflens_core.sae import Normalisation, SparseAutoencoder  # noqa: E402
 from difflens_core.steer import Recipe  # noqa: E402
@@ -66,19 +66,22 @@ def recipe(features: int = 5, steps: int = 3, width: int = 6, positions: int = 4
     return Recipe(
         "age", CLASSES, "middle", "abc", torch.arange(features), draw(features, width), draw(features) * 0.3,
         draw(features).abs() * 0.3, F.normalize(draw(features, width), dim=1), draw(k, features) > 0,
-        draw(steps, k, features, positions).abs().half(), draw(steps, k, width), draw(steps, k),
+        Levels.of(draw(steps, k, features, positions).abs().half()), draw(steps, k, width), draw(steps, k),
         normalisation(steps, width), **{"strength": (1.0, 0.5, 2.0), **settings},
     )  # fmt: skip
 
 
-def context(
+def levels(
     features: int = 5, steps: int = 3, width: int = 6, positions: int = 4, maps: int = 2, seed: int = 9
-) -> Context:
-    """How the levels of `recipe` differ by two attributes of two and three classes."""
-    draw, k, attributes = random(seed), len(CLASSES), {"hair": ("short", "long"), "tone": ("a", "b", "c")}
-    return Context(
-        attributes, draw(steps, 5, width), draw(steps, 5), draw(steps, k, 5, maps), draw(maps, features, positions)
-    )
+) -> Levels:
+    """Those of `recipe`, but different by two attributes of two and three classes."""
+    own, draw = recipe(features, steps, width, positions).levels, random(seed)
+    attributes = {"hair": ("short", "long"), "tone": ("a", "b", "c")}
+    weight, bias = draw(steps, 5, width), draw(steps, 5)
+    effects, more = draw(steps, len(CLASSES), 5, maps), draw(maps, features, positions)
+    none = torch.zeros(steps, len(CLASSES), 5, len(own.maps))
+    classes = torch.nn.functional.pad(own.classes, (0, maps))
+    return Levels(torch.cat([own.maps, more]), classes, torch.cat([none, effects], dim=3), weight, bias, attributes)
 
 
 def denoiser(seed: int = 6, **sizes) -> Denoiser:
@@ -113,7 +116,7 @@ def unet2d(seed: int = 8, **settings):
 
 @pytest.fixture(scope="session")
 def toys() -> SimpleNamespace:
-    makers = (random, normalisation, activations, sae, probes, recipe, context, denoiser, adm, unet2d)
+    makers = (random, normalisation, activations, sae, probes, recipe, levels, denoiser, adm, unet2d)
     return SimpleNamespace(classes=CLASSES, **{maker.__name__: maker for maker in makers})
 
 

@@ -56,7 +56,7 @@ def diagnose(
     with activations of the recipe's site and the labels (B) of their pictures it is itself checked.
     on_picture(done, total) may raise to cancel.
     """
-    ranked = recipe.levels.shape[-1] > 0  # without levels nothing tells which features are best, or an edit's norm
+    ranked = recipe.levels.positions > 0  # without levels nothing tells which features are best, or an edit's norm
     shares = SHARES if ranked else (1.0,)
     controls = sae if sae and ranked and sae.latents >= 2 * len(recipe.features) else None
     sites = [recipe.site, *evenly(sites, OTHER_SITES)] if sites else []

@@ -47,7 +47,7 @@ class OneLatent:
             pre = torch.einsum("bc,bcp->bp", encoder, x) + bias[:, None]
             amount = -torch.where(pre > threshold[:, None], pre, 0.0)
         else:
-            levels = recipe.levels[:, :, latent].float()  # S x K x B x P
+            levels = recipe.levels.some(latent).dense()  # S x K x B x P
             strongest = levels.mean(dim=(0, 3)).argmax(dim=0)
             amount = self.strength * contrast(levels[step])[strongest, torch.arange(len(latent))].to(h.device)
         amount = amount * (self.latent[images] >= 0).to(h.device)[:, None]
@@ -103,7 +103,7 @@ def causal_effect(
         raise DiffLensError(f"causal effect: mode {mode!r} is unknown, expected one of {', '.join(EFFECTS)}.")
     if pictures < 2:
         raise DiffLensError(f"causal effect: {pictures} pictures per feature, expected at least 2.")
-    if recipe.levels.shape[-1] == 0 if mode == "amplify" else recipe.needs_sae:
+    if not recipe.levels.positions if mode == "amplify" else recipe.needs_sae:
         raise DiffLensError(
             f"causal effect: to {mode} its features, the recipe for {recipe.attribute} needs "
             f"{'class levels' if mode == 'amplify' else 'thresholds'}, which one from feature files lacks. "
@@ -151,6 +151,5 @@ def keep_best(recipe: Recipe, score: Tensor, count: int, ranking: str) -> Recipe
     others = ("calibration", "weighed")  # what was found for all features together
     info = {name: value for name, value in recipe.info.items() if name not in others}
     info["ranking"] = ranking
-    context = recipe.context and replace(recipe.context, maps=recipe.context.maps[:, kept])
-    levels = recipe.levels[:, :, kept]
-    return replace(recipe, **rows, member=member[:, kept], levels=levels, context=context, weight=None, info=info)
+    levels = recipe.levels.some(kept)
+    return replace(recipe, **rows, member=member[:, kept], levels=levels, weight=None, info=info)

@@ -141,7 +141,7 @@ def probe_score(recipe: Recipe) -> Tensor:
     The product in the contrastive score of Attribute Features, from what the recipe holds: it does not say by what it
     was ranked, and `member` says whose the latents are.
     """
-    steps = zip(recipe.levels.float().mean(dim=-1), recipe.probe_weight, strict=True)
+    steps = zip(recipe.levels.dense().mean(dim=-1), recipe.probe_weight, strict=True)
     return sum((contrast(level) * contrast(weight @ recipe.decoder.T) for level, weight in steps), torch.zeros(()))
 
 

@@ -11,17 +11,17 @@ from .attribution import (
 )
 from .frames import FRAME, FrameProbes, aligned, fit_frames
 from .gradients import integrated_gradients_of, picture_objective
-from .levels import CONTEXT, Context, Labelled, channel_rows, fit_levels, latent_rows
+from .levels import LEVELS, Labelled, Levels, channel_rows, fit_levels, in_maps, latent_rows
 from .probes import Probes, load_probes, save_probes, train_probes
 from .separation import Separation, measure_separation
 
 __all__ = [
     "Attribution",
-    "CONTEXT",
-    "Context",
     "FRAME",
     "FrameProbes",
+    "LEVELS",
     "Labelled",
+    "Levels",
     "METHODS",
     "Probes",
     "Separation",
@@ -32,6 +32,7 @@ __all__ = [
     "contrast",
     "fit_frames",
     "fit_levels",
+    "in_maps",
     "integrated_gradients",
     "integrated_gradients_of",
     "latent_rows",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from .frames import SIDE, sides
 from .probes import fit_logistic
 
 SHRINKAGE = 5.0  # of all coefficients but the classes' own levels, in pictures
-RANK = 32  # maps that the coefficients are kept in
+# Maps that levels are kept in: for what all classes have in common, for their differences, for what traits change.
+MEANS, GAPS, EFFECTS = 4, 8, 32
 WEIGHT_DECAY = 1e-3  # of the probes that read the traits
 
-CONTEXT = ("weight", "bias", "coefficients", "maps")  # tensors of a `Context`
+LEVELS = ("maps", "classes", "effects", "weight", "bias")  # tensors of `Levels`
 
 # Of an attribute its classes and the class (B, int64, or NO_CLASS) of every picture.
 Labelled = Mapping[str, tuple[tuple[str, ...], Tensor]]
@@ -30,20 +31,48 @@ RowsOf = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Context:
-    """How the levels of K classes differ by the traits of a picture: the classes of its other attributes, G in all.
+class Levels:
+    """How active F latents usually are at P positions, by step, class and what else a picture shows, in few maps.
 
-    attributes: their classes; weight: S x G x width and bias: S x G, probes that read them off the mean over positions
-    of normalised rows; coefficients: S x K x G x R and maps: R x F x P: class k's level is more by
-    sum_g u_g coefficients[k, g] . maps, with u_g the trait's probability minus one over the number of its attribute's
-    classes.
+    maps: R x F x P; classes: S x K x R, how much of each map there is at step s in class k, where all traits are alike;
+    effects: S x K x G x R, how much more for each of G traits, the classes of a picture's other attributes, times its
+    probability minus one over the number of its attribute's classes. weight: S x G x width and bias: S x G are probes
+    that read the traits off the mean over positions of normalised rows; attributes: their classes.
     """
 
-    attributes: Mapping[str, tuple[str, ...]]
+    maps: Tensor
+    classes: Tensor
+    effects: Tensor
     weight: Tensor
     bias: Tensor
-    coefficients: Tensor
-    maps: Tensor
+    attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, levels: Tensor) -> Levels:
+        """Levels S x K x F x P that are the same for all pictures of a class, each a map of its own."""
+        steps, classes = levels.shape[:2]
+        return cls.plain(levels.float().flatten(0, 1), torch.eye(steps * classes).unflatten(0, (steps, classes)))
+
+    @classmethod
+    def plain(cls, maps: Tensor, classes: Tensor) -> Levels:
+        """Without traits."""
+        steps, count, size = classes.shape
+        return cls(
+            maps, classes, torch.zeros(steps, count, 0, size), torch.zeros(steps, 0, 0), torch.zeros(steps, 0)
+        )  # fmt: skip
+
+    @property
+    def positions(self) -> int:
+        """P, 0 if no levels are known."""
+        return self.maps.shape[2]
+
+    def dense(self) -> Tensor:
+        """The classes' levels without their traits: S x K x F x P."""
+        return torch.einsum("skr,rfp->skfp", self.classes, self.maps)
+
+    def some(self, latents: Tensor) -> Levels:
+        """Those of some of the latents: numbers, or F booleans."""
+        return replace(self, maps=self.maps[:, latents])
 
     def traits(self, pooled: Tensor, step: int) -> Tensor:
         """u (B x G) of pooled rows (B x width)."""
@@ -51,14 +80,18 @@ class Context:
         parts = logits.split([len(classes) for classes in self.attributes.values()], dim=1)
         return torch.cat([part.softmax(dim=1) - 1 / part.shape[1] for part in parts], dim=1)
 
-    def more(self, share: Tensor, traits: Tensor, step: int) -> Tensor:
-        """What traits u (B x G) add to `share` (B x K) of each class's level: B x F x P."""
-        weights = torch.einsum("bk,bg,kgr->br", share, traits, self.coefficients[step])
-        return (weights @ self.maps.flatten(1)).unflatten(1, self.maps.shape[1:])
+    def amounts(self, share: Tensor, traits: Tensor | None, step: int) -> Tensor:
+        """How much of each map (B x R) `share` (B x K) of the classes' levels takes, with traits u (B x G)."""
+        amounts = share @ self.classes[step]
+        return amounts if traits is None else amounts + torch.einsum("bk,bg,kgr->br", share, traits, self.effects[step])
 
-    def to(self, device: torch.device) -> Context:
+    def level(self, share: Tensor, traits: Tensor | None, step: int) -> Tensor:
+        """Such levels themselves: B x F x P."""
+        return (self.amounts(share, traits, step) @ self.maps.flatten(1)).unflatten(1, self.maps.shape[1:])
+
+    def to(self, device: torch.device) -> Levels:
         """The same on a device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in CONTEXT})
+        return replace(self, **{name: getattr(self, name).to(device) for name in LEVELS})
 
 
 def coded(labels: Tensor, classes: int) -> Tensor:
@@ -104,8 +137,8 @@ def fit_levels(
     classes: int,
     others: Labelled,
     on_step: Callable[[int], None] = lambda step: None,
-) -> tuple[Tensor, Context | None]:
-    """Levels of every class (S x K x F x P, fp16) where all traits are alike, and how they differ by trait.
+) -> Levels:
+    """Levels of every class where all traits are alike, and how they differ by trait.
 
     One ridge regression a step of the rows a on class c and traits u of the captured pictures,
 
@@ -116,8 +149,8 @@ def fit_levels(
     class would. Nor have the traits of an attribute of which some are `foreign` to a class, and pictures that show such
     a trait in such a class do not count: many were misread. So what comes with a class goes with it: a picture that
     turns loses its beard, or its grey hair. The levels are b_0 + b_c; d, centred over the classes, is what tells one
-    class's difference from another's and is kept, in `RANK` maps. The main effects e, the same for all classes, do what
-    balancing weights did.
+    class's difference from another's and is kept. The main effects e, the same for all classes, do what balancing
+    weights did. All of it is put `in_maps`.
     labels: B, NO_CLASS for a picture that does not count; others: the same of the other attributes, of which those
     count that vary. If none does, the levels are the classes' means. In their subjects' frames how large the subject is
     is one more.
@@ -148,23 +181,20 @@ def fit_levels(
             found = found + torch.einsum("pb,bfi->pfi", solve[:, first : first + len(values)], rows)
             pooled.append(means)
         base, per_class = found[:1] + found[1 : 1 + classes], found[1 + classes + u.shape[1] :]
-        levels.append((base - found[1 : 1 + classes].mean(dim=0)).half())
-        own_effects = per_class.unflatten(0, (classes, -1))
+        levels.append(base - found[1 : 1 + classes].mean(dim=0))
+        own_effects = per_class.reshape(classes, u.shape[1], *per_class.shape[1:])
         effects.append(own_effects - own_effects.mean(dim=0))
-        if others:
-            probes.append(trait_probes(torch.cat(pooled), others))
+        probes.append(trait_probes(torch.cat(pooled), others))
         on_step(s + 1)
-    if not others:
-        return torch.stack(levels), None
-    coefficients, maps = in_few_maps(torch.stack(effects), RANK)
     weight, bias = (torch.stack(parts) for parts in zip(*probes, strict=True))
-    attributes = {name: names for name, (names, _) in others.items()}
-    return torch.stack(levels), Context(attributes, weight, bias, coefficients, maps)
+    return in_maps(
+        torch.stack(levels), torch.stack(effects), weight, bias, {n: names for n, (names, _) in others.items()}
+    )
 
 
 def trait_probes(pooled: Tensor, others: Labelled) -> tuple[Tensor, Tensor]:
     """Weight (G x width) and bias (G) of a logistic regression an attribute, of pooled rows (B x width)."""
-    fitted = []
+    fitted = [(pooled[:0], pooled[:0, 0])]
     for names, labels in others.values():
         known = labels != NO_CLASS
         fitted.append(fit_logistic(pooled[known], labels[known], len(names), WEIGHT_DECAY))
@@ -172,13 +202,29 @@ def trait_probes(pooled: Tensor, others: Labelled) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def in_few_maps(effects: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Effects (S x K x G x F x P) as coefficients (S x K x G x R) of at most `rank` maps (R x F x P).
+def in_maps(
+    levels: Tensor, effects: Tensor, weight: Tensor, bias: Tensor, attributes: Mapping[str, tuple[str, ...]]
+) -> Levels:
+    """Levels (S x K x F x P) and effects (S x K x G x F x P) in few maps, see `Levels` for the rest."""
+    mean = levels.mean(dim=1, keepdim=True)
+    parts = in_few_maps(mean, MEANS), in_few_maps(levels - mean, GAPS), in_few_maps(effects, EFFECTS)
+    maps = torch.cat([of for _, of in parts])
+    steps, classes, traits = effects.shape[:3]
+    means, gaps, others = (amounts for amounts, _ in parts)
+    own = torch.cat([means.expand(-1, classes, -1), gaps, levels.new_zeros(steps, classes, others.shape[3])], dim=2)
+    none = levels.new_zeros(steps, classes, traits, own.shape[2] - others.shape[3])
+    return Levels(maps, own, torch.cat([none, others], dim=3), weight, bias, attributes)
 
-    The best there are in the least squares' sense, by the singular vectors of all effects together (Eckart & Young
-    1936), from the smaller side's products.
+
+def in_few_maps(values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Values (... x F x P) as amounts (... x R) of at most `rank` maps (R x F x P).
+
+    The best there are in the least squares' sense, by the singular vectors of all values together (Eckart & Young
+    1936), from the smaller side's products. Amounts are orthonormal.
     """
-    flat = effects.flatten(3).flatten(0, 2)
-    values, vectors = torch.linalg.eigh((flat @ flat.T).double())
-    basis = vectors[:, values > values[-1] * 1e-9][:, -rank:].float()  # orthonormal combinations of the effects
-    return basis.unflatten(0, effects.shape[:3]), (basis.T @ flat).unflatten(1, effects.shape[3:])
+    flat = values.flatten(-2).flatten(0, -2)
+    if not len(flat):
+        return values.new_zeros(*values.shape[:-2], 0), values.new_zeros(0, *values.shape[-2:])
+    found, vectors = torch.linalg.eigh((flat @ flat.T).double())
+    basis = vectors[:, found > found[-1] * 1e-9][:, -rank:].to(values)
+    return basis.unflatten(0, values.shape[:-2]), (basis.T @ flat).unflatten(1, values.shape[-2:])

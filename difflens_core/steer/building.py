@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..activations import Activations, FramedActivations
 from ..files import DiffLensError
-from ..locate import Attribution, Labelled, Probes, fit_frames, fit_levels, latent_rows, tied
+from ..locate import Attribution, Labelled, Levels, Probes, fit_frames, fit_levels, latent_rows, tied
 from ..sae import Normalisation, SparseAutoencoder
 from .recipes import UNKNOWN, Recipe, with_settings
 
@@ -53,19 +53,19 @@ def build_recipe(
     probe_weight, probe_bias = probes.weight[probe_rows] / SOFTENING, probes.bias[probe_rows] / SOFTENING
     normalisation = Normalisation(attribution.progress, sae.normalisation.mean[rows], sae.normalisation.scale[rows])
     start, end = captured_part(attribution.progress)
-    levels, context = attribution.levels[:, :, chosen], None
+    levels = Levels.of(attribution.levels[:, :, chosen])
     frame = fit_frames(activations, sae.normalisation) if isinstance(activations, FramedActivations) else None
     info = {"gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures}
     if labels is not None:
         info["tied"] = [name for name, (_, of) in others.items() if tied(labels, of)]
-        levels, context = fit_levels(
+        levels = fit_levels(
             activations, sae.normalisation, latent_rows(sae, chosen), labels, len(classes), others, on_step
         )
     return Recipe(
         attribution.attribute, classes, sae.site, model, chosen, encoder, bias, threshold, sae.decoder[chosen],
         member, levels, probe_weight, probe_bias, normalisation,
         strength=(1.0,) * len(classes), start=start, end=end,
-        map=activations.map if sae.kernel == 1 else None, context=context, frame=frame, hold=True,
+        map=activations.map if sae.kernel == 1 else None, frame=frame, hold=True,
         info=info,
     )  # fmt: skip
 
@@ -101,7 +101,7 @@ def recipe_from_features(
     threshold = torch.full((count,), UNKNOWN) if sae.activation == "topk" else sae.gate.expand(sae.latents)[chosen]
     recipe = Recipe(
         attribute, tuple(wanted), sae.site, "", chosen, sae.encoder[chosen], sae.encoder_bias[chosen], threshold,
-        sae.decoder[chosen], member, torch.zeros(steps, k, count, 0), torch.zeros(steps, k, sae.width),
+        sae.decoder[chosen], member, Levels.of(torch.zeros(steps, k, count, 0)), torch.zeros(steps, k, sae.width),
         torch.zeros(steps, k), sae.normalisation, mode, (1.0,) * k,
     )  # fmt: skip
     return with_settings(recipe, strength=strength)

@@ -23,7 +23,7 @@ def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, ot
     """
     channels, classes = torch.eye(recipe.width), len(recipe.classes)
     rows = channel_rows(recipe.normalisation)
-    levels, context = fit_levels(activations, recipe.normalisation, rows, labels, classes, others)
+    levels = fit_levels(activations, recipe.normalisation, rows, labels, classes, others)
     return replace(
         recipe,
         features=torch.arange(recipe.width),
@@ -33,7 +33,6 @@ def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, ot
         decoder=channels,
         member=torch.ones(classes, recipe.width, dtype=torch.bool),
         levels=levels,
-        context=context,
         weight=None,
         info={name: recipe.info[name] for name in ("tied",) if name in recipe.info}
         | {"control": "mean difference of the raw activations"},
@@ -60,7 +59,7 @@ def with_latents(recipe: Recipe, sae: SparseAutoencoder, features: Tensor) -> Re
     recipe's own over all steps. What it reads stays: its own latents still tell how much to change.
     """
     decoder = sae.decoder[features]
-    own, other = (edit_norm(recipe.levels, rows).square().sum().sqrt() for rows in (recipe.writes, decoder))
+    own, other = (edit_norm(recipe.levels.dense(), rows).square().sum().sqrt() for rows in (recipe.writes, decoder))
     return replace(recipe, features=features, decoder=own / other.clamp(min=1e-12) * decoder, weight=None)
 
 
@@ -69,5 +68,5 @@ def edit_norm(levels: Tensor, decoder: Tensor) -> Tensor:
 
     levels: S x K x F x P; decoder: F x C.
     """
-    centred = levels.float() - levels.float().mean(dim=1, keepdim=True)
+    centred = levels - levels.mean(dim=1, keepdim=True)
     return torch.stack([torch.einsum("kfp,fc->kpc", step, decoder).square().mean().sqrt() for step in centred])

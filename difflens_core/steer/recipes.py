@@ -8,11 +8,12 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..files import DiffLensError, as_half, load_tensors, refuse_whole_numbers, save_tensors
-from ..locate import CONTEXT, FRAME, Context, FrameProbes
+from ..locate import FRAME, LEVELS, FrameProbes, Levels
 from ..sae import NORMALISATION, Normalisation
 
 MODES = ("reach", "shift", "add", "add own", "add fixed", "add own fixed", "move", "clamp", "scale", "ablate")
@@ -29,14 +30,13 @@ class Recipe:
 
     encoder, decoder: F x width, which is C, or C H W for an SAE of the whole map (`kernel`); bias, threshold: F (a
     latent is active where its pre-activation exceeds the threshold, fitted to agree with TopK, or UNKNOWN); member:
-    K x F, which latents belong to which class; levels: S x K x F x P, mean activity per step, class and position (no
-    positions: not known); probe_weight: S x K x width and probe_bias: S x K read the class that a picture is about to
-    show. mode, strength, start, end: how to edit, see `Steering`; hold: whether to hold on to the unsteered pictures,
-    which takes twice the time. weight: F, how much of its change each latent makes, all of it if None. model:
-    fingerprint of the weights it was made on.
-    map: height and width of the map whose positions they are, None if not known. context: how the levels differ by
-    what else a picture shows, None if they are the same for all. frame: reads where the subject is; then the map is
-    that of its frame, wherever in the picture, see `activations.into_frames`. info: provenance and figures.
+    K x F, which latents belong to which class; levels: mean activity per step, class, position and what else a picture
+    shows (no positions: not known); probe_weight: S x K x width and probe_bias: S x K read the class that a picture is
+    about to show. mode, strength, start, end: how to edit, see `Steering`; hold: whether to hold on to the unsteered
+    pictures, which takes twice the time. weight: F, how much of its change each latent makes, all of it if None. model:
+    fingerprint of the weights it was made on. map: height and width of the map whose positions they are, None if not
+    known. frame: reads where the subject is; then the map is that of its frame, wherever in the picture, see
+    `activations.into_frames`. info: provenance and figures.
     """
 
     attribute: str
@@ -49,7 +49,7 @@ class Recipe:
     threshold: Tensor
     decoder: Tensor
     member: Tensor
-    levels: Tensor
+    levels: Levels
     probe_weight: Tensor
     probe_bias: Tensor
     normalisation: Normalisation
@@ -59,7 +59,6 @@ class Recipe:
     end: float = 1.0
     weight: Tensor | None = None
     map: tuple[int, int] | None = None
-    context: Context | None = None
     frame: FrameProbes | None = None
     hold: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)
@@ -71,7 +70,7 @@ class Recipe:
             raise DiffLensError(
                 f"recipe for {self.attribute}: {len(self.strength)} strengths for {len(self.classes)} classes."
             )
-        if self.levels.shape[-1] == 0 and self.mode not in WITHOUT_LEVELS:
+        if not self.levels.positions and self.mode not in WITHOUT_LEVELS:
             raise DiffLensError(
                 f"recipe for {self.attribute}: mode {self.mode!r} needs class levels, and this recipe has none. Use "
                 f"one of {', '.join(WITHOUT_LEVELS)}, or a recipe from Attribute Features."
@@ -97,31 +96,22 @@ class Recipe:
         return self.normalisation.mean.shape[1]
 
     @property
-    def positions(self) -> int:
-        """P, of the map that the levels are of."""
-        return self.levels.shape[-1]
-
-    @property
     def grid(self) -> tuple[int, int] | None:
         """Height and width of the map that the levels are of: `map`, or a square. None if it cannot be one."""
-        side = isqrt(self.levels.shape[-1])
-        return self.map or ((side, side) if side**2 == self.levels.shape[-1] else None)
+        side = isqrt(self.levels.positions)
+        return self.map or ((side, side) if side**2 == self.levels.positions else None)
 
     def fits(self, height: int, width: int) -> bool:
         """Whether the levels are of such a map, or, if theirs is not known, of as many tokens in a row."""
-        tokens = not self.map and 1 in (height, width) and height * width == self.levels.shape[-1]
+        tokens = not self.map and 1 in (height, width) and height * width == self.levels.positions
         return (height, width) == self.grid or tokens
 
     def stretched(self, height: int, width: int) -> Recipe:
         """The recipe for maps of another size: its levels, resampled linearly, as a picture would be."""
 
-        def resampled(values: Tensor) -> Tensor:
-            maps = values.float().flatten(0, -3).unflatten(-1, self.grid)
-            maps = F.interpolate(maps, (height, width), mode="bilinear", antialias=True)
-            return maps.flatten(2).reshape(*values.shape[:-1], -1).to(values.dtype)
-
-        context = self.context and replace(self.context, maps=resampled(self.context.maps))
-        return replace(self, levels=resampled(self.levels), context=context, map=(height, width))
+        maps = self.levels.maps.unflatten(2, self.grid)
+        maps = F.interpolate(maps, (height, width), mode="bilinear", antialias=True).flatten(2)
+        return replace(self, levels=replace(self.levels, maps=maps), map=(height, width))
 
     @property
     def kernel(self) -> int:
@@ -138,17 +128,15 @@ class Recipe:
         return h.flatten(2) if self.kernel == 1 else h.flatten(1)[:, :, None]
 
 
-TENSORS = (
-    "features", "encoder", "bias", "threshold", "decoder", "member", "levels", "probe_weight", "probe_bias"
-)  # fmt: skip
+TENSORS = ("features", "encoder", "bias", "threshold", "decoder", "member", "probe_weight", "probe_bias")
 # Features, width, classes, steps of the capture and of the normalisation, positions, channels, traits, maps, edges.
 AXES = {
     "features": "F", "weight": "F", "encoder": "FW", "decoder": "FW", "bias": "F", "threshold": "F", "member": "KF",
-    "levels": "SKFP", "context.weight": "SGW", "context.bias": "SG", "context.coefficients": "SKGR",
-    "context.maps": "RFP", "frame.weight": "SEW", "frame.bias": "SE",
-    "probe_weight": "SKW", "probe_bias": "SK", "normalisation.progress": "N",
-    "normalisation.mean": "NC", "normalisation.scale": "N",
+    "levels.maps": "RFP", "levels.classes": "SKR", "levels.effects": "SKGR", "levels.weight": "SGW",
+    "levels.bias": "SG", "frame.weight": "SEW", "frame.bias": "SE", "probe_weight": "SKW", "probe_bias": "SK",
+    "normalisation.progress": "N", "normalisation.mean": "NC", "normalisation.scale": "N",
 }  # fmt: skip
+OPTIONAL = ("weight", "frame.weight", "frame.bias", "levels.effects", "levels.weight", "levels.bias")
 PLAIN = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "map", "hold", "info")
 
 
@@ -164,20 +152,25 @@ def at_dose(recipe: Recipe, dose: float) -> Recipe:
     return with_settings(recipe, strength=tuple(dose * own for own in recipe.strength))
 
 
+def held(attributes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the tensors of levels that go by such attributes."""
+    return LEVELS if attributes else LEVELS[:2]
+
+
 def save_recipe(path: str | Path, recipe: Recipe) -> None:
-    """Write a recipe (matrices as fp16 where it holds them, a few MB at most)."""
+    """Write a recipe (matrices as fp16 where it holds them, about a MB)."""
     tensors = {name: getattr(recipe, name) for name in TENSORS}
-    for name in ("encoder", "decoder", "levels", "probe_weight"):
-        tensors[name] = as_half(tensors[name])
+    tensors |= {f"levels.{name}": getattr(recipe.levels, name) for name in held(recipe.levels.attributes)}
+    if recipe.frame:
+        tensors |= {f"frame.{name}": getattr(recipe.frame, name) for name in FRAME}
+    for name in tensors:
+        if name.startswith(("levels.", "frame.")) or name in ("encoder", "decoder", "probe_weight"):
+            tensors[name] = as_half(tensors[name])
     tensors |= {f"normalisation.{name}": getattr(recipe.normalisation, name) for name in NORMALISATION}
-    plain = {name: getattr(recipe, name) for name in PLAIN}
     if recipe.weight is not None:
         tensors["weight"] = recipe.weight
-    if recipe.context:
-        tensors |= {f"context.{name}": as_half(getattr(recipe.context, name)) for name in CONTEXT}
-        plain["context"] = {name: list(classes) for name, classes in recipe.context.attributes.items()}
-    if recipe.frame:
-        tensors |= {f"frame.{name}": as_half(getattr(recipe.frame, name)) for name in FRAME}
+    plain = {name: getattr(recipe, name) for name in PLAIN}
+    plain["traits"] = {name: list(classes) for name, classes in recipe.levels.attributes.items()}
     save_tensors(path, "recipe", tensors, plain)
 
 
@@ -189,31 +182,49 @@ def load_recipe(path: str | Path) -> Recipe:
     info |= {"map": tuple(info.get("map") or ()) or None, "hold": bool(info.get("hold"))}
     try:
         refuse_whole_numbers(tensors, ("features", "member"))
+        with_level_maps(tensors, info)
         check_shapes(tensors)
-        normalisation = Normalisation(*(tensors.pop(f"normalisation.{name}") for name in NORMALISATION))
-        for name in ("encoder", "decoder", "probe_weight"):
-            tensors[name] = tensors[name].float()
-        context = None
-        if "context" in info:
-            attributes = {name: tuple(classes) for name, classes in info["context"].items()}
-            context = Context(attributes, *(tensors.pop(f"context.{name}").float() for name in CONTEXT))
-        frame = None
-        if "frame.weight" in tensors:
-            frame = FrameProbes(*(tensors.pop(f"frame.{name}").float() for name in FRAME))
+        tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         parts = {name: info[name] for name in PLAIN} | {name: tensors[name] for name in TENSORS}
         parts["classes"], parts["strength"] = tuple(parts["classes"]), tuple(parts["strength"])
-        weight = tensors.get("weight")
-        return Recipe(**parts, normalisation=normalisation, context=context, frame=frame, weight=weight)
+        attributes = {name: tuple(classes) for name, classes in info["traits"].items()}
+        own = [tensors[f"levels.{name}"] for name in held(attributes)]
+        levels = Levels(*own, attributes) if attributes else Levels.plain(*own)  # type: ignore[call-arg, arg-type]
+        frame = FrameProbes(tensors["frame.weight"], tensors["frame.bias"]) if "frame.weight" in tensors else None
+        normalisation = Normalisation(*(tensors[f"normalisation.{name}"] for name in NORMALISATION))
+        return Recipe(
+            **parts, levels=levels, normalisation=normalisation, frame=frame, weight=tensors.get("weight")
+        )  # fmt: skip
     except DiffLensError as error:
         raise DiffLensError(f"{Path(path).name}: {error}") from error
+
+
+def with_level_maps(tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+    """Bring levels of files before 0.5, one for each step, class and position, into the shape of today's."""
+    if "levels.maps" in tensors:
+        return
+    dense = tensors.pop("levels", torch.zeros(0))
+    if dense.ndim != 4:
+        raise DiffLensError("it holds no levels. The file is damaged.")
+    levels, info["traits"] = Levels.of(dense), info.get("context", {})
+    parts = {"maps": levels.maps, "classes": levels.classes}
+    if info["traits"]:  # of development versions of 0.5
+        maps, effects = tensors.pop("context.maps"), tensors.pop("context.coefficients")
+        parts["classes"] = F.pad(levels.classes, (0, len(maps)))
+        parts["effects"] = F.pad(effects.float(), (len(levels.maps), 0))
+        parts["maps"] = torch.cat([levels.maps, maps.float()])
+        parts |= {name: tensors.pop(f"context.{name}") for name in ("weight", "bias")}
+    tensors |= {f"levels.{name}": value for name, value in parts.items()}
 
 
 def check_shapes(tensors: Mapping[str, Tensor]) -> None:
     """Raise `DiffLensError` if the parts of a recipe do not belong together."""
     sizes: dict[str, int] = {}
     for name, axes in AXES.items():
-        if name.startswith(("context.", "frame.", "weight")) and name not in tensors:
-            continue  # levels that are the same for all pictures and places, latents that make all of their change
+        if name in OPTIONAL and name not in tensors:
+            continue
+        if name not in tensors:
+            raise DiffLensError(f"it lacks {name}. The file is damaged.")
         shape = tuple(tensors[name].shape)
         if len(shape) != len(axes) or any(sizes.setdefault(axis, n) != n for axis, n in zip(axes, shape, strict=True)):
             expected = " x ".join(str(sizes.get(axis, axis)) for axis in axes)

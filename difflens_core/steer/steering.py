@@ -11,16 +11,16 @@ from torch.nn import functional as F
 
 from ..activations import Shown, into_frames, out_of_frames
 from ..files import DiffLensError
-from ..locate import Context, FrameProbes, contrast
+from ..locate import FrameProbes, Levels, contrast
 from ..sae import SparseAutoencoder
 from ..targets import LEFT_ALONE
 from .recipes import READING, WITHOUT_LEVELS, Recipe
 
-DEVICE_TENSORS = ("encoder", "bias", "threshold", "member", "levels", "probe_weight", "probe_bias")
-MAPPED = ("reach", "shift", "add", "add own", "add fixed", "add own fixed")  # modes that add maps of the classes
+DEVICE_TENSORS = ("encoder", "bias", "threshold", "member", "probe_weight", "probe_bias")
+MAPPED = ("reach", "shift", "add")  # modes that add differences of levels, and these alone
 BY_LEVELS = ("reach", "shift", "add", "add own", "move", "clamp")
 CHUNK = 2**22  # pre-activations of the full SAE that are held at once
-CACHE_BYTES = 2**26  # for the decoded class maps
+CACHE_BYTES = 2**26  # for the decoded maps
 GROUP = 16  # pre-activations a group in `kth_largest`
 
 
@@ -48,7 +48,7 @@ class Steering:
     scale          z' = (1 + s) z on c's own latents, as in the DiffLens paper
     ablate         z' = (1 - s) z on c's own latents, with s at most 1
 
-    Where the recipe has a context, the levels are those of pictures with the traits that its probes read. Where it
+    Levels are those of pictures with the traits that the recipe's probes read, if they tell of any. Where it
     reads a frame, all of this is done in the subject's frame.
     A latent is active where its pre-activation exceeds the recipe's threshold; with `sae` (the one that the recipe
     was made from) where it is among the k largest, exactly. mask: M x height x width in [0, 1], a picture each or
@@ -61,9 +61,9 @@ class Steering:
     sae: SparseAutoencoder | None = None
     mask: Tensor | None = field(default=None, compare=False)
     _moved: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
-    _contexts: dict[torch.device, Context] = field(default_factory=dict, compare=False, repr=False)
+    _levels: dict[torch.device, Levels] = field(default_factory=dict, compare=False, repr=False)
     _frames: dict[torch.device, FrameProbes] = field(default_factory=dict, compare=False, repr=False)
-    _maps: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _decoded: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
     _sized: dict[tuple[int, int], Steering] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -140,7 +140,7 @@ class Steering:
         change = change_of(self.columns(h, frames), target, traits, step, t)
         change = change.unflatten(1, (recipe.channels, -1)).flatten(2)
         if frames is not None:
-            maps = change.expand(-1, -1, recipe.positions).unflatten(2, recipe.map)
+            maps = change.expand(-1, -1, recipe.levels.positions).unflatten(2, recipe.map)
             change = out_of_frames(maps, frames, (h.shape[2], h.shape[3])).flatten(2)
         if self.mask is not None:
             change = change * resized(self.mask, h, images)
@@ -149,12 +149,14 @@ class Steering:
     def map_change(
         self, rows: Tensor, target: Tensor, traits: Tensor | None, step: int, t: dict[str, Tensor]
     ) -> Tensor:
-        """Change (B x width x P, or B x width x 1 if the same everywhere) of such rows in a mode of MAPPED.
+        """Change (B x width x P) of such rows in a mode of MAPPED.
 
-        A combination of K class maps: cheaper than decoding B pictures' latents.
+        A combination of a few decoded maps: cheaper than decoding B pictures' latents.
         """
         share = F.one_hot(target, len(self.recipe.classes)).float()
-        if self.recipe.mode in ("reach", "shift"):
+        if self.recipe.mode == "add":
+            share = contrast(share.T).T
+        else:
             logits = F.linear(self.pooled(rows, step, t), t["probe_weight"][step], t["probe_bias"][step])
             if self.recipe.mode == "shift":
                 share = share - logits.softmax(dim=1)
@@ -162,34 +164,27 @@ class Steering:
                 own = logits.scatter(1, target[:, None], -torch.inf).argmax(dim=1)
                 left = 1 - self.way(rows, own, target, traits, step, t)
                 share = left[:, None] * (share - F.one_hot(own, len(self.recipe.classes)))
-        maps, share = self.class_maps(step, t), t["strength"][target][:, None] * share
-        change = (share @ maps.flatten(1)).unflatten(1, maps.shape[1:])
-        if traits is None:
-            return change
-        if self.recipe.mode in ("add", "add own"):
-            share = contrast(share.T).T
-        extra = self.context(rows.device).more(share, traits, step)
-        if self.recipe.mode == "add own":
-            extra = extra * t["member"][target][:, :, None]
-        return change + torch.matmul(t["decoder"].T, t["scale"][step] * extra)
+        share, levels = t["strength"][target][:, None] * share, self.levels(rows.device)
+        maps = self.decoded_maps(t)
+        if maps is None:
+            return torch.matmul(t["decoder"].T, t["scale"][step] * levels.level(share, traits, step))
+        amounts = t["scale"][step] * levels.amounts(share, traits, step)
+        return (amounts @ maps.flatten(1)).unflatten(1, maps.shape[1:])
 
     def way(
         self, rows: Tensor, own: Tensor, target: Tensor, traits: Tensor | None, step: int, t: dict[str, Tensor]
     ) -> Tensor:
         """How far the latents of rows (B x width x P) have come from `own`'s levels to `target`'s: B, at most 1."""
         z = self.read(rows, step, t)
-        start, end = (self.level(classes, traits, step, t) for classes in (own, target))
+        start, end = (self.level(classes, traits, step) for classes in (own, target))
         gap = end - start
         come = ((z - start) * gap).flatten(1).sum(dim=1) / gap.square().flatten(1).sum(dim=1).clamp(min=1e-12)
         return come.clamp(max=1)
 
-    def level(self, classes: Tensor, traits: Tensor | None, step: int, t: dict[str, Tensor]) -> Tensor:
+    def level(self, classes: Tensor, traits: Tensor | None, step: int) -> Tensor:
         """Level (B x F x P) of `classes` (B), for pictures with such traits."""
-        level = t["levels"][step][classes].float()
-        if traits is None:
-            return level
         share = F.one_hot(classes, len(self.recipe.classes)).float()
-        return level + self.context(traits.device).more(share, traits, step)
+        return self.levels(classes.device).level(share, traits, step)
 
     def pooled(self, rows: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
         """Mean over positions of the normalised rows (B x width x P): B x width."""
@@ -210,48 +205,40 @@ class Steering:
 
     def traits(self, h: Tensor, step: int, t: dict[str, Tensor], frames: Tensor | None = None) -> Tensor | None:
         """What else the pictures of activations h show (B x G), None if the edit does not go by it."""
-        if self.recipe.context is None or self.recipe.mode not in BY_LEVELS:
+        if not self.recipe.levels.attributes or self.recipe.mode not in BY_LEVELS:
             return None
-        return self.context(h.device).traits(self.pooled(self.columns(h, frames), step, t), step)
+        return self.levels(h.device).traits(self.pooled(self.columns(h, frames), step, t), step)
 
-    def context(self, device: torch.device) -> Context:
-        """The recipe's context on `device`, moved once."""
-        if device not in self._contexts:
-            assert self.recipe.context is not None
-            self._contexts[device] = self.recipe.context.to(device)
-        return self._contexts[device]
+    def levels(self, device: torch.device) -> Levels:
+        """The recipe's levels on `device`, moved once."""
+        if device not in self._levels:
+            self._levels[device] = self.recipe.levels.to(device)
+        return self._levels[device]
 
-    def class_maps(self, step: int, t: dict[str, Tensor]) -> Tensor:
-        """What a unit of each class's share adds to rows at a step: K x width x P (or 1). Kept while they are few."""
-        device = t["decoder"].device
-        if (device, step) in self._maps:
-            return self._maps[device, step]
-        mode, member, levels = self.recipe.mode, t["member"][:, :, None], t["levels"][step].float()
-        amounts = {
-            "reach": lambda: levels,
-            "shift": lambda: levels,
-            "add": lambda: contrast(levels),
-            "add own": lambda: contrast(levels) * member,
-            "add fixed": lambda: 2 * member - 1,
-            "add own fixed": lambda: member,
-        }[mode]()
-        maps = t["scale"][step] * torch.einsum("kfp,fc->kcp", amounts, t["decoder"])
-        if (len(self._maps) + 1) * maps.numel() * 4 <= CACHE_BYTES:
-            self._maps[device, step] = maps
-        return maps
+    def decoded_maps(self, t: dict[str, Tensor]) -> Tensor | None:
+        """What a unit of each of the levels' maps adds to normalised rows: R x width x P, None if too large."""
+        maps, decoder = self.recipe.levels.maps, t["decoder"]
+        if maps.shape[0] * decoder.shape[1] * maps.shape[2] * 4 > CACHE_BYTES:
+            return None
+        if decoder.device not in self._decoded:
+            own = self.levels(decoder.device).maps
+            self._decoded[decoder.device] = torch.einsum("rfp,fc->rcp", own, decoder)
+        return self._decoded[decoder.device]
 
     def read_change(
         self, rows: Tensor, target: Tensor, traits: Tensor | None, step: int, t: dict[str, Tensor]
     ) -> Tensor:
-        """Change of rows, both B x width x P, in a mode outside MAPPED."""
-        mode, strength = self.recipe.mode, t["strength"][target][:, None, None]
-        z = self.read(rows, step, t)
-        if mode == "scale":
-            change = strength * t["member"][target][:, :, None] * z
-        elif mode == "ablate":
-            change = -strength.clamp(max=1) * t["member"][target][:, :, None] * z
+        """Change (B x width x P, or B x width x 1 if the same everywhere) of such rows in a mode outside MAPPED."""
+        mode, strength, own = self.recipe.mode, t["strength"][target][:, None, None], t["member"][target][:, :, None]
+        if mode == "add own":
+            share = contrast(F.one_hot(target, len(self.recipe.classes)).float().T).T
+            change = strength * own * self.levels(rows.device).level(share, traits, step)
+        elif mode in ("add fixed", "add own fixed"):
+            change = strength * (2 * own - 1 if mode == "add fixed" else own)
+        elif mode in ("scale", "ablate"):
+            change = (strength if mode == "scale" else -strength.clamp(max=1)) * own * self.read(rows, step, t)
         else:
-            gap = self.level(target, traits, step, t) - z
+            gap = self.level(target, traits, step) - self.read(rows, step, t)
             change = strength.clamp(max=1) * (gap if mode == "move" else gap.clamp(max=0))
         return torch.matmul(t["decoder"].T, t["scale"][step] * change)
 
@@ -271,7 +258,7 @@ class Steering:
 
     def check(self, h: Tensor) -> None:
         """Raise `DiffLensError` if h is not what the recipe was made on."""
-        recipe, positions = self.recipe, self.recipe.levels.shape[-1]
+        recipe, positions = self.recipe, self.recipe.levels.positions
         if h.shape[1] != recipe.channels:
             raise DiffLensError(
                 f"recipe for {recipe.attribute}: {recipe.site} of this model is {h.shape[1]} wide, the recipe was made "
@@ -309,7 +296,7 @@ class Steering:
         size = (h.shape[2], h.shape[3])
         if size not in self._sized:
             recipe = self.recipe.stretched(*size)
-            self._sized[size] = replace(self, recipe=recipe, _moved={}, _contexts={}, _frames={}, _maps={}, _sized={})
+            self._sized[size] = replace(self, recipe=recipe, _moved={}, _levels={}, _frames={}, _decoded={}, _sized={})
         return self._sized[size]
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:

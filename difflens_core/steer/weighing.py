@@ -202,8 +202,8 @@ def add(
     traits = edit.traits(h, step, t, frames)
     slopes = [part.float() if frames is None else slopes_in_frames(part.float(), frames) for part in gradients]
     by_column = torch.stack([recipe.columns(part) for part in slopes])
-    start = edit.level(own, traits, step, t)
+    start = edit.level(own, traits, step)
     for target in range(len(recipe.classes)):
         asked = ((own != target) & known)[:, None, None]
-        change = edit.level(torch.full_like(own, target), traits, step, t) - start
+        change = edit.level(torch.full_like(own, target), traits, step) - start
         products.add(asked * change, t["scale"][step] * t["decoder"], by_column)

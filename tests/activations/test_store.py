@@ -347,7 +347,7 @@ def test_normalisation_quality_and_mean_difference_stream_to_the_same_numbers(bo
         error += float((x - sae.decode(sae.encode(whole.values[s], s))).double().square().sum())
         variance += float((x.double() - x.double().mean((0, 1))).square().sum())
     assert measure_sae(sae, stored).fvu == pytest.approx(error / variance, rel=1e-6)
-    levels = mean_difference(recipe, stored, LABELS, {}).levels
+    levels = mean_difference(recipe, stored, LABELS, {}).levels.dense()
     own = sae.normalisation.apply(whole.values[2], 2)[LABELS == 1].mean(0).T
     torch.testing.assert_close(levels[2, 1].float(), own, atol=2e-3, rtol=1e-3)
 

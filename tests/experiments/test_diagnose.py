@@ -15,6 +15,7 @@ from difflens_core.experiments.checks import BAD, DOUBTFUL, GOOD, NOT_CHECKED
 from difflens_core.experiments.diagnose import evenly, overall
 from difflens_core.experiments.outcomes import DOSES
 from difflens_core.files import DiffLensError
+from difflens_core.locate import Levels
 from difflens_core.report import diagnosis_chart, diagnosis_text
 from difflens_core.sae import Normalisation, SparseAutoencoder
 from difflens_core.steer import Recipe, at_dose
@@ -66,7 +67,7 @@ def make_recipe(features: torch.Tensor, **settings) -> Recipe:
     weight = torch.stack([-AXES[0], AXES[0]]).expand(STEPS, -1, -1) * 10
     return Recipe(
         "tone", CLASSES, "decides", "", features, AXES[features], torch.zeros(len(features)),
-        torch.zeros(len(features)), AXES[features], torch.stack([size > light, light > 0]), levels.half(), weight,
+        torch.zeros(len(features)), AXES[features], torch.stack([size > light, light > 0]), Levels.of(levels), weight,
         torch.zeros(STEPS, 2), NORMALISATION, **{"strength": (1.0, 1.0), **settings},
     )  # fmt: skip
 
@@ -118,7 +119,7 @@ def test_features_that_change_nothing_do_not_move_the_output():
 
 @pytest.mark.parametrize("mode", ["shift", "add"])
 def test_a_reversed_sign_is_named(mode):
-    found = run(replace(RIGHT, levels=RIGHT.levels.flip(1), mode=mode), make_sae())
+    found = run(replace(RIGHT, levels=Levels.of(RIGHT.levels.dense().flip(1)), mode=mode), make_sae())
     assert found.verdict.startswith(
         "Steers backwards: turned are 0% (dark 0%, light 0%), at the reversed strength 100%"
     )
@@ -166,7 +167,7 @@ def test_one_class_alone_leaves_the_site_unchecked():
 
 
 def test_a_recipe_without_levels_is_steered_as_a_whole():
-    recipe = replace(RIGHT, levels=RIGHT.levels[..., :0], mode="add own fixed", strength=(3.0, 3.0))
+    recipe = replace(RIGHT, levels=Levels.of(RIGHT.levels.dense()[..., :0]), mode="add own fixed", strength=(3.0, 3.0))
     found = run(recipe, make_sae())
     assert found.checks[CHOICE].figures == {"features": [8], "best": [1.0], "random": None}
     assert found.verdict == "Nothing wrong found."

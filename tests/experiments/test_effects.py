@@ -65,7 +65,7 @@ def test_amplifying_adds_what_the_strongest_class_has_more_of(toys):
     for b, f in enumerate([0, 3, None, 4, 3]):
         expected = h[b].clone()
         if f is not None:
-            levels = recipe.levels[:, :, f].float()
+            levels = recipe.levels.dense()[:, :, f]
             c = int(levels.mean(dim=(0, 2)).argmax())
             extra = levels[1, c] - levels[1, [k for k in range(3) if k != c]].mean(dim=0)
             expected += (recipe.normalisation.scale[1] * recipe.decoder[f][:, None] * 2 * extra).view(6, 2, 2)
@@ -131,7 +131,7 @@ def test_only_the_most_effective_members_of_each_class_are_kept(toys):
     assert one.features.tolist() == [0, 1, 4] and one.member.int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     for name in ("encoder", "bias", "threshold", "decoder"):
         assert torch.equal(getattr(one, name), getattr(recipe, name)[[0, 1, 4]])
-    assert torch.equal(one.levels, recipe.levels[:, :, [0, 1, 4]]) and one.info["ranking"].startswith("amplify")
+    assert torch.equal(one.levels.maps, recipe.levels.maps[:, [0, 1, 4]]) and one.info["ranking"].startswith("amplify")
     ablated = keep_effective(recipe, Effects(recipe.features, -effect, effect, "ablate", 8), 1)
     assert ablated.features.tolist() == [0, 1, 4]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from difflens_core.locate import Levels
 from difflens_core.sae import Normalisation
 from difflens_core.steer import Recipe
 
@@ -23,7 +24,8 @@ def recipe(power: float = 1.0, first: int = 0, attribute: str = "age", leak: flo
     levels = torch.eye(3)[None, :, :, None].expand(1, 3, 3, 4).clone()
     return Recipe(
         attribute, CLASSES, "site", "toy", torch.arange(3), channels, torch.zeros(3), torch.zeros(3), decoder,
-        torch.eye(3).bool(), levels, 8 * channels[None], torch.zeros(1, 3), normalisation, strength=(1.0,) * 3,
+        torch.eye(3).bool(), Levels.of(levels), 8 * channels[None], torch.zeros(1, 3), normalisation,
+        strength=(1.0,) * 3,
     )  # fmt: skip
 
 

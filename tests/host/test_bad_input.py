@@ -30,7 +30,8 @@ def bad_files(server):
     save_recipe(recipes / "flat_site.safetensors", replace(recipe, site="embed.0"))
     narrow = {name: getattr(recipe, name)[..., :100] for name in ("encoder", "decoder", "probe_weight")}
     normalisation = replace(recipe.normalisation, mean=recipe.normalisation.mean[:, :100])
-    save_recipe(recipes / "narrow.safetensors", replace(recipe, normalisation=normalisation, context=None, **narrow))
+    narrow["levels"] = replace(recipe.levels, weight=recipe.levels.weight[..., :100])
+    save_recipe(recipes / "narrow.safetensors", replace(recipe, normalisation=normalisation, **narrow))
     foreign_sae(server, "nameless")
     model = load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors")
     model.position.data *= 1.1

@@ -11,7 +11,7 @@ from difflens_core.classifiers import NO_CLASS
 from difflens_core.locate import channel_rows, fit_levels, latent_rows
 from difflens_core.locate.attribution import SUPPORT
 from difflens_core.locate.frames import SIDE
-from difflens_core.locate.levels import RANK, SHRINKAGE, in_few_maps
+from difflens_core.locate.levels import SHRINKAGE, in_few_maps
 from difflens_core.sae import Normalisation
 
 PICTURES, CLASSES = 90, 2
@@ -64,12 +64,12 @@ def test_levels_and_effects_are_those_of_one_ridge_regression(toys, kind):
     activations, sae, (labels, others) = toys.activations(pictures=PICTURES), toys.sae(), drawn()
     features = torch.tensor([3, 7, 11, 15])
     rows_of = latent_rows(sae, features) if kind == "latents" else channel_rows(sae.normalisation)
-    levels, context = fit_levels(activations, sae.normalisation, rows_of, labels, CLASSES, others)
+    levels = fit_levels(activations, sae.normalisation, rows_of, labels, CLASSES, others)
     odd = (labels == 1) & (others["tie"][1] == 1)
     assert 0 < int(odd.sum()) < 3, "such pictures do not count"
-    assert context.attributes == {"hair": ("a", "b", "c"), "tie": ("bare", "tied"), "beard": ("no", "yes")}
+    assert levels.attributes == {"hair": ("a", "b", "c"), "tie": ("bare", "tied"), "beard": ("no", "yes")}
     labels[odd] = NO_CLASS
-    effects = torch.einsum("skgr,rfp->skgfp", context.coefficients, context.maps)
+    own, effects = levels.dense(), torch.einsum("skgr,rfp->skgfp", levels.effects, levels.maps)
     for s in range(3):
         x = sae.normalisation.apply(activations.values[s], s)
         if kind == "latents":
@@ -78,7 +78,7 @@ def test_levels_and_effects_are_those_of_one_ridge_regression(toys, kind):
             x = torch.where(active, pre, 0.0)[..., features]
         rows = x.transpose(1, 2).flatten(1).double().numpy()
         expected, by_trait = by_least_squares(rows, labels, {name: others[name] for name in ("hair", "tie", "beard")})
-        np.testing.assert_allclose(levels[s].flatten(1), expected, atol=2e-3, rtol=2e-3)
+        np.testing.assert_allclose(own[s].flatten(1), expected, atol=2e-3, rtol=2e-3)
         np.testing.assert_allclose(effects[s].flatten(2), by_trait, atol=1e-4)
 
 
@@ -92,13 +92,13 @@ def test_a_class_difference_that_turns_round_with_a_trait_is_found_and_read_off_
     activations = Activations(values, torch.zeros(1), "middle")
     normalisation = toys.normalisation(1, 4)
     others = {"trait": (("without", "with"), trait)}
-    levels, context = fit_levels(activations, normalisation, channel_rows(normalisation), labels, 2, others)
+    levels = fit_levels(activations, normalisation, channel_rows(normalisation), labels, 2, others)
     rows, pooled = channel_rows(normalisation)(values[0], 0)
-    assert float((levels[0, 1] - levels[0, 0]).abs().max()) < 0.05, "all alike, there is no difference"
-    u = context.traits(pooled, 0)
+    assert float((levels.dense()[0, 1] - levels.dense()[0, 0]).abs().max()) < 0.05, "all alike, there is no difference"
+    u = levels.traits(pooled, 0)
     assert u[trait == 1][:, 1].min() > 0.4 and u[trait == 0][:, 1].max() < -0.4
-    amounts = torch.einsum("bg,kgr,rfp->bkfp", u, context.coefficients[0], context.maps)
-    found = (amounts[:, 1] - amounts[:, 0])[:, 1].mean(dim=1)
+    sure = torch.eye(2)[:, None].expand(-1, len(u), -1)
+    found = (levels.level(sure[1], u, 0) - levels.level(sure[0], u, 0))[:, 1].mean(dim=1)
     expected = 2 * (2.0 * trait - 1) / normalisation.scale[0]
     assert float((found / expected).min()) > 0.75 and float((found / expected).max()) < 1.01, "shrunk a little"
 
@@ -112,27 +112,26 @@ def test_what_comes_with_a_class_goes_with_it(toys):
     beard[1] = 1  # misread: there is none in the picture
     normalisation = toys.normalisation(1, 4)
     others = {"beard": (("no", "yes"), beard)}
-    levels, context = fit_levels(
+    levels = fit_levels(
         Activations(values, torch.zeros(1), "middle"), normalisation, channel_rows(normalisation), labels, 2, others
     )
     for shown in (0, 1):
-        u = torch.tensor([[0.5, -0.5], [-0.5, 0.5]])[shown]
-        more = torch.einsum("g,kgr,rfp->kfp", u, context.coefficients[0], context.maps)
-        gap = (levels[0, 1] + more[1] - levels[0, 0] - more[0]).mean(dim=1) * normalisation.scale[0]
+        u = torch.tensor([[[0.5, -0.5]], [[-0.5, 0.5]]])[shown]
+        gap = levels.level(torch.tensor([[-1.0, 1.0]]), u, 0)[0].mean(dim=1) * normalisation.scale[0]
         assert float(gap[0]) == pytest.approx(-shown, abs=0.15) and float(gap[1]) == pytest.approx(1, abs=0.1)
 
 
 def test_without_other_attributes_the_levels_are_the_classes_means(toys):
     activations, sae, (labels, _) = toys.activations(pictures=PICTURES), toys.sae(), drawn()
-    levels, context = fit_levels(
+    levels = fit_levels(
         activations, sae.normalisation, channel_rows(sae.normalisation), labels, CLASSES,
         {"hat": drawn()[1]["hat"]},
     )  # fmt: skip
-    assert context is None
+    assert levels.attributes == {} and levels.effects.shape[2] == 0
     for s in range(3):
         rows = sae.normalisation.apply(activations.values[s], s).transpose(1, 2)
         means = torch.stack([rows[labels == k].mean(dim=0) for k in range(CLASSES)])
-        torch.testing.assert_close(levels[s].float(), means, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(levels.dense()[s], means, atol=2e-3, rtol=2e-3)
 
 
 def test_effects_are_kept_in_the_best_few_maps():
@@ -141,7 +140,7 @@ def test_effects_are_kept_in_the_best_few_maps():
     u, s, v = np.linalg.svd(effects.reshape(24, 30).double().numpy(), full_matrices=False)
     best = (u[:, :7] * s[:7]) @ v[:7]
     np.testing.assert_allclose(torch.einsum("skgr,rfp->skgfp", coefficients, maps).reshape(24, 30), best, atol=1e-5)
-    whole, more = in_few_maps(effects, RANK)
+    whole, more = in_few_maps(effects, 24)
     torch.testing.assert_close(torch.einsum("skgr,rfp->skgfp", whole, more), effects, atol=1e-5, rtol=1e-5)
 
 
@@ -155,8 +154,10 @@ def test_in_frames_the_size_of_the_subject_is_a_trait_and_pictures_without_one_d
     values[0, 0], frames[0], labels[0] = 1e3, torch.nan, NO_CLASS
     plain = Activations(values, torch.tensor([0.0]), "middle")
     norm = Normalisation(torch.tensor([0.0]), torch.zeros(1, 6), torch.ones(1))
-    levels, context = fit_levels(FramedActivations.of(plain, frames), norm, channel_rows(norm), labels, CLASSES, {})
-    assert levels.shape == (1, CLASSES, 6, GRID**2) and context.attributes == {SIDE: ("small", "middle", "large")}
-    gap = torch.einsum("gr,rfp->gfp", context.coefficients[0, 1] - context.coefficients[0, 0], context.maps)
-    assert float(gap[2, 2].mean() - gap[0, 2].mean()) > 0.5 and torch.isfinite(levels).all()
+    levels = fit_levels(FramedActivations.of(plain, frames), norm, channel_rows(norm), labels, CLASSES, {})
+    assert levels.dense().shape == (1, CLASSES, 6, GRID**2) and levels.attributes == {
+        SIDE: ("small", "middle", "large")
+    }
+    gap = torch.einsum("gr,rfp->gfp", levels.effects[0, 1] - levels.effects[0, 0], levels.maps)
+    assert float(gap[2, 2].mean() - gap[0, 2].mean()) > 0.5 and torch.isfinite(levels.dense()).all()
     assert gap[:, [0, 1, 3, 4, 5]].abs().max() < 0.2

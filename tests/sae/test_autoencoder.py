@@ -157,7 +157,7 @@ def test_probes_and_attribution_work_with_every_kind(toys, kind):
     assert ig.abs().max() > 0.1 and float(error.max()) < 1e-3
     recipe = build_recipe(found, sae, probes, activations, 3)
     if kind == "whole map":
-        assert (recipe.kernel, recipe.channels, recipe.width, recipe.levels.shape[-1]) == (2, 6, 24, 1)
+        assert (recipe.kernel, recipe.channels, recipe.width, recipe.levels.positions) == (2, 6, 24, 1)
         assert 0.8 < recipe.info["gate_agreement"] <= 1
         return
     assert recipe.info["gate_agreement"] == 1.0

@@ -60,7 +60,7 @@ def test_a_recipe_holds_the_best_latents_of_every_class_and_knows_whose_they_are
     assert torch.equal(recipe.decoder, sae.decoder[recipe.features])
     assert torch.equal(recipe.encoder, sae.encoder[recipe.features])
     assert torch.equal(recipe.bias, sae.encoder_bias[recipe.features])
-    assert torch.equal(recipe.levels, attribution.levels[:, :, recipe.features])
+    assert torch.equal(recipe.levels.dense(), attribution.levels[:, :, recipe.features].float())
     assert recipe.strength == (1.0, 1.0, 1.0) and recipe.site == "middle" and recipe.width == 6
 
 
@@ -74,7 +74,7 @@ def test_levels_probes_and_normalisation_share_one_grid_of_steps(toys, steps):
     recipe = build_recipe(attribution, sae, probes, activations, count=4)
     for s in range(steps):
         at, near = recipe.normalisation.step_at(s / steps), sae.normalisation.step_at(s / steps)
-        assert torch.equal(recipe.levels[at], attribution.levels[s][:, recipe.features])
+        assert torch.equal(recipe.levels.dense()[at], attribution.levels[s][:, recipe.features].float())
         assert torch.equal(recipe.normalisation.mean[at], sae.normalisation.mean[near])
         assert torch.equal(recipe.normalisation.scale[at], sae.normalisation.scale[near])
         softened = (

@@ -13,7 +13,7 @@ from difflens_core.steer import random_features, with_latents
 
 def norm(recipe) -> torch.Tensor:
     """Root mean square of the decoded class differences of all steps, in float64."""
-    levels = recipe.levels.double()
+    levels = recipe.levels.dense().double()
     edit = torch.einsum("skfp,fc->skpc", levels - levels.mean(dim=1, keepdim=True), recipe.decoder.double())
     return edit.square().mean().sqrt()
 
@@ -37,6 +37,6 @@ def test_given_latents_take_the_place_of_the_recipes_row_by_row(toys):
     ratio = found.decoder / sae.decoder[others]
     torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio), rtol=1e-4, atol=0)
     torch.testing.assert_close(norm(found), norm(recipe), rtol=1e-5, atol=0)
-    assert torch.equal(found.features, others) and torch.equal(found.levels, recipe.levels)
+    assert torch.equal(found.features, others) and torch.equal(found.levels.maps, recipe.levels.maps)
     for name in ("encoder", "bias", "threshold"):
         assert torch.equal(getattr(found, name), getattr(recipe, name)), name

@@ -32,7 +32,7 @@ def fixed_frames(frame: tuple[float, ...], size: tuple[int, int], steps: int = 3
 @pytest.fixture
 def framed(toys):
     """A recipe in the frame FRAME of 16 x 16 maps, the maps, and its twin for what is in the frame."""
-    plain = toys.recipe(width=WIDTH, positions=GRID**2, context=toys.context(width=WIDTH, positions=GRID**2))
+    plain = replace(toys.recipe(width=WIDTH, positions=GRID**2), levels=toys.levels(width=WIDTH, positions=GRID**2))
     plain = replace(
         plain, normalisation=Normalisation(plain.normalisation.progress, torch.zeros(3, WIDTH), torch.ones(3))
     )

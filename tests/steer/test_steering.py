@@ -11,7 +11,8 @@ from PIL import Image
 
 from difflens_core.activations import Shown
 from difflens_core.experiments import causal_effect
-from difflens_core.files import DiffLensError
+from difflens_core.files import DiffLensError, load_tensors, save_tensors
+from difflens_core.locate import LEVELS, Levels
 from difflens_core.networks import sample, start_noise
 from difflens_core.sae import Normalisation, SparseAutoencoder
 from difflens_core.steer import (
@@ -51,7 +52,7 @@ def reference_change(
     norm, classes = recipe.normalisation, range(len(recipe.classes))
     s = int(np.argmin(np.abs(norm.progress.numpy() - progress)))
     mean, scale = norm.mean[s].double().numpy(), float(norm.scale[s])
-    encoder, decoder, levels = (x.double().numpy() for x in (recipe.encoder, recipe.decoder, recipe.levels[s]))
+    encoder, decoder, levels = (x.double().numpy() for x in (recipe.encoder, recipe.decoder, recipe.levels.dense()[s]))
     rows = h.double().flatten(2).numpy()
     change = np.zeros_like(rows)
     for b, c in enumerate(targets):
@@ -171,7 +172,7 @@ def test_move_brings_every_latent_nearer_to_its_level_and_not_beyond(toys, stren
     recipe.bias.zero_(), recipe.threshold.zero_()
     h, norm = toys.activations(pictures=8).values[1].abs() * 5, recipe.normalisation
     before, after = (norm.apply(x, 1)[..., :5] for x in (h, steer(recipe, h)))
-    level = recipe.levels[1].float()[TARGETS].transpose(1, 2)
+    level = recipe.levels.dense()[1][TARGETS].transpose(1, 2)
     active = before > 0
     gap = (level - before.relu())[active]
     torch.testing.assert_close((level - after)[active], max(0, 1 - strength) * gap, atol=1e-4, rtol=0)
@@ -183,7 +184,7 @@ def test_reach_goes_the_rest_of_the_way_and_not_beyond(come):
     levels = torch.rand(1, 2, 3, 4, generator=torch.Generator().manual_seed(1)) + 0.5
     recipe = Recipe(
         "look", ("a", "b"), "site", "", torch.arange(3), torch.eye(3), torch.zeros(3), torch.zeros(3), torch.eye(3),
-        torch.ones(2, 3, dtype=torch.bool), levels, torch.zeros(1, 2, 3), torch.zeros(1, 2),
+        torch.ones(2, 3, dtype=torch.bool), Levels.of(levels), torch.zeros(1, 2, 3), torch.zeros(1, 2),
         Normalisation(torch.zeros(1), torch.zeros(1, 3), torch.ones(1)), "reach", (1.0, 1.0),
     )  # fmt: skip
     start, end = levels[0]
@@ -208,7 +209,7 @@ def test_a_site_of_another_width_is_refused(toys):
 @pytest.mark.parametrize("size", [(3, 3), (4, 2), (1, 3)])
 @pytest.mark.parametrize("mode", ["reach", "shift", "add", "move"])
 def test_on_a_map_of_another_size_the_levels_are_stretched_as_a_picture_would_be(toys, mode, size):
-    recipe = toys.recipe(mode=mode, context=toys.context())
+    recipe = replace(toys.recipe(mode=mode), levels=toys.levels())
     h = toys.random(0)(8, 6, *size)
 
     def resized(maps):  # ... x 4, maps of 2 x 2, by Pillow's own resampling, a map at a time
@@ -218,8 +219,7 @@ def test_on_a_map_of_another_size_the_levels_are_stretched_as_a_picture_would_be
         ]
         return torch.from_numpy(np.stack(rows)).reshape(*maps.shape[:-1], -1).to(maps.dtype)
 
-    context = replace(recipe.context, maps=resized(recipe.context.maps))
-    own = replace(recipe, levels=resized(recipe.levels), context=context, map=size)
+    own = replace(recipe, levels=replace(recipe.levels, maps=resized(recipe.levels.maps)), map=size)
     steering = Steering(recipe, lambda i: TARGETS[i])
     said = f"a map of 2 x 2, and was stretched to {size[0]} x {size[1]}"
     assert said in steering.stretch(h) and Steering(own, steering.target_of).stretch(h) == ""
@@ -353,27 +353,27 @@ def test_each_picture_has_its_own_mask_if_there_are_several(toys):
 @pytest.mark.parametrize("mode", ["reach", "shift", "add", "add own", "move", "clamp"])
 def test_levels_go_by_what_else_a_picture_shows(toys, mode):
     """As a recipe whose levels are, picture by picture, those of its traits; without traits nothing is different."""
-    plain, context, h = toys.recipe(mode=mode, start=0.0), toys.context(), toys.activations(pictures=8).values[1]
-    found = steer(replace(plain, context=context), h, progress=0.34)
+    plain, levels, h = toys.recipe(mode=mode, start=0.0), toys.levels(), toys.activations(pictures=8).values[1]
+    found = steer(replace(plain, levels=levels), h, progress=0.34)
     x = (h.mean(dim=(2, 3)) - plain.normalisation.mean[1]) / plain.normalisation.scale[1]
-    logits = torch.nn.functional.linear(x, context.weight[1], context.bias[1])
+    logits = torch.nn.functional.linear(x, levels.weight[1], levels.bias[1])
     u = torch.cat([logits[:, :2].softmax(1) - 1 / 2, logits[:, 2:].softmax(1) - 1 / 3], dim=1)
-    more = torch.einsum("bg,kgr,rfp->bkfp", u, context.coefficients[1], context.maps)
+    more = torch.einsum("bg,kgr,rfp->bkfp", u, levels.effects[1], levels.maps)
     for b in range(8):
-        own = replace(plain, levels=plain.levels.float() + more[b])
+        own = replace(plain, levels=Levels.of(plain.levels.dense() + more[b]))
         torch.testing.assert_close(found[b], steer(own, h, progress=0.34)[b], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(found, steer(plain, h, progress=0.34), atol=1e-2)
-    silent = replace(context, weight=0 * context.weight, bias=0 * context.bias)
-    torch.testing.assert_close(steer(replace(plain, context=silent), h), steer(plain, h))
+    silent = replace(levels, weight=0 * levels.weight, bias=0 * levels.bias)
+    torch.testing.assert_close(steer(replace(plain, levels=silent), h), steer(plain, h))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_else_a_picture_shows_is_read_where_it_is_shown(toys, mode):
-    recipe = toys.recipe(mode=mode, context=toys.context())
+    recipe = replace(toys.recipe(mode=mode), levels=toys.levels())
     h, last = (toys.activations(pictures=8, seed=seed).values[1] for seed in (2, 4))
     steering = Steering(recipe, lambda i: TARGETS[i])
     t = steering.tensors(h.device)
-    traits = recipe.context.traits(recipe.normalisation.apply(last, 2).mean(dim=1), 2) if mode in BY_LEVELS else None
+    traits = recipe.levels.traits(recipe.normalisation.apply(last, 2).mean(dim=1), 2) if mode in BY_LEVELS else None
     expected = h + steering.change(h, TARGETS, traits, 1, t, IMAGES)
     found = steering(h, 1 / 3, IMAGES, Shown(last, 2 / 3))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -399,30 +399,52 @@ def test_pictures_held_do_not_depend_on_their_batch_and_those_left_alone_stay_to
     assert not Steering(nothing, lambda i: targets[i]).holds and torch.equal(drawn(nothing, torch.arange(6)), plain)
 
 
-def test_a_recipe_with_a_context_is_read_as_it_was_written(toys, tmp_path):
-    recipe = toys.recipe(context=toys.context())
+def test_levels_are_read_as_they_were_written(toys, tmp_path):
+    recipe = replace(toys.recipe(), levels=toys.levels())
     save_recipe(tmp_path / "r.safetensors", recipe)
-    loaded = load_recipe(tmp_path / "r.safetensors").context
-    assert loaded.attributes == recipe.context.attributes
-    for name in ("weight", "bias", "coefficients", "maps"):
-        torch.testing.assert_close(getattr(loaded, name), getattr(recipe.context, name), atol=1e-3, rtol=1e-3)
-    save_recipe(
-        tmp_path / "bad.safetensors", replace(recipe, context=replace(recipe.context, maps=torch.ones(2, 5, 3)))
-    )
-    with pytest.raises(DiffLensError, match="context.maps has shape"):
+    loaded = load_recipe(tmp_path / "r.safetensors").levels
+    assert loaded.attributes == recipe.levels.attributes
+    for name in LEVELS:
+        torch.testing.assert_close(getattr(loaded, name), getattr(recipe.levels, name), atol=1e-3, rtol=1e-3)
+    bad = replace(recipe, levels=replace(recipe.levels, maps=torch.ones(11, 5, 3)))
+    save_recipe(tmp_path / "bad.safetensors", replace(bad, bias=torch.ones(4)))
+    with pytest.raises(DiffLensError, match=r"bias has shape \(4,\), expected 5"):
+        load_recipe(tmp_path / "bad.safetensors")
+    save_recipe(tmp_path / "bad.safetensors", replace(recipe, levels=replace(recipe.levels, maps=torch.ones(3, 5, 4))))
+    with pytest.raises(DiffLensError, match="levels.classes has shape"):
         load_recipe(tmp_path / "bad.safetensors")
 
 
-def test_steering_twice_gives_the_same_when_maps_are_kept_and_when_they_are_not(toys, monkeypatch):
-    recipe, h = toys.recipe(), toys.activations(pictures=8).values[1]
+@pytest.mark.parametrize("traits", [False, True])
+def test_levels_of_older_files_are_read(toys, tmp_path, traits):
+    """0.4 wrote a level for each step, class and position; what traits change stood beside it for a while."""
+    recipe = replace(toys.recipe(), levels=toys.levels()) if traits else toys.recipe()
+    save_recipe(tmp_path / "new.safetensors", recipe)
+    tensors, info = load_tensors(tmp_path / "new.safetensors", "recipe")
+    own = {name: tensors.pop(f"levels.{name}", None) for name in LEVELS}
+    tensors["levels"], attributes = recipe.levels.dense().half(), info.pop("traits")
+    if traits:
+        tensors |= {"context.maps": own["maps"][9:], "context.coefficients": own["effects"][..., 9:]}
+        tensors |= {f"context.{name}": own[name] for name in ("weight", "bias")}
+        info["context"] = attributes
+    save_tensors(tmp_path / "old.safetensors", "recipe", tensors, info)
+    h = toys.activations(pictures=8).values[1]
+    new, old = (load_recipe(tmp_path / f"{name}.safetensors") for name in ("new", "old"))
+    torch.testing.assert_close(steer(old, h), steer(new, h), atol=5e-3, rtol=5e-3)
+    assert old.levels.attributes == new.levels.attributes
+
+
+def test_steering_gives_the_same_when_decoded_maps_are_kept_and_when_they_are_too_large(toys, monkeypatch):
+    recipe, h = replace(toys.recipe(), levels=toys.levels()), toys.activations(pictures=8).values[1]
     kept = Steering(recipe, lambda i: TARGETS[i])
     first = [kept(h, at, IMAGES) for at in (0.0, 0.4, 0.7)]
     assert all(torch.equal(kept(h, at, IMAGES), x) for at, x in zip((0.0, 0.4, 0.7), first, strict=True))
-    assert len(kept._maps) == 3
-    monkeypatch.setattr("difflens_core.steer.steering.CACHE_BYTES", 4 * 3 * 6 * 4)  # room for one step
+    assert len(kept._decoded) == 1
+    monkeypatch.setattr("difflens_core.steer.steering.CACHE_BYTES", 8)
     small = Steering(recipe, lambda i: TARGETS[i])
-    assert all(torch.equal(small(h, at, IMAGES), x) for at, x in zip((0.0, 0.4, 0.7), first, strict=True))
-    assert len(small._maps) == 1
+    for at, x in zip((0.0, 0.4, 0.7), first, strict=True):
+        torch.testing.assert_close(small(h, at, IMAGES), x)
+    assert not small._decoded
 
 
 def at_site(toys, site: str, seed: int, positions: int) -> Steering:

@@ -42,12 +42,13 @@ class Linear:
 
 @pytest.fixture(scope="module")
 def given(toys):
-    """A recipe with a context, a sampler of one step, whose picture is the predicted one, 24 noises, classifiers."""
+    """A recipe that goes by traits, a sampler of one step whose picture is the predicted one, noises, classifiers."""
     model = toys.denoiser()
     for weight in model.conv_out.parameters():
         weight.mul_(0.02)  # no picture is cut off at black or white
-    recipe = toys.recipe(width=32, steps=1, features=6, context=toys.context(features=6, steps=1, width=32))
-    recipe = replace(recipe, site="middle_block", model="", info={"tied": []})
+    recipe = toys.recipe(width=32, steps=1, features=6)
+    levels = toys.levels(width=32, steps=1, features=6)
+    recipe = replace(recipe, site="middle_block", model="", levels=levels, info={"tied": []})
     sampler, noise = DenoiserSampler(model, 1), start_noise(24, 3, 16)
     pictures = sampler.decode(sampler.sample(noise, torch.arange(24)))
     assert pictures.min() > 0 and pictures.max() < 1
@@ -102,7 +103,7 @@ def test_what_is_foreseen_is_what_a_small_edit_does_to_the_pictures(given):
     traits = edit.traits(kept[0], 0, t)
     for target in range(3):
         classes = torch.full_like(own, target)
-        change = edit.level(classes, traits, 0, t) - edit.level(own, traits, 0, t)
+        change = edit.level(classes, traits, 0) - edit.level(own, traits, 0)
         rows = t["scale"][0] * torch.einsum("bfp,fc->bcp", w[:, None] * change, recipe.decoder)
 
         class Small:
