@@ -9,7 +9,7 @@ from host import HostError
 from small_graphs import latents
 
 from difflens_core.activations import Kept, open_store
-from difflens_core.networks import Guidance, load_prompted, sample, start_noise
+from difflens_core.networks import Guidance, TextEncoder, load_prompted, sample, save_denoiser, start_noise
 from difflens_core.steer import Steering, load_recipe
 from difflens_core.targets import Targets
 
@@ -147,3 +147,20 @@ def test_from_a_prompt_to_a_recipe_with_another_prompt_as_baseline(server):
     store = open_store(server.base / "models" / "difflens_activations" / "by prompt")
     found = store.activations().part(0, 4).values.float()
     torch.testing.assert_close(found, keep.taken().movedim(-1, 2).float(), atol=2e-2, rtol=2e-2)
+
+
+def test_a_model_of_any_size_draws_what_the_core_draws_and_refuses_what_it_cannot(server, toys):
+    torch.manual_seed(4)
+    text = TextEncoder(("a", "doctor"), width=16, length=8)
+    folder = server.base / "models" / "difflens_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_denoiser(folder / "any_size.safetensors", toys.denoiser(context_width=16, any_size=True), {}, text)
+    graph = Prompts()
+    graph.model.inputs["model_name"] = "any_size.safetensors"
+    graph.latent.inputs |= {"width": 24, "height": 16}
+    drawn = graph.draw("a doctor", 1.0)
+    found = latents(server, server.run(to_api(graph)), drawn)
+    model, text = load_prompted(folder / "any_size.safetensors")
+    expected = sample(model, start_noise(2, SEED, 16, 24), STEPS, guidance=Guidance(text.encode(["a doctor"]), None))
+    assert found.shape == (2, 3, 16, 24)
+    torch.testing.assert_close(found.clamp(-1, 1), expected, atol=2e-3, rtol=0)

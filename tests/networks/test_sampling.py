@@ -242,3 +242,19 @@ def test_weights_of_another_size_are_refused(model, tmp_path):
     save_tensors(path, "denoiser", tensors, info)
     with pytest.raises(DiffLensError, match="do not fit a DiffLens denoiser"):
         load_denoiser(path)
+
+
+def test_a_model_of_any_size_draws_other_heights_and_widths_with_its_places_resized(toys):
+    model = toys.denoiser(any_size=True)
+    sampler = DenoiserSampler(model, 3, size=(24, 16))
+    assert sampler.shape == (3, 24, 16) and DenoiserSampler(model, 3).shape == (3, 16, 16)
+    noise = start_noise(2, 3, 24, 16)
+    drawn = sampler.sample(noise, torch.arange(2))
+    assert drawn.shape == (2, 3, 24, 16)
+    resized = torch.nn.functional.interpolate(model.position, (3, 2), mode="bilinear")
+    h, _ = model.encode(noise, torch.ones(2))
+    own = model.position.data.clone()
+    model.position.data.zero_()
+    without, _ = model.encode(noise, torch.ones(2))
+    model.position.data.copy_(own)
+    torch.testing.assert_close(h - without, resized.expand(2, -1, -1, -1), atol=1e-5, rtol=1e-5)
