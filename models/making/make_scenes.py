@@ -62,8 +62,8 @@ SAE_FILE = OUT / "difflens_saes" / "scenes.safetensors"
 RECIPES = OUT / "difflens_recipes"
 
 DENOISER = {
-    "images": 10_000, "steps": 4_000, "batch": 3_072, "lr": 1e-3, "ema": 0.999, "seed": 21, "unconditional": 0.1,
-    "unknown": 0.03,
+    "images": 10_000, "share": (0.4, 0.2, 0.2, 0.2), "steps": 5_000, "batch": 3_072, "lr": 1e-3, "ema": 0.999,
+    "seed": 21, "unconditional": 0.1, "unknown": 0.03,
 }  # fmt: skip
 CLASSIFIER = {"images": 24_000, "test_images": 1_000, "epochs": 8, "batch": 100, "lr": 3e-3, "seed": 1_200}
 SAE = {"pictures": 1_536, "size": (96, 64), "latents": 1_024, "k": 32, "steps": 3_000, "seed": 2_200}
@@ -94,21 +94,32 @@ def untrained() -> Prompted:
     return model.to(memory_format=torch.channels_last)  # a fifth faster
 
 
+def drawings() -> list[tuple[torch.Tensor, list[str]]]:
+    """Pictures of every size with their prompts. They take minutes to draw and are kept for when training goes on."""
+    path, c = WORK / "drawings.pt", DENOISER
+    if not path.exists():
+        drawn = [
+            scenes.render(c["images"], c["seed"] + number, False, size) for number, size in enumerate(scenes.SIZES)
+        ]
+        torch.save([(torch.from_numpy(pictures), prompts) for pictures, _, prompts, _ in drawn], path)
+    return torch.load(path, weights_only=True)
+
+
 def train_denoiser() -> None:
     c = DENOISER
-    drawn = [scenes.render(c["images"], c["seed"] + number, False, size) for number, size in enumerate(scenes.SIZES)]
+    drawn = drawings()
     model = untrained()
-    tokens = [model.text.tokens(prompts) for _, _, prompts, _ in drawn]
+    tokens = [model.text.tokens(prompts) for _, prompts in drawn]
 
     def loss_at() -> torch.Tensor:
-        number = int(torch.randint(len(drawn), ()))
+        number = int(torch.multinomial(torch.tensor(c["share"]), 1))
         images, size = drawn[number][0], scenes.SIZES[number]
         picks = torch.randint(len(images), (c["batch"] * 64 // (size[0] * size[1]),))
         chosen = tokens[number][picks]
         chosen[torch.rand(len(picks)) < c["unconditional"]] = END
         forgotten = (torch.rand(chosen.shape) < c["unknown"]) & (chosen != END)
         context = model.text(chosen.masked_fill(forgotten, UNKNOWN))
-        x0 = to_tensor(images[picks.numpy()])
+        x0 = to_tensor(images[picks].numpy())
         return denoiser_loss(lambda noisy, sigma: model.denoiser(noisy, sigma, context), x0)
 
     ema = train_network(model, loss_at, c, WORK / "denoiser.pt")

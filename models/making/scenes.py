@@ -39,7 +39,7 @@ _TOLD = {"presentation": 0.15, "age": 0.15, "background": 0.5, "glasses": 0.2}
 
 _SKY: Colour = (176, 218, 248)
 _FRAME: Colour = (244, 240, 232)
-_LEAF: tuple[Colour, ...] = ((62, 138, 74), (44, 112, 62), (92, 164, 82))
+_LEAF: tuple[Colour, ...] = ((62, 138, 74), (92, 164, 82))
 _POT: Colour = (186, 98, 62)
 _GLOW: Colour = (255, 240, 176)
 _SHADE: Colour = (216, 92, 72)
@@ -97,76 +97,62 @@ def draw(traits: dict[str, int], seed: int, size: tuple[int, int]) -> tuple[np.n
 
 def _across(width: float, step: float, u: np.ndarray) -> list[float]:
     """Places about `step` apart all over the width."""
-    count = max(2, round(width / step) + 1)
-    return [(i - u[0]) * step + 0.2 * step * (u[1 + i % 8] - 0.5) for i in range(count + 1)]
+    return [(i - u[0]) * step for i in range(round(width / step) + 2)]
 
 
 def _window(d: ImageDraw.ImageDraw, width: int, height: int, u: np.ndarray) -> None:
-    high = 0.62 * height
-    for x in _across(width, 0.62 * height, u):
-        d.rectangle((x, 0.06 * height, x + 0.5 * height, high), fill=_SKY)
-        for line in (x, x + 0.25 * height, x + 0.5 * height):
-            d.line((line, 0.06 * height, line, high), fill=_FRAME, width=round(0.04 * height))
-        for line in (0.06 * height, 0.32 * height, high):
-            d.line((x, line, x + 0.5 * height, line), fill=_FRAME, width=round(0.04 * height))
+    top, low, wide = 0.08 * height, 0.6 * height, 0.55 * height
+    for x in _across(width, 0.8 * height, u):
+        d.rectangle((x, top, x + wide, low), fill=_SKY, outline=_FRAME, width=round(0.05 * height))
+        d.line((x + wide / 2, top, x + wide / 2, low), fill=_FRAME, width=round(0.05 * height))
 
 
 def _plant(d: ImageDraw.ImageDraw, width: int, height: int, u: np.ndarray) -> None:
-    for i, x in enumerate(_across(width, 0.5 * height, u)):
-        foot, top = 0.95 * height, (0.05 + 0.1 * u[12 + i % 8]) * height
-        for k in range(7):
-            y = top + (foot - top) * k / 8
-            lean = (0.2 - 0.015 * k) * height
-            for s in (-1, 1):
-                tip = (x + s * lean, y - 0.07 * height)
-                leaf = [(x, y), (x + s * 0.5 * lean, y - 0.1 * height), tip, (x + s * 0.5 * lean, y + 0.03 * height)]
-                d.polygon(leaf, fill=_LEAF[(k + i) % 3])
+    for i, x in enumerate(_across(width, 0.75 * height, u)):
+        foot = 0.8 * height
+        for k, lean in enumerate((-0.3, -0.12, 0.12, 0.3)):
+            tip = (x + lean * height, (0.1 + 0.15 * abs(lean) / 0.3) * height)
+            middle = x + 0.6 * lean * height
+            leaf = [(x, foot), (middle - 0.07 * height, 0.45 * height), tip, (middle + 0.07 * height, 0.45 * height)]
+            d.polygon(leaf, fill=_LEAF[(k + i) % 2])
         d.polygon(
-            [(x - 0.11 * height, 0.84 * height), (x + 0.11 * height, 0.84 * height),
-             (x + 0.08 * height, height), (x - 0.08 * height, height)], fill=_POT,
+            [(x - 0.13 * height, 0.76 * height), (x + 0.13 * height, 0.76 * height),
+             (x + 0.09 * height, height), (x - 0.09 * height, height)], fill=_POT,
         )  # fmt: skip
 
 
 def _lamp(d: ImageDraw.ImageDraw, width: int, height: int, u: np.ndarray) -> None:
-    for i, x in enumerate(_across(width, 0.42 * height, u)):
-        y = (0.06 + 0.12 * u[12 + i % 8]) * height
+    y = (0.06 + 0.1 * u[1]) * height
+    for x in _across(width, 0.6 * height, u):
         d.polygon(
-            [(x - 0.07 * height, y), (x + 0.07 * height, y), (x + 0.24 * height, height), (x - 0.24 * height, height)],
+            [(x - 0.1 * height, y), (x + 0.1 * height, y), (x + 0.3 * height, height), (x - 0.3 * height, height)],
             fill=_GLOW,
         )
-    for i, x in enumerate(_across(width, 0.42 * height, u)):
-        y = (0.06 + 0.12 * u[12 + i % 8]) * height
-        d.line((x, 0, x, y), fill=_WOOD, width=round(0.02 * height))
+        d.line((x, 0, x, y), fill=_WOOD, width=round(0.03 * height))
         d.polygon(
-            [(x - 0.05 * height, y), (x + 0.05 * height, y), (x + 0.12 * height, y + 0.13 * height),
-             (x - 0.12 * height, y + 0.13 * height)], fill=_SHADE,
+            [(x - 0.05 * height, y), (x + 0.05 * height, y), (x + 0.14 * height, y + 0.15 * height),
+             (x - 0.14 * height, y + 0.15 * height)], fill=_SHADE,
         )  # fmt: skip
 
 
 def _shelf(d: ImageDraw.ImageDraw, width: int, height: int, u: np.ndarray) -> None:
-    offset, step = 0.08 * u[0], 0.26
-    for row in range(4):
-        board = (0.22 + offset + step * row) * height
-        x, k = -0.1 * height * u[1 + row], 0
-        while x < width:
-            thick = (0.05 + 0.04 * u[(5 + row * 7 + k) % 40]) * height
-            tall = (0.14 + 0.06 * u[(9 + row * 5 + 3 * k) % 40]) * height
-            if u[(3 + row * 11 + k) % 40] > 0.2:  # else a gap
-                colour = _BOOKS[int(u[(2 + row * 3 + k) % 40] * len(_BOOKS))]
-                d.rectangle((x, board - tall, x + 0.9 * thick, board), fill=colour)
-            x, k = x + thick, k + 1
-        d.rectangle((0, board, width, board + 0.035 * height), fill=_WOOD)
+    for row in range(2):
+        board = (0.34 + 0.42 * row) * height
+        for k, x in enumerate(_across(width, 0.17 * height, u[row:])):
+            tall = (0.22 + 0.04 * ((k + row) % 2)) * height
+            d.rectangle((x, board - tall, x + 0.13 * height, board), fill=_BOOKS[(k + 2 * row) % len(_BOOKS)])
+        d.rectangle((0, board, width, board + 0.05 * height), fill=_WOOD)
 
 
 def _street(d: ImageDraw.ImageDraw, width: int, height: int, u: np.ndarray) -> None:
     d.rectangle((0, 0, width, height), fill=_SKY)
-    for i, x in enumerate(_across(width, 0.4 * height, u)):
-        top, wide = (0.12 + 0.3 * u[12 + i % 8]) * height, 0.4 * height
-        d.rectangle((x, top, x + wide, height), fill=_HOUSES[int(u[20 + i % 8] * len(_HOUSES))])
-        for row in range(6):
-            for column in range(3):
-                left, y = x + (0.05 + 0.12 * column) * height, top + (0.06 + 0.16 * row) * height
-                d.rectangle((left, y, left + 0.06 * height, y + 0.09 * height), fill=_GLOW if (row + i) % 2 else _FRAME)
+    wide = 0.55 * height
+    for i, x in enumerate(_across(width, wide, u)):
+        top = (0.14 + 0.16 * (i % 2)) * height
+        d.rectangle((x, top, x + wide, height), fill=_HOUSES[(i + int(4 * u[1])) % len(_HOUSES)])
+        for y in (top + 0.09 * height, top + 0.36 * height):
+            for left in (x + 0.09 * height, x + 0.32 * height):
+                d.rectangle((left, y, left + 0.14 * height, y + 0.17 * height), fill=_FRAME)
 
 
 _SCENES: dict[str, Callable[[ImageDraw.ImageDraw, int, int, np.ndarray], None]] = {
