@@ -95,7 +95,8 @@ class Held:
         """The first time's activations of these pictures at this progress, and at the last step.
 
         Where the model is run at other steps than then (samplers that decide by themselves where to go, caches), the
-        nearest serve. A step may take several evaluations: of conditionings for areas, or of a sampler of higher order.
+        nearest serve. A step may take several evaluations: of conditionings for areas, or of a sampler of higher order;
+        the one in the same turn serves.
         """
         if pictures not in rehearsal.seen:
             raise DiffLensError(
@@ -104,10 +105,10 @@ class Held:
             )
         seen = rehearsal.seen[pictures]
         nearest = min((at for at, _ in seen), key=lambda at: abs(at - progress))
-        same = [h for at, h in seen if at == nearest]
-        h = same[self.visits[pictures, nearest] % len(same)]
+        turn, end = self.visits[pictures, nearest], seen[-1][0]
         self.visits[pictures, nearest] += 1
-        return h, Shown(seen[-1][1], seen[-1][0])
+        then, last = ([h for at, h in seen if at == wanted] for wanted in (nearest, end))
+        return then[turn % len(then)], Shown(last[turn % len(last)], end)
 
 
 def mixed(now: Tensor, then: Tensor, change: Tensor, progress: float) -> Tensor:

@@ -117,3 +117,14 @@ def test_the_nearest_step_serves_and_evaluations_of_one_step_are_told_apart():
     assert [float(h[0]) for h in push.seen[1::2]] == [0.0, 1.0, 2.0, 2.0, 3.0]
     with pytest.raises(DiffLensError, match="in other batches"):
         held(maps[0], 0.0, torch.tensor([2, 4]))
+
+
+def test_of_several_areas_each_is_shown_its_own_end():
+    rehearsal, images = Rehearsal("middle"), torch.tensor([0])
+    for progress, value in ((0.0, 1.0), (0.0, 2.0), (0.5, 3.0), (0.5, 4.0)):
+        rehearsal(torch.full((1, 1, 1, int(value)), value), progress, images)  # the areas differ in width
+    push = Push(0.0)
+    held = Held(push, rehearsal, [push])
+    for progress, wide in ((0.0, 1), (0.0, 2), (0.5, 3), (0.5, 4)):
+        held(torch.zeros(1, 1, 1, wide), progress, images)
+    assert [float(shown.h[0, 0, 0, 0]) for shown in push.given[::2]] == [3.0, 4.0, 3.0, 4.0]
