@@ -8,6 +8,7 @@ A stage that is cut off goes on from its last checkpoint in models/scenes/.work/
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from make_avatars import bench
 from make_prompted_avatars import Prompted
 from occupations import OCCUPATIONS
+from PIL import Image
 from precision import autocast
 from prompted_portraits import phrase
 from stages import (
@@ -30,6 +32,7 @@ from stages import (
     fit_sae,
     make_recipe,
     read_attributes,
+    recipe_rows,
     to_tensor,
     train_network,
 )
@@ -37,7 +40,7 @@ from torch.nn import functional as F
 
 from difflens_core.activations import Activations, FramedActivations, capture
 from difflens_core.classifiers import FramedClassifier, cut_frame, load_classifier, save_classifier
-from difflens_core.files import fingerprint
+from difflens_core.files import fingerprint, load_tensors
 from difflens_core.locate import Labelled
 from difflens_core.networks import (
     END,
@@ -51,8 +54,9 @@ from difflens_core.networks import (
     load_prompted,
     save_denoiser,
 )
+from difflens_core.report import image_grid
 from difflens_core.sae import load_sae, save_sae
-from difflens_core.steer import Recipe, save_recipe
+from difflens_core.steer import Recipe, load_recipe, save_recipe
 
 OUT = Path(__file__).resolve().parents[1] / "scenes"
 WORK = OUT / ".work"
@@ -78,6 +82,7 @@ RECIPE = {
 }
 STEERED = ("presentation", "age")
 CFG = 2.0
+CARD = {"pictures": 128, "seed": 4_200}
 LARGEST = 96  # side that the position's map is of
 
 
@@ -223,11 +228,113 @@ def make_recipes() -> None:
         save_recipe(RECIPES / f"scenes_{attribute}.safetensors", recipe)
 
 
+def make_card() -> None:
+    """Contact sheet and model card, with figures measured now and those stored in the files."""
+    classifier, sae, (model, text) = load_classifier(CLASSIFIER_FILE), load_sae(SAE_FILE), load_prompted(DENOISER_FILE)
+    count, rows, titles, bias = CARD["pictures"], [], [], []
+    for number, job in enumerate(OCCUPATIONS):
+        prompt, size = phrase([], job), scenes.SIZES[number % len(scenes.SIZES)]
+        guidance = Guidance(text.encode([prompt]), text.encode([""]), CFG)
+        pictures, _ = bench.run(model, count, None, CARD["seed"] + number, guidance, size)
+        rows.append((pictures[:8] * 255).round().byte().numpy())
+        titles.append(f"{prompt}, {size[0]} x {size[1]}")
+        read = read_attributes(classifier, pictures)
+        seen = float((read["occupation"] == number).float().mean())
+        for attribute in STEERED:
+            classes = scenes.ATTRIBUTES[attribute]
+            shares = read[attribute].bincount(minlength=len(classes)) / count
+            drawn = " / ".join(f"{share:.2f}" for share in scenes.BIAS[job][attribute])
+            sampled = " / ".join(f"{share:.2f}" for share in shares.tolist())
+            bias.append(f"| {job} | {attribute} ({' / '.join(classes)}) | {drawn} | {sampled} | {seen:.3f} |")
+    sheets = [image_grid([row], [title], columns=8) for row, title in zip(rows, titles, strict=True)]
+    Image.fromarray(one_below_the_other(sheets)).save(OUT / "contact_sheet.png", optimize=True)
+    recipes = recipe_rows(load_recipe(RECIPES / f"scenes_{attribute}.safetensors") for attribute in STEERED)
+    quality = sae.info["held_out"]
+    accuracy = load_tensors(CLASSIFIER_FILE, "classifier")[1]["info"]["accuracy"]
+    told = "\n".join(
+        f"| {size} | {' | '.join(f'{value:.3f}' for value in of.values())} |" for size, of in accuracy.items()
+    )
+    names = list(next(iter(accuracy.values())))
+    card = CARD_TEXT.format(
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+        text=sum(p.numel() for p in text.parameters()) / 1e6, d=DENOISER, c=CLASSIFIER, s=SAE, r=RECIPE, cfg=CFG,
+        count=count, seed=CARD["seed"], words=", ".join(text.words), bias="\n".join(bias), recipes=recipes,
+        accuracy=f"| height x width | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}\n{told}",
+        sizes=", ".join(f"{height} x {width}" for height, width in scenes.SIZES),
+        made=" x ".join(map(str, SAE["size"])),
+        fvu=quality["fvu"], l0=quality["l0"], dead=100 * quality["dead"],
+    )  # fmt: skip
+    (OUT / "README.md").write_text(card, encoding="utf-8")
+
+
+def one_below_the_other(sheets: Sequence[np.ndarray]) -> np.ndarray:
+    """Sheets (H x W x 3 each) with white beside the narrow ones."""
+    width = max(sheet.shape[1] for sheet in sheets)
+    return np.concatenate([
+        np.pad(sheet, ((0, 0), (0, width - sheet.shape[1]), (0, 0)), constant_values=255) for sheet in sheets
+    ])  # fmt: skip
+
+
+CARD_TEXT = """# People in scenes
+
+A small diffusion model that draws by prompt: one figure, anywhere and of any size from 45 % of the picture's height to
+all of it, before a drawn background. Heights and widths in training: {sizes}. Every occupation has a bias of its own,
+known because we drew the training pictures. It is there to try, test and measure the method on pictures that are not
+aligned. It is not a model of people: its classes are what a classifier sees in a drawing.
+
+![Samples](contact_sheet.png)
+
+## Denoiser
+{parameters:.1f} M parameters, and {text:.1f} M in a text encoder of its own: the network of the avatars at work, whose
+layers it began with. Trained on {d[images]} drawings of each size, {d[steps]} steps of AdamW at {d[lr]}, EMA
+{d[ema]}; a step saw {d[batch]} squares of 8 x 8 pixels.
+
+It knows these words: {words}. Others are ignored.
+
+## Bias
+Shares drawn, and shares that the classifier sees in {count} pictures of each prompt (cfg {cfg:g}, seeds from {seed});
+last the share of pictures in which it sees the occupation asked for.
+
+| prompt | attribute | drawn | sampled | occupation seen |
+|---|---|---|---|---|
+{bias}
+
+## Classifier
+It finds the figure and reads what is in its frame; the background it reads off the whole picture. Trained on
+{c[images]} drawings in which every attribute is balanced and independent. Accuracy on {c[test_images]} other balanced
+drawings of each size:
+
+{accuracy}
+
+## Sparse autoencoder
+TopK, {s[latents]} latents, k = {s[k]}, trained on what the prompt's half of the guided sampling puts out, for
+{s[pictures]} pictures of {made} of all occupations (20 steps each), an eighth of them held out. Held-out figures: FVU
+{fvu:.4f}, L0 {l0:.1f}, dead latents {dead:.1f} %.
+
+## Recipes
+One recipe of an attribute serves all prompts and sizes: it follows the figure. Made on the same pictures of {made},
+with the {r[per_class]} best latents of every class by the class mean difference. Strengths: the weakest of
+{r[strengths][shift]} that shows the class asked for in at least {r[success]:.0%} of its pictures, on
+{r[tuning_pictures]} pictures of the four occupations, seed {r[tuning_seed]}. The benchmark (`benchmarks/scenes.py`)
+uses other seeds.
+
+| attribute | latents | mode | from | strength per class | gate agrees with TopK |
+|---|---|---|---|---|---|
+{recipes}
+
+## Limits
+- One figure a picture.
+- Rare combinations, such as an old feminine firefighter, were seldom drawn.
+- Rebuild everything with `python models/making/make_scenes.py`. Another processor gives slightly other weights.
+"""
+
+
 STAGES = {
     "classifier": (train_classifier, CLASSIFIER_FILE),
     "denoiser": (train_denoiser, DENOISER_FILE),
     "sae": (train_scenes_sae, SAE_FILE),
     "recipes": (make_recipes, RECIPES / "scenes_age.safetensors"),
+    "card": (make_card, OUT / "README.md"),
 }
 
 if __name__ == "__main__":
