@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from scipy import stats
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..activations import Draw
 from ..files import DiffLensError
 from ..locate import contrast
-from ..steer import Recipe
+from ..steer import Recipe, Steering
 
 EFFECTS = ("amplify", "ablate")
 
@@ -34,25 +35,29 @@ class OneLatent:
     def site(self) -> str:
         return self.recipe.site
 
+    @cached_property
+    def steering(self) -> Steering:
+        """How the recipe reads and writes."""
+        return Steering(self.recipe, torch.Tensor.long)
+
     def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
-        recipe, latent = self.recipe, self.latent[images].clamp(min=0)
-        if not recipe.start <= progress <= recipe.end:
+        latent = self.latent[images].clamp(min=0)
+        if not self.steering.acts(progress):
             return h
-        step = recipe.normalisation.step_at(progress)
-        decoder, scale = recipe.decoder[latent].to(h.device), recipe.normalisation.scale[step].to(h.device)
+        self.steering.check(h)
+        edit = self.steering.sized(h) if self.steering.stretch(h) else self.steering
+        recipe, t, step = edit.recipe, edit.tensors(h.device), edit.recipe.normalisation.step_at(progress)
+        frames, own = edit.frames(h, step, t), torch.arange(len(latent))
         if self.mode == "ablate":
-            x = (recipe.columns(h).float() - recipe.means[step].to(h.device)[:, None]) / scale
-            rows = (getattr(recipe, name)[latent].to(h.device) for name in ("encoder", "bias", "threshold"))
-            encoder, bias, threshold = rows
-            pre = torch.einsum("bc,bcp->bp", encoder, x) + bias[:, None]
-            amount = -torch.where(pre > threshold[:, None], pre, 0.0)
+            amount = -edit.read(edit.columns(h, frames), step, t)[own, latent.to(h.device)]
         else:
             levels = recipe.levels.some(latent).dense()  # S x K x B x P
             strongest = levels.mean(dim=(0, 3)).argmax(dim=0)
-            amount = self.strength * contrast(levels[step])[strongest, torch.arange(len(latent))].to(h.device)
+            amount = self.strength * contrast(levels[step])[strongest, own].to(h.device)
         amount = amount * (self.latent[images] >= 0).to(h.device)[:, None]
-        change = scale * decoder[:, :, None] * amount[:, None]
-        return h + change.reshape(h.shape).to(h.dtype)
+        decoder = recipe.decoder[latent].to(h.device)
+        change = t["scale"][step] * decoder[:, :, None] * amount[:, None]
+        return h + edit.laid(change, h, frames).to(h.dtype)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..activations import Shown, into_frames, out_of_frames
+from ..activations import GRID, Shown, into_frames, out_of_frames
 from ..files import DiffLensError
 from ..locate import FrameProbes, Levels, contrast
 from ..sae import SparseAutoencoder
@@ -137,14 +137,18 @@ class Steering:
         """
         recipe = self.recipe
         change_of = self.map_change if recipe.mode in MAPPED else self.read_change
-        change = change_of(self.columns(h, frames), target, traits, step, t)
-        change = change.unflatten(1, (recipe.channels, -1)).flatten(2)
-        if frames is not None:
-            maps = change.expand(-1, -1, recipe.levels.positions).unflatten(2, recipe.map)
-            change = out_of_frames(maps, frames, (h.shape[2], h.shape[3])).flatten(2)
+        change = self.laid(change_of(self.columns(h, frames), target, traits, step, t), h, frames)
         if self.mask is not None:
-            change = change * resized(self.mask, h, images)
-        return change.expand(-1, -1, h.shape[2:].numel()).reshape(h.shape).to(h.dtype)
+            change = change * resized(self.mask, h, images).unflatten(2, h.shape[2:])
+        return change.to(h.dtype)
+
+    def laid(self, change: Tensor, h: Tensor, frames: Tensor | None) -> Tensor:
+        """A change of what `columns` gives (B x width x P, or 1 for all positions) as one of h, in fp32."""
+        change = change.unflatten(1, (self.recipe.channels, -1)).flatten(2)
+        if frames is None:
+            return change.expand(-1, -1, h.shape[2:].numel()).reshape(h.shape)
+        maps = change.expand(-1, -1, GRID**2).unflatten(2, (GRID, GRID))
+        return out_of_frames(maps, frames, (h.shape[2], h.shape[3]))
 
     def map_change(
         self, rows: Tensor, target: Tensor, traits: Tensor | None, step: int, t: dict[str, Tensor]

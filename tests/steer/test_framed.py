@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from difflens_core.activations import GRID, Activations, FramedActivations, into_frames, out_of_frames, slopes_in_frames
+from difflens_core.experiments.effects import OneLatent
 from difflens_core.locate import FrameProbes, aligned, fit_frames
 from difflens_core.sae import Normalisation
 from difflens_core.steer import MODES, Steering, load_recipe, save_recipe
@@ -107,3 +108,16 @@ def test_slopes_in_frames_are_those_of_what_is_laid_back(toys):
     slopes, maps = draw(2, 3, 12, 16), draw(2, 3, GRID, GRID)
     expected = (out_of_frames(maps, frames, (12, 16)) * slopes).sum()
     assert float((slopes_in_frames(slopes, frames) * maps).sum()) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["ablate", "amplify"])
+def test_a_latent_is_changed_alone_where_the_subject_is(framed, mode):
+    recipe, plain, h = framed
+    frames, latents = torch.tensor([FRAME, FRAME]), torch.tensor([2, -1])
+    inside = into_frames(h, frames)
+    expected = OneLatent(plain, latents, mode)(inside, 0.4, torch.arange(2)) - inside
+    change = OneLatent(recipe, latents, mode)(h, 0.4, torch.arange(2)) - h
+    torch.testing.assert_close(change, out_of_frames(expected, frames, (16, 16)), atol=1e-4, rtol=1e-3)
+    assert change[0].abs().max() > 0.01 and not change[1].any()
+    elsewhere = OneLatent(plain, latents, mode)(h, 0.4, torch.arange(2))  # 16 x 16 positions for 8 x 8: stretched
+    assert elsewhere.shape == h.shape and not torch.equal(elsewhere[0], h[0])
