@@ -69,7 +69,7 @@ DENOISER = {
     "images": 10_000, "share": (0.4, 0.2, 0.2, 0.2), "steps": 5_000, "batch": 3_072, "lr": 1e-3, "ema": 0.999,
     "seed": 21, "unconditional": 0.1, "unknown": 0.03,
 }  # fmt: skip
-CLASSIFIER = {"images": 24_000, "test_images": 1_000, "epochs": 8, "batch": 100, "lr": 3e-3, "seed": 1_200}
+CLASSIFIER = {"images": 16_000, "test_images": 1_000, "epochs": 6, "batch": 100, "lr": 3e-3, "seed": 1_200}
 SAE = {"pictures": 1_536, "size": (96, 64), "latents": 1_024, "k": 32, "steps": 3_000, "seed": 2_200}
 RECIPE = {
     "per_class": 120,
