@@ -11,7 +11,7 @@ import torch
 from toy import CLASSES, UNIFORM, Toy, recipe
 
 from difflens_core.experiments import CalibrationOptions, asked_shares, calibrate, plan_is_stale
-from difflens_core.experiments.calibration import weakest_clear
+from difflens_core.experiments.calibration import search, weakest_clear
 from difflens_core.files import DiffLensError
 from difflens_core.measure import pictures_for_fd, solve_shares
 from difflens_core.report import calibration_text, dose_chart
@@ -233,3 +233,25 @@ def test_strengths_above_one_are_not_tried_where_they_count_as_one():
     moving = replace(recipe(), mode="move")
     doses = run(Toy(), moving).info["calibration"]["doses"]
     assert max(dose for points in doses.values() for dose, _ in points) <= 1.0
+
+
+def test_shares_that_come_back_end_the_search(toys):
+    """What each class shows turns with the share that is asked for, so that the two shares solved for take turns."""
+
+    class Turning:
+        recipe = replace(toys.recipe(), classes=("a", "b"), strength=(1.0, 1.0))
+        known: dict = {}
+        rounds = 0
+
+        def read(self, numbers, asked, strength):
+            self.rounds += 1
+            assert self.rounds < 20, "for ever"
+            often = float((asked == 0).mean()) > 0.6
+            told = np.array([[0.9, 0.1], [0.6, 0.4]] if often else [[0.75, 0.25], [0.1, 0.9]])
+            return told[asked]
+
+    options = CalibrationOptions(budget=300, tolerance=0.02)
+    unsteered, target = np.tile([0.5, 0.5], (60, 1)), np.array([0.7, 0.3])
+    rounds = search(Turning(), np.arange(60), unsteered, target, options, np.zeros(2), np.ones(2))
+    asks = [tuple(np.round(tried["ask"], 3)) for tried in rounds]
+    assert 2 < len(asks) == len(set(asks)) and min(tried["fd"] for tried in rounds) > 0.01
