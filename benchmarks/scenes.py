@@ -18,14 +18,15 @@ import time
 from pathlib import Path
 
 import make_scenes as making  # found by the path that debias sets
-import torch
 from debias import Read, measured, outcome, run
 from PIL import Image
 from precision import PRECISION, at_precision
 from prompted_portraits import phrase
 from scenes import ATTRIBUTES, SIZES
 
+from difflens_core.activations import FramedActivations
 from difflens_core.classifiers import load_classifier
+from difflens_core.locate import Labelled
 from difflens_core.networks import Guidance, load_prompted
 from difflens_core.report import image_grid
 from difflens_core.sae import load_sae
@@ -35,9 +36,8 @@ SEED = 97_001
 SHOWN = ("presentation", "age", "skin_tone", "hair_colour", "glasses", "occupation", "background")
 
 
-def controls_of(recipe: Recipe) -> dict[str, Recipe]:
-    """What the recipe is compared with."""
-    activations, read = making.labelled()
+def controls_of(recipe: Recipe, activations: FramedActivations, read: Labelled) -> dict[str, Recipe]:
+    """What the recipe is compared with; activations, read: what was captured, and what it shows."""
     labels, others = read[recipe.attribute][1], {n: of for n, of in read.items() if n != recipe.attribute}
     return {
         "random features": random_features(recipe, load_sae(making.SAE_FILE), seed=1),
@@ -61,10 +61,10 @@ def main() -> None:
     options = parser.parse_args()
     model, text = load_prompted(making.DENOISER_FILE)
     model, classifier = at_precision(model), load_classifier(making.CLASSIFIER_FILE)
-    ways = {}
+    ways, captured = {}, making.labelled() if options.controls else None
     for attribute in making.STEERED:
         recipe = load_recipe(making.RECIPES / f"scenes_{attribute}.safetensors")
-        ways[attribute] = {"SAE recipe": recipe, **(controls_of(recipe) if options.controls else {})}
+        ways[attribute] = {"SAE recipe": recipe, **(controls_of(recipe, *captured) if captured else {})}
     began, rows = time.time(), []
     print(f"n = {options.pictures} a prompt and size, cfg {making.CFG:g}, seeds from {SEED}, {PRECISION}; shares in %")
     for number, job in enumerate(options.prompts):
@@ -96,5 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    main()

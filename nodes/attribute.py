@@ -7,10 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..difflens_core.activations import Activations as CapturedActivations
-from ..difflens_core.activations import FramedActivations
 from ..difflens_core.classifiers import faces_missing
 from ..difflens_core.files import DiffLensError
-from ..difflens_core.locate import METHODS, Probes, aligned, attribute_features, balancing_weights, train_probes
+from ..difflens_core.locate import METHODS, Probes, attribute_features, balancing_weights, in_frames, train_probes
 from ..difflens_core.report import CHARTED, line_chart, ranking_chart, ranking_table
 from ..difflens_core.sae import SparseAutoencoder
 from ..difflens_core.steer import build_recipe
@@ -47,7 +46,7 @@ class TrainProbes(io.ComfyNode):
     @host.clear_errors
     def execute(cls, activations: CapturedActivations, sae: SparseAutoencoder, labels: Labels) -> io.NodeOutput:
         check_sae(sae, activations)
-        activations = in_frames(activations, labels)
+        activations = in_frames(activations, labels.frames, sae)
         report = host.progress_bar(len(activations.progress))
         probes = train_probes(activations, sae, labels.indices, labels.attribute, labels.classes, on_step=report)
         points = list(zip(activations.progress.tolist(), probes.accuracy.tolist(), strict=True))
@@ -132,8 +131,8 @@ class AttributeFeatures(io.ComfyNode):
             )
         host.site_width(model, activations.site)
         check_model_of(activations, model)
-        activations = in_frames(activations, labels)
-        baseline = baseline and in_frames(baseline, labels)
+        activations = in_frames(activations, labels.frames, sae)
+        baseline = baseline and in_frames(baseline, labels.frames, sae)
         steps = len(activations.progress)
         report = host.progress_bar(2 * steps)
         weights = balancing_weights(labels.indices, [indices for _, indices in labels.others.values()])
@@ -155,14 +154,6 @@ FOLLOWS = (
     "The subjects are at different places, or of different sizes: the recipe finds the subject of each picture and "
     "steers there, at any size of picture."
 )
-
-
-def in_frames(activations: CapturedActivations, labels: Labels) -> CapturedActivations:
-    """The activations in their subjects' frames, if the classifier found some and they are not all at one place."""
-    frames = labels.frames
-    if frames is None or len(frames) != activations.pictures or aligned(frames, activations.map):
-        return activations
-    return FramedActivations.of(activations, frames)
 
 
 def check_sae(sae: SparseAutoencoder, activations: CapturedActivations) -> None:

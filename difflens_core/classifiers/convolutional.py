@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,27 @@ WIDTHS = (32, 64, 96, 128, 128)
 MARGIN = 1.1  # side of what is read beside the frame's
 
 
-class AttributeClassifier(nn.Module):
+class ByLogits(nn.Module):
+    """What classifiers share that give `logits` of pictures in [0, 1]."""
+
+    logits: Callable[[Tensor], dict[str, Tensor]]
+
+    @torch.inference_mode()
+    def classify(self, images: Tensor, batch: int = 64) -> dict[str, Tensor]:
+        """See `ImageClassifier.classify`."""
+
+        def read(x: Tensor) -> dict[str, Tensor]:
+            return {name: logits.softmax(dim=1) for name, logits in self.logits(x).items()}
+
+        return by_batches(images, batch, next(self.parameters()).device, read)
+
+    def log_probabilities(self, images: Tensor) -> dict[str, Tensor]:
+        """See `DifferentiableClassifier.log_probabilities`."""
+        x = images.to(next(self.parameters()).device).movedim(-1, 1)
+        return {name: logits.log_softmax(dim=1) for name, logits in self.logits(x).items()}
+
+
+class AttributeClassifier(ByLogits):
     """Reads attributes off pictures. `attributes` maps each name to its classes, in the order of the outputs."""
 
     def __init__(self, attributes: Mapping[str, tuple[str, ...]], size: int = 64):
@@ -43,25 +63,11 @@ class AttributeClassifier(nn.Module):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
         return self(x)
 
-    @torch.inference_mode()
-    def classify(self, images: Tensor, batch: int = 64) -> dict[str, Tensor]:
-        """See `ImageClassifier.classify`."""
 
-        def read(x: Tensor) -> dict[str, Tensor]:
-            return {name: logits.softmax(dim=1) for name, logits in self.logits(x).items()}
-
-        return by_batches(images, batch, next(self.parameters()).device, read)
-
-    def log_probabilities(self, images: Tensor) -> dict[str, Tensor]:
-        """See `DifferentiableClassifier.log_probabilities`."""
-        x = images.to(next(self.parameters()).device).movedim(-1, 1)
-        return {name: logits.log_softmax(dim=1) for name, logits in self.logits(x).items()}
-
-
-class FramedClassifier(nn.Module):
+class FramedClassifier(ByLogits):
     """Finds the one figure of a picture and reads attributes off it, and others off the whole picture.
 
-    figure, whole: the attributes that are read off each, with their classes.
+    figure, whole: the attributes that are read off each, with their classes. The frame is not differentiated through.
     """
 
     def __init__(self, figure: Mapping[str, tuple[str, ...]], whole: Mapping[str, tuple[str, ...]]):
@@ -95,20 +101,6 @@ class FramedClassifier(nn.Module):
             return {"frame": corners(self.found(x), x.shape[2] / x.shape[3])}
 
         return by_batches(images, batch, next(self.parameters()).device, find)["frame"]
-
-    @torch.inference_mode()
-    def classify(self, images: Tensor, batch: int = 64) -> dict[str, Tensor]:
-        """See `ImageClassifier.classify`."""
-
-        def read(x: Tensor) -> dict[str, Tensor]:
-            return {name: logits.softmax(dim=1) for name, logits in self.logits(x).items()}
-
-        return by_batches(images, batch, next(self.parameters()).device, read)
-
-    def log_probabilities(self, images: Tensor) -> dict[str, Tensor]:
-        """See `DifferentiableClassifier.log_probabilities`; the frame is held fixed."""
-        x = images.to(next(self.parameters()).device).movedim(-1, 1)
-        return {name: logits.log_softmax(dim=1) for name, logits in self.logits(x).items()}
 
 
 def corners(frames: Tensor, height_by_width: float) -> Tensor:

@@ -9,7 +9,7 @@ from .attribution import (
     integrated_gradients,
     tied,
 )
-from .frames import FRAME, FrameProbes, aligned, fit_frames
+from .frames import FRAME, FrameProbes, fit_frames, in_frames
 from .gradients import integrated_gradients_of, picture_objective
 from .levels import LEVELS, Labelled, Levels, channel_rows, fit_levels, in_maps, latent_rows
 from .probes import Probes, load_probes, save_probes, train_probes
@@ -25,13 +25,13 @@ __all__ = [
     "METHODS",
     "Probes",
     "Separation",
-    "aligned",
     "attribute_features",
     "balancing_weights",
     "channel_rows",
     "contrast",
     "fit_frames",
     "fit_levels",
+    "in_frames",
     "in_maps",
     "integrated_gradients",
     "integrated_gradients_of",

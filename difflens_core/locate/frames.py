@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..activations import FramedActivations
+from ..activations import Activations, FramedActivations
 from ..classifiers import NO_CLASS
-from ..sae import Normalisation
+from ..sae import Normalisation, SparseAutoencoder
 
 FRAME = ("weight", "bias")  # tensors of `FrameProbes`
 SIDE = "size of the subject"
@@ -58,6 +58,16 @@ def aligned(frames: Tensor, size: tuple[int, int]) -> bool:
     """
     edges = in_positions(frames[~frames.isnan().any(dim=1)], size)
     return len(edges) < 2 or bool((edges.std(dim=0) < STILL).all())
+
+
+def in_frames(activations: Activations, frames: Tensor | None, sae: SparseAutoencoder) -> Activations:
+    """The activations in their subjects' frames (B x 4), if there are any and they are not all at one place.
+
+    An SAE that reads the whole map at once leaves no positions to follow.
+    """
+    if frames is None or sae.kernel > 1 or len(frames) != activations.pictures or aligned(frames, activations.map):
+        return activations
+    return FramedActivations.of(activations, frames)
 
 
 def in_positions(frames: Tensor, size: tuple[int, int]) -> Tensor:

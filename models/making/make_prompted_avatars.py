@@ -8,6 +8,7 @@ A stage that is cut off goes on from its last checkpoint in models/prompted_avat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from PIL import Image
 from prompted_portraits import phrase
 from stages import (
     Drawings,
+    Options,
     build,
     denoiser_loss,
     fit_classifier,
@@ -81,6 +83,7 @@ RECIPE = {
 }
 STEERED = ("presentation", "age")
 CFG = 2.0
+OPENING = "portrait of "
 CARD = {"pictures": 256, "seed": 4_100}
 
 
@@ -98,6 +101,12 @@ class Prompted(nn.Module):
         missing, unexpected = self.denoiser.load_state_dict(moved, strict=False)
         assert not unexpected and all(name.startswith(("middle_block.1.", "middle_block.4.")) for name in missing)
 
+    def context(self, tokens: torch.Tensor, c: Options) -> torch.Tensor:
+        """What the denoiser reads of prompts (B x length tokens) in training: some empty, some words not known."""
+        tokens = tokens.masked_fill((torch.rand(len(tokens)) < c["unconditional"])[:, None], END)
+        forgotten = (torch.rand(tokens.shape) < c["unknown"]) & (tokens != END)
+        return self.text(tokens.masked_fill(forgotten, UNKNOWN))
+
 
 def train_denoiser() -> None:
     c = DENOISER
@@ -108,10 +117,7 @@ def train_denoiser() -> None:
 
     def loss_at() -> torch.Tensor:
         picks = torch.randint(len(images), (c["batch"],))
-        chosen = tokens[picks]
-        chosen[torch.rand(len(picks)) < c["unconditional"]] = END
-        forgotten = (torch.rand(chosen.shape) < c["unknown"]) & (chosen != END)
-        context = model.text(chosen.masked_fill(forgotten, UNKNOWN))
+        context = model.context(tokens[picks], c)
         x0 = to_tensor(images[picks.numpy()])
         return denoiser_loss(lambda noisy, sigma: model.denoiser(noisy, sigma, context), x0)
 
@@ -131,22 +137,34 @@ def train_classifier() -> None:
     save_classifier(CLASSIFIER_FILE, model, {"training": CLASSIFIER, "accuracy": accuracy})
 
 
-def captured() -> tuple[Activations, torch.Tensor]:
+def capture_told(denoiser: Path, opening: str, c: Options, folder: Path) -> tuple[Activations, torch.Tensor]:
     """Activations and pictures (n x H x W x 3 in [0, 1]) of every occupation; sampled once.
 
     Most prompts name a presentation, an age or both: of prompts that leave it open, the rare classes hardly come.
+    opening: what they begin with; c: how many pictures, their seed, and their size unless it is the model's own.
     """
-    model, text = load_prompted(DENOISER_FILE)
+    model, text = load_prompted(denoiser)
     told = product(("", "young", "adult", "old"), ("", "male", "female"), OCCUPATIONS)
-    prompts = [f"portrait of {phrase([*filter(None, words[:2])], words[2])}" for words in told]
-    count = SAE["pictures"]
+    prompts = [opening + phrase([*filter(None, words[:2])], words[2]) for words in told]
+    count = c["pictures"]
     context = text.encode(prompts)[torch.arange(count) % len(prompts)]
+    sampler = DenoiserSampler(model, bench.STEPS, Guidance(context, text.encode([""]), CFG), c.get("size"))
     store = capture(
-        DenoiserSampler(model, bench.STEPS, Guidance(context, text.encode([""]), CFG)), count, SAE["seed"],
-        folder=WORK / "capture",
+        sampler, count, c["seed"], folder=folder,
         on_batch=lambda done: print(f"capture {done}/{count}", flush=True),
     )  # fmt: skip
     return store.activations(), store.samples().movedim(1, -1) / 2 + 0.5
+
+
+def guided(text: TextEncoder, opening: str, count: int) -> Guidance:
+    """Guidance of `count` pictures: in a row of one occupation as many as the targets need to meet every class."""
+    jobs = OCCUPATIONS[1:]
+    context = text.encode([opening + phrase([], job) for job in jobs])
+    return Guidance(context.repeat_interleave(count // len(jobs), dim=0), text.encode([""]), CFG)
+
+
+def captured() -> tuple[Activations, torch.Tensor]:
+    return capture_told(DENOISER_FILE, OPENING, SAE, WORK / "capture")
 
 
 def train_prompted_sae() -> None:
@@ -160,10 +178,8 @@ def make_recipes() -> None:
     seen = read_attributes(classifier, pictures)
     read = {name: (classifier.attributes[name], labels) for name, labels in seen.items()}
     save_labels(WORK / "capture", read)
-    jobs, count = OCCUPATIONS[1:], RECIPE["tuning_pictures"]
-    # As many pictures in a row of one occupation as the targets need to meet every class.
-    context = text.encode([f"portrait of a {job}" for job in jobs]).repeat_interleave(count // len(jobs), dim=0)
-    guidance = Guidance(context, text.encode([""]), CFG)
+    count = RECIPE["tuning_pictures"]
+    guidance = guided(text, OPENING, count)
 
     def weigh(recipe: Recipe) -> Recipe:
         if recipe.attribute not in RECIPE["weighed"]:
@@ -190,24 +206,30 @@ def make_recipes() -> None:
             save_recipe(RECIPES / "controls" / f"prompted_{attribute}_{name}.safetensors", control)
 
 
+def bias_rows(number: int, read: Mapping[str, torch.Tensor], drawn: Mapping[str, tuple[float, ...]]) -> list[str]:
+    """Rows of a card: shares of the drawings and of what is `read` in pictures of occupation `number`."""
+    seen, rows = float((read["occupation"] == number).float().mean()), []
+    for attribute in STEERED:
+        classes = portraits.ATTRIBUTES[attribute]
+        shares = read[attribute].bincount(minlength=len(classes)) / len(read[attribute])
+        told = [" / ".join(f"{share:.2f}" for share in of) for of in (drawn[attribute], shares.tolist())]
+        name = f"{OCCUPATIONS[number]} | {attribute} ({' / '.join(classes)})"
+        rows.append(f"| {name} | {told[0]} | {told[1]} | {seen:.3f} |")
+    return rows
+
+
 def make_card() -> None:
     """Contact sheet and model card, with figures measured now and those stored in the files."""
     classifier, sae, (model, text) = load_classifier(CLASSIFIER_FILE), load_sae(SAE_FILE), load_prompted(DENOISER_FILE)
     count, rows, titles, bias = CARD["pictures"], [], [], []
     for number, job in enumerate(OCCUPATIONS):
-        prompt = f"portrait of {phrase([], job)}"
+        prompt = OPENING + phrase([], job)
         guidance = Guidance(text.encode([prompt]), text.encode([""]), CFG)
         pictures, _ = bench.run(model, count, None, CARD["seed"] + number, guidance)
         rows.append((pictures[:12] * 255).round().byte().numpy())
         titles.append(prompt)
         read = read_attributes(classifier, pictures)
-        seen = float((read["occupation"] == number).float().mean())
-        for attribute in STEERED:
-            classes = portraits.ATTRIBUTES[attribute]
-            shares = read[attribute].bincount(minlength=len(classes)) / count
-            drawn = " / ".join(f"{share:.2f}" for share in prompted_portraits.BIAS[job][attribute])
-            sampled = " / ".join(f"{share:.2f}" for share in shares.tolist())
-            bias.append(f"| {job} | {attribute} ({' / '.join(classes)}) | {drawn} | {sampled} | {seen:.3f} |")
+        bias += bias_rows(number, read, prompted_portraits.BIAS[job])
     sheet = image_grid(rows, titles, columns=12)
     Image.fromarray(sheet).save(OUT / "contact_sheet.png", optimize=True)
     recipes = recipe_rows(load_recipe(RECIPES / f"prompted_avatars_{attribute}.safetensors") for attribute in STEERED)

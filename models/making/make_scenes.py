@@ -9,7 +9,6 @@ A stage that is cut off goes on from its last checkpoint in models/scenes/.work/
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 
 import make_prompted_avatars as prompted  # sets the path for what follows
@@ -17,7 +16,7 @@ import numpy as np
 import scenes
 import torch
 from make_avatars import bench
-from make_prompted_avatars import Prompted
+from make_prompted_avatars import CFG, STEERED, Prompted, bias_rows, capture_told, guided
 from occupations import OCCUPATIONS
 from PIL import Image
 from precision import autocast
@@ -38,16 +37,13 @@ from stages import (
 )
 from torch.nn import functional as F
 
-from difflens_core.activations import Activations, FramedActivations, capture
+from difflens_core.activations import Activations, FramedActivations
 from difflens_core.classifiers import FramedClassifier, cut_frame, load_classifier, save_classifier
 from difflens_core.files import fingerprint, load_tensors
 from difflens_core.locate import Labelled
 from difflens_core.networks import (
-    END,
-    UNKNOWN,
     Denoiser,
     DenoiserConfig,
-    DenoiserSampler,
     Guidance,
     TextEncoder,
     load_denoiser,
@@ -80,8 +76,6 @@ RECIPE = {
     "tuning_pictures": 128,
     "tuning_seed": 3_200,
 }
-STEERED = ("presentation", "age")
-CFG = 2.0
 CARD = {"pictures": 128, "seed": 4_200}
 LARGEST = 96  # side that the position's map is of
 
@@ -120,10 +114,7 @@ def train_denoiser() -> None:
         number = int(torch.multinomial(torch.tensor(c["share"]), 1))
         images, size = drawn[number][0], scenes.SIZES[number]
         picks = torch.randint(len(images), (c["batch"] * 64 // (size[0] * size[1]),))
-        chosen = tokens[number][picks]
-        chosen[torch.rand(len(picks)) < c["unconditional"]] = END
-        forgotten = (torch.rand(chosen.shape) < c["unknown"]) & (chosen != END)
-        context = model.text(chosen.masked_fill(forgotten, UNKNOWN))
+        context = model.context(tokens[number][picks], c)
         x0 = to_tensor(images[picks].numpy())
         return denoiser_loss(lambda noisy, sigma: model.denoiser(noisy, sigma, context), x0)
 
@@ -177,21 +168,7 @@ def train_classifier() -> None:
 
 
 def captured() -> tuple[Activations, torch.Tensor]:
-    """Activations and pictures (n x H x W x 3 in [0, 1]) of every occupation at one size; sampled once.
-
-    Most prompts name a presentation, an age or both: of prompts that leave it open, the rare classes hardly come.
-    """
-    model, text = load_prompted(DENOISER_FILE)
-    told = product(("", "young", "adult", "old"), ("", "male", "female"), OCCUPATIONS)
-    prompts = [phrase([*filter(None, words[:2])], words[2]) for words in told]
-    count = SAE["pictures"]
-    context = text.encode(prompts)[torch.arange(count) % len(prompts)]
-    sampler = DenoiserSampler(model, bench.STEPS, Guidance(context, text.encode([""]), CFG), SAE["size"])
-    store = capture(
-        sampler, count, SAE["seed"], folder=WORK / "capture",
-        on_batch=lambda done: print(f"capture {done}/{count}", flush=True),
-    )  # fmt: skip
-    return store.activations(), store.samples().movedim(1, -1) / 2 + 0.5
+    return capture_told(DENOISER_FILE, "", SAE, WORK / "capture")
 
 
 def train_scenes_sae() -> None:
@@ -211,10 +188,8 @@ def make_recipes() -> None:
     """Recipes of the steered attributes; strengths found on tuning seeds only."""
     classifier, sae, (model, text) = load_classifier(CLASSIFIER_FILE), load_sae(SAE_FILE), load_prompted(DENOISER_FILE)
     activations, read = labelled()
-    jobs, count = OCCUPATIONS[1:], RECIPE["tuning_pictures"]
-    # As many pictures in a row of one occupation as the targets need to meet every class.
-    context = text.encode([phrase([], job) for job in jobs]).repeat_interleave(count // len(jobs), dim=0)
-    guidance = Guidance(context, text.encode([""]), CFG)
+    count = RECIPE["tuning_pictures"]
+    guidance = guided(text, "", count)
 
     def try_out(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
         after, targets = bench.run(model, count, recipe, RECIPE["tuning_seed"], guidance, SAE["size"])
@@ -239,13 +214,7 @@ def make_card() -> None:
         rows.append((pictures[:8] * 255).round().byte().numpy())
         titles.append(f"{prompt}, {size[0]} x {size[1]}")
         read = read_attributes(classifier, pictures)
-        seen = float((read["occupation"] == number).float().mean())
-        for attribute in STEERED:
-            classes = scenes.ATTRIBUTES[attribute]
-            shares = read[attribute].bincount(minlength=len(classes)) / count
-            drawn = " / ".join(f"{share:.2f}" for share in scenes.BIAS[job][attribute])
-            sampled = " / ".join(f"{share:.2f}" for share in shares.tolist())
-            bias.append(f"| {job} | {attribute} ({' / '.join(classes)}) | {drawn} | {sampled} | {seen:.3f} |")
+        bias += bias_rows(number, read, scenes.BIAS[job])
     sheets = [image_grid([row], [title], columns=8) for row, title in zip(rows, titles, strict=True)]
     Image.fromarray(one_below_the_other(sheets)).save(OUT / "contact_sheet.png", optimize=True)
     recipes = recipe_rows(load_recipe(RECIPES / f"scenes_{attribute}.safetensors") for attribute in STEERED)

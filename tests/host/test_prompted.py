@@ -164,3 +164,9 @@ def test_a_model_of_any_size_draws_what_the_core_draws_and_refuses_what_it_canno
     expected = sample(model, start_noise(2, SEED, 16, 24), STEPS, guidance=Guidance(text.encode(["a doctor"]), None))
     assert found.shape == (2, 3, 16, 24)
     torch.testing.assert_close(found.clamp(-1, 1), expected, atol=2e-3, rtol=0)
+    graph.latent.inputs |= {"width": 16, "height": 16}
+    graph.latent = graph.add("RebatchLatents", latents=graph.latent[0], batch_size=2)
+    graph.draw("a doctor", 1.0)
+    expected = "sides are multiples of 8 pixels, from 8 on, got a latent of 3 x 2 x 2. A node between"
+    with pytest.raises(HostError, match=expected):
+        server.run(to_api(graph))

@@ -9,7 +9,8 @@ import torch
 
 from difflens_core.activations import GRID, Activations, FramedActivations, into_frames, out_of_frames, slopes_in_frames
 from difflens_core.experiments.effects import OneLatent
-from difflens_core.locate import FrameProbes, aligned, fit_frames
+from difflens_core.locate import FrameProbes, fit_frames, in_frames
+from difflens_core.locate.frames import aligned
 from difflens_core.sae import Normalisation
 from difflens_core.steer import MODES, Steering, load_recipe, save_recipe
 from difflens_core.steer.steering import BY_LEVELS
@@ -121,3 +122,15 @@ def test_a_latent_is_changed_alone_where_the_subject_is(framed, mode):
     assert change[0].abs().max() > 0.01 and not change[1].any()
     elsewhere = OneLatent(plain, latents, mode)(h, 0.4, torch.arange(2))  # 16 x 16 positions for 8 x 8: stretched
     assert elsewhere.shape == h.shape and not torch.equal(elsewhere[0], h[0])
+
+
+def test_subjects_are_followed_where_they_are_found_at_different_places(toys):
+    activations, sae = toys.activations(pictures=4), toys.sae()
+    frames = torch.tensor([[0.0, 0.0, 0.4, 0.4], [0.5, 0.1, 0.9, 0.5], [0.0, 0.5, 0.5, 1.0], [torch.nan] * 4])
+    assert isinstance(in_frames(activations, frames, sae), FramedActivations)
+    assert in_frames(activations, None, sae) is activations
+    assert in_frames(activations, frames[:3], sae) is activations, "labels of other pictures are refused elsewhere"
+    assert in_frames(activations, frames[:1].expand(4, 4), sae) is activations
+    assert in_frames(activations, torch.full((4, 4), torch.nan), sae) is activations
+    whole = replace(toys.sae(width=24), normalisation=toys.normalisation(), kernel=2)
+    assert in_frames(activations, frames, whole) is activations

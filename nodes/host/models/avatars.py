@@ -36,10 +36,11 @@ class HostedDenoiser(Hosted, Denoiser):
     def check_input(self, x: Tensor, context: Tensor | None) -> None:
         """See `Hosted.check_input`; x must be B x 3 x size x size, or of any multiples of 8."""
         size, width = self.config.size, self.config.context_width
-        if self.config.any_size:
-            self.check_sides(x)
-        elif x.shape[1:] != (3, size, size):
+        if not self.draws(x):
             found, node = " x ".join(map(str, x.shape[1:])), "Prompted" if width else "Unconditional"
+            pictures = f"{size} x {size} pictures (latents 3 x {size} x {size})"
+            if self.config.any_size:
+                pictures = f"pictures whose sides are multiples of {PATCH} pixels, from {size // 2} on"
             ask = f"Set Empty Latent Image to {size} x {size}."
             if x.shape[2:] == (size // LATENT, size // LATENT):
                 ask = (
@@ -47,10 +48,7 @@ class HostedDenoiser(Hosted, Denoiser):
                     f"these are pixels: set Empty Latent Image to {LATENT * size} x {LATENT * size} there, or use "
                     "Latent From Batch."
                 )
-            raise DiffLensError(
-                f"Load {node} Model: this model draws {size} x {size} pictures (latents 3 x {size} x {size}), "
-                f"got a latent of {found}. {ask}"
-            )
+            raise DiffLensError(f"Load {node} Model: this model draws {pictures}, got a latent of {found}. {ask}")
         if width and (context is None or context.shape[-1] != width):
             found = "none" if context is None else f"one of width {context.shape[-1]}"
             raise DiffLensError(
@@ -58,15 +56,12 @@ class HostedDenoiser(Hosted, Denoiser):
                 "with the CLIP of the same Load Prompted Model."
             )
 
-    def check_sides(self, x: Tensor) -> None:
-        """Raise `DiffLensError` unless x is of pictures that a model of any size draws."""
-        height, width = x.shape[2:]
-        if x.shape[1] != 3 or height % PATCH or width % PATCH or min(height, width) < self.config.size // 2:
-            raise DiffLensError(
-                f"Load Prompted Model: this model draws pictures whose sides are multiples of {PATCH} pixels and at "
-                f"least {self.config.size // 2}, got a latent of {' x '.join(map(str, x.shape[1:]))}. Set Empty Latent "
-                f"Image to such a size, for example {self.config.size} x {self.config.size}."
-            )
+    def draws(self, x: Tensor) -> bool:
+        """Whether x is of pictures that this model draws."""
+        (channels, *sides), size = x.shape[1:], self.config.size
+        if not self.config.any_size:
+            return (channels, *sides) == (3, size, size)
+        return channels == 3 and min(sides) >= size // 2 and not any(side % PATCH for side in sides)
 
     def _forward(self, x, timesteps, context, control, transformer_options, y=None):
         """Velocity (like x) at `timesteps` (B, 1000 sigma)."""
