@@ -37,10 +37,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import make_prompted_avatars as making  # found by the path that debias sets
 import numpy as np
 import torch
-from debias import BATCH, ROOT, STEPS, Read, draw_all, in_batches, recipes_of, to_images
-from debias_prompts import ATTRIBUTES, CFG, FILES, OCCUPATIONS
+from debias import BATCH, ROOT, STEPS, Read, draw_all, in_batches, to_images
+from debias_prompts import ATTRIBUTES, CFG, OCCUPATIONS
 from kornia.metrics import ssim
 from PIL import Image
 from precision import PRECISION, at_precision, autocast
@@ -176,7 +177,7 @@ def by_guidance(edits: Tensor) -> Draw:
 def in_directions(recipe: Recipe, directions: Tensor) -> Recipe:
     """What `mean_difference` gives, written in unit directions (F x C, F at least C): of all ways the shortest."""
     count, inverse = len(directions), torch.linalg.pinv(directions.T)  # F x C
-    levels = replace(recipe.levels, maps=torch.einsum("fc,rcp->rfp", inverse, recipe.levels.maps))
+    levels = replace(recipe.levels, maps=torch.einsum("fc,rcd->rfd", inverse, recipe.levels.maps))
     return replace(
         recipe, features=torch.arange(count), encoder=directions, decoder=directions, bias=torch.zeros(count),
         threshold=torch.full((count,), -1e9), member=torch.ones(len(recipe.classes), count, dtype=torch.bool),
@@ -453,17 +454,16 @@ def main() -> None:
     parser.add_argument("--grids", type=Path, help="a folder for pictures of every way")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    model, text = load_prompted(FILES / "difflens_models" / "prompted_avatars.safetensors")
-    classifier = load_classifier(FILES / "difflens_classifiers" / "prompted_avatars.safetensors")
-    began, results, methods = time.time(), [], {}
+    model, text = load_prompted(making.DENOISER_FILE)
+    classifier = load_classifier(making.CLASSIFIER_FILE)
+    began, results, methods, ways = time.time(), [], {}, making.ways(controlled=True)
     for attribute in options.attributes:
         examples = Examples.of(text, attribute)
         directions, learning = learned(
             "directions", model, attribute, partial(directions_of, model, examples), **LEARNING
         )
         maps, fitting = learned("maps", model, attribute, partial(maps_of, model, examples), **DRAWN)
-        file = FILES / "difflens_recipes" / f"prompted_avatars_{attribute}.safetensors"
-        recipes = recipes_of(file, f"prompted_{attribute}", controls=True)
+        recipes = ways[attribute]
         if recipes[DEFAULT].weight is not None:
             recipes["random dictionary"] = random_dictionary(model, text, classifier, recipes)
         methods[attribute] = methods_of(attribute, model, text, directions["directions"], maps, recipes)

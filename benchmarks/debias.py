@@ -1,12 +1,13 @@
-"""Does the method do what it says on the avatars? Fairness before and after steering, with controls.
+"""Does the method do what it says on the avatars? Fairness before and after steering.
 
     python benchmarks/debias.py                    512 pictures per attribute
-    python benchmarks/debias.py --pictures 2048 --no-controls
+    python benchmarks/debias.py --controls         beside random latents and the raw mean difference
     python benchmarks/debias.py --json FILE        the same numbers for machines
 
 The seed is one on which no strength was tuned. All runs of an attribute start from the same noise, so that pictures
-are paired: `kept` is the share whose other attributes, hair colour, background and clothes read as before. The first
-line says whether the model ran in bf16 or fp32 (see precision.py).
+are paired: `kept` is the share whose other attributes, hair colour, background and clothes read as before. The
+controls are fitted on pictures that are drawn first, which takes minutes. The first line says whether the model ran in
+bf16 or fp32 (see precision.py).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from difflens_core.activations import Edit  # noqa: E402
 from difflens_core.classifiers import AttributeClassifier, load_classifier  # noqa: E402
 from difflens_core.measure import kept_attributes, measure_fairness, pixel_change  # noqa: E402
 from difflens_core.networks import Denoiser, DenoiserSampler, Guidance, load_denoiser, start_noise  # noqa: E402
+from difflens_core.sae import load_sae  # noqa: E402
 from difflens_core.steer import Recipe, Steering, load_recipe  # noqa: E402
 from difflens_core.targets import Targets, parse_target  # noqa: E402
 
@@ -105,17 +107,6 @@ def outcome(classes: tuple[str, ...], before: Read, after: Read, attribute: str,
     }
 
 
-def recipes_of(recipe_file: Path, control: str, controls: bool) -> dict[str, Recipe]:
-    """The recipe in a file and, if asked, its controls, by name; `control`: what their files' names begin with."""
-    recipe = load_recipe(recipe_file)
-    found = {"SAE recipe": recipe}
-    if controls:
-        folder = recipe_file.parent / "controls"
-        found["random features"] = load_recipe(folder / f"{control}_random.safetensors")
-        found["mean difference"] = load_recipe(folder / f"{control}_mean_difference.safetensors")
-    return found
-
-
 def measured(name: str, result: dict) -> str:
     """What every table begins with: name, FD with interval, FD of counts, success."""
     success = "  -  " if result["success"] is None else f"{result['success']:.3f}"
@@ -131,15 +122,24 @@ def row(name: str, result: dict) -> str:
     return f"{measured(name, result)}  {others:11s}  {nuisance}  {result['pixel_change']:.3f}"
 
 
+def controls_of_avatars() -> Callable[[Recipe], dict[str, Recipe]]:
+    """What gives the controls of a recipe: see `stages.controls`."""
+    import make_avatars  # draws by what is above
+    import stages
+
+    sae, captured = load_sae(make_avatars.SAE_FILE), make_avatars.labelled()
+    return lambda recipe: stages.controls(recipe, sae, *captured)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=512)
-    parser.add_argument("--no-controls", action="store_true")
+    parser.add_argument("--controls", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model = at_precision(load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors"))
     classifier = load_classifier(AVATARS / "difflens_classifiers" / "avatars.safetensors")
-    began = time.time()
+    began, controls = time.time(), controls_of_avatars() if options.controls else lambda recipe: {}
     before = Read.of(run(model, options.pictures)[0], classifier)
     results: dict[str, dict] = {}
     print(f"n = {options.pictures}, {STEPS} steps, seed {SEED}, {PRECISION}; kept and others in %")
@@ -150,8 +150,8 @@ def main() -> None:
         classes = classifier.attributes[attribute]
         results[attribute] = {"before": outcome(classes, before, before, attribute, None)}
         print(row("before", results[attribute]["before"]), flush=True)
-        file = AVATARS / "difflens_recipes" / f"avatars_{attribute}.safetensors"
-        for name, recipe in recipes_of(file, attribute, not options.no_controls).items():
+        own = load_recipe(AVATARS / "difflens_recipes" / f"avatars_{attribute}.safetensors")
+        for name, recipe in {"SAE recipe": own, **controls(own)}.items():
             steered, targets = run(model, options.pictures, recipe)
             after = Read.of(steered, classifier)
             results[attribute][name] = outcome(classes, before, after, attribute, targets)

@@ -1,7 +1,7 @@
-"""Does one recipe debias every prompt? Fairness per occupation before and after steering, with controls.
+"""Does one recipe debias every prompt? Fairness per occupation before and after steering.
 
     python benchmarks/debias_prompts.py                    256 pictures per occupation
-    python benchmarks/debias_prompts.py --controls         with the controls of `debias.py`
+    python benchmarks/debias_prompts.py --controls         beside those of `debias.py`
     python benchmarks/debias_prompts.py --json FILE        the same numbers for machines
 
 Sampled with guidance (cfg 2). The seeds are ones on which no strength was tuned. `occupation` is the share of pictures
@@ -16,13 +16,13 @@ import json
 import time
 from pathlib import Path
 
-from debias import ROOT, STEPS, Read, measured, outcome, recipes_of, run
+import make_prompted_avatars as making  # found by the path that debias sets
+from debias import STEPS, Read, measured, outcome, run
 from precision import PRECISION, at_precision
 
 from difflens_core.classifiers import load_classifier
 from difflens_core.networks import Guidance, load_prompted
 
-FILES = ROOT / "models" / "prompted_avatars"
 OCCUPATIONS = ("doctor", "nurse", "firefighter", "receptionist")
 ATTRIBUTES = ("presentation", "age")
 SHOWN = ("presentation", "age", "skin_tone", "hair_colour", "background")
@@ -41,11 +41,11 @@ def main() -> None:
     parser.add_argument("--controls", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    model, text = load_prompted(FILES / "difflens_models" / "prompted_avatars.safetensors")
+    model, text = load_prompted(making.DENOISER_FILE)
     model = at_precision(model)
-    classifier = load_classifier(FILES / "difflens_classifiers" / "prompted_avatars.safetensors")
+    classifier = load_classifier(making.CLASSIFIER_FILE)
     jobs = classifier.attributes["occupation"]
-    began, results = time.time(), {}
+    began, results, ways = time.time(), {}, making.ways(options.controls)
     how = f"cfg {CFG:g}, {STEPS} steps, seeds from {SEED}, {PRECISION}"
     print(f"n = {options.pictures} per occupation, {how}; shares in %")
     for number, job in enumerate(OCCUPATIONS):
@@ -58,9 +58,7 @@ def main() -> None:
             print(f"\n{job}, {attribute}")
             print(f"  {'':18s} FD [95 % interval] hard          success  occupation {others}  change")
             results[job][attribute] = found = {}
-            file = FILES / "difflens_recipes" / f"prompted_avatars_{attribute}.safetensors"
-            recipes = recipes_of(file, f"prompted_{attribute}", options.controls)
-            for name, recipe in {"before": None, **recipes}.items():
+            for name, recipe in {"before": None, **ways[attribute]}.items():
                 after, targets = before, None
                 if recipe:
                     drawn, targets = run(model, options.pictures, recipe, seed, guidance)

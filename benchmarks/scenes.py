@@ -24,25 +24,12 @@ from precision import PRECISION, at_precision
 from prompted_portraits import phrase
 from scenes import ATTRIBUTES, SIZES
 
-from difflens_core.activations import FramedActivations
 from difflens_core.classifiers import load_classifier
-from difflens_core.locate import Labelled
 from difflens_core.networks import Guidance, load_prompted
 from difflens_core.report import image_grid
-from difflens_core.sae import load_sae
-from difflens_core.steer import Recipe, load_recipe, mean_difference, random_features
 
 SEED = 97_001
 SHOWN = ("presentation", "age", "skin_tone", "hair_colour", "glasses", "occupation", "background")
-
-
-def controls_of(recipe: Recipe, activations: FramedActivations, read: Labelled) -> dict[str, Recipe]:
-    """What the recipe is compared with; activations, read: what was captured, and what it shows."""
-    labels, others = read[recipe.attribute][1], {n: of for n, of in read.items() if n != recipe.attribute}
-    return {
-        "random features": random_features(recipe, load_sae(making.SAE_FILE), seed=1),
-        "mean difference": mean_difference(recipe, activations, labels, others),
-    }
 
 
 def save_grid(folder: Path, name: str, before: Read, after: Read) -> None:
@@ -61,11 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     model, text = load_prompted(making.DENOISER_FILE)
     model, classifier = at_precision(model), load_classifier(making.CLASSIFIER_FILE)
-    ways, captured = {}, making.labelled() if options.controls else None
-    for attribute in making.STEERED:
-        recipe = load_recipe(making.RECIPES / f"scenes_{attribute}.safetensors")
-        ways[attribute] = {"SAE recipe": recipe, **(controls_of(recipe, *captured) if captured else {})}
-    began, rows = time.time(), []
+    began, rows, ways = time.time(), [], making.ways(options.controls)
     print(f"n = {options.pictures} a prompt and size, cfg {making.CFG:g}, seeds from {SEED}, {PRECISION}; shares in %")
     for number, job in enumerate(options.prompts):
         guidance = Guidance(text.encode([phrase([], job)]), text.encode([""]), making.CFG)

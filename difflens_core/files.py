@@ -121,6 +121,31 @@ def as_half(tensor: Tensor) -> Tensor:
     return tensor.half() if not largest or limits.smallest_normal <= largest <= limits.max else tensor.float()
 
 
+UNIT = ".unit"  # what the name of the units ends with that a tensor `in_bytes` is counted in
+
+
+def in_bytes(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """The tensors, those of these names in whole numbers up to 127 of a unit of each line, along their last axis."""
+    stored = dict(tensors)
+    for name in names & stored.keys():
+        tensor = stored[name].detach().float()
+        largest = tensor.abs().amax(dim=-1) if tensor.shape[-1] else tensor.new_zeros(tensor.shape[:-1])
+        unit = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        stored[name], stored[name + UNIT] = (tensor / unit[..., None]).round().to(torch.int8), unit
+    return stored
+
+
+def out_of_bytes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `in_bytes` was given, in fp32. Raises `DiffLensError` if units do not fit."""
+    read = {name: tensor for name, tensor in tensors.items() if not name.endswith(UNIT)}
+    for name in tensors.keys() - read.keys():
+        whole, unit = read.get(name.removesuffix(UNIT)), tensors[name]
+        if whole is None or whole.dtype != torch.int8 or whole.shape[:-1] != unit.shape:
+            raise DiffLensError(f"{name} does not fit what it is the unit of. The file is damaged.")
+        read[name.removesuffix(UNIT)] = whole * unit.float()[..., None]
+    return read
+
+
 def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     """Write `tensors` and the JSON-able `info` as one safetensors file, through a temporary name.
 

@@ -2,7 +2,6 @@
 
     python scripts/demo.py                 writes pictures, charts and report.json into demo_output/
     python scripts/demo.py --open          opens the first of them, and ComfyUI with the workflows at the end
-    python scripts/demo.py --controls      steers by random features, mean differences and strength 0, too
     python scripts/demo.py --pictures 512  measures on more pictures (default 64)
 
 The first portraits, before and after, are there within a minute or so. Then each of three recipes is measured, and one
@@ -37,11 +36,6 @@ FEWER = {
     "DiffLensCapture": {"pictures": 128, "per_class": 50},
     "DiffLensTrainSAE": {"steps": 800},
     "DiffLensCalibrate": {"budget": 320},
-}
-CONTROLS = {  # name: (recipe file, strength)
-    "random features": ("controls/{}_random.safetensors", 1.0),
-    "mean difference": ("controls/{}_mean_difference.safetensors", 1.0),
-    "strength 0": ("avatars_{}.safetensors", 0.0),
 }
 DRAWN = {  # node: what its picture is called in the output folder
     "DiffLensTrainSAE": "training",
@@ -130,15 +124,6 @@ def shipped_runs(workflow: dict, pictures: int) -> dict[str, dict]:
     return {name: for_recipe(workflow, name, f"avatars_{name}.safetensors", 1.0, pictures) for name in ATTRIBUTES}
 
 
-def control_runs(workflow: dict, pictures: int) -> dict[str, dict]:
-    """The same for the controls of every attribute, by attribute and control."""
-    return {
-        f"{attribute} {control}": for_recipe(workflow, attribute, recipe.format(attribute), strength, pictures)
-        for attribute in ATTRIBUTES
-        for control, (recipe, strength) in CONTROLS.items()
-    }
-
-
 def run(server: Server, display: Display, title: str, prompt: dict) -> dict:
     """Queue a graph, show its progress and return what its nodes put out, by node id."""
     display.start(title, prompt)
@@ -205,12 +190,12 @@ def first_look(server: Server, display: Display, workflow: dict) -> Path:
     return picture
 
 
-def demo(server: Server, pictures: int, controls: bool, show: bool, began: float) -> None:
+def demo(server: Server, pictures: int, show: bool, began: float) -> None:
     """Run everything, print the tables and write the output folder; `began`: when the user began to wait."""
     workflow = load_workflow("01_debias_the_avatars")
     whole_way = changed(load_workflow("02_find_the_bias_features"), FEWER)
-    shipped, compared = shipped_runs(workflow, pictures), control_runs(workflow, pictures) if controls else {}
-    display = Display(1 + len(shipped) + len(compared) + 1)
+    shipped = shipped_runs(workflow, pictures)
+    display = Display(1 + len(shipped) + 1)
     picture = first_look(server, display, workflow)
     first_look_seconds = round(time.monotonic() - began, 1)
     if show:
@@ -221,22 +206,17 @@ def demo(server: Server, pictures: int, controls: bool, show: bool, began: float
         outputs = run(server, display, attribute, prompt)
         save_pictures(server, prompt, outputs, attribute)
         attributes[attribute] = summary(read_report(prompt, outputs))
-    results = {
-        name: summary(read_report(prompt, run(server, display, name, prompt))) for name, prompt in compared.items()
-    }
     outputs = run(server, display, "find the bias features", whole_way)
     save_pictures(server, whole_way, outputs, "found")
     found = summary(read_report(whole_way, outputs))
 
     seconds = round(time.monotonic() - began, 1)
     report = {
-        "attributes": attributes, "controls": results, "found": {"presentation": found},
+        "attributes": attributes, "found": {"presentation": found},
         "first_look_seconds": first_look_seconds, "seconds": seconds,
     }  # fmt: skip
     (OUTPUT / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(table(f"Shipped recipes, n = {pictures}", attributes))
-    if controls:
-        print(table(f"Controls, n = {pictures}", results))
     print(table(f"Found just now, n = {found['n']}", {"presentation": found}))
     print("\nbefore, after: distance from a fair mix (Fairness Discrepancy, 0 is fair).")
     print("success: share of pictures that show what they were asked to; kept: share whose other attributes stayed.")
@@ -280,7 +260,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=picture_count, default=SMALLEST_RUN, help="pictures per attribute")
     parser.add_argument("--open", action="store_true", help="open the first pictures, and ComfyUI at the end")
-    parser.add_argument("--controls", action="store_true", help="run what the recipes are compared with, too")
     options = parser.parse_args()
     try:
         print("Preparing (the first time takes some minutes)", flush=True)
@@ -291,7 +270,7 @@ def main() -> int:
         base = cache_folder() / "comfyui-user" if options.open else None
         print("Starting ComfyUI", flush=True)
         with Server(base=base, args=SERVER_OPTIONS) as server:
-            demo(server, options.pictures, options.controls, options.open, began)
+            demo(server, options.pictures, options.open, began)
             if options.open:
                 copy_workflows(server.base)
                 leave_open(server)

@@ -81,7 +81,8 @@ def levels(
     effects, more = draw(steps, len(CLASSES), 5, maps), draw(maps, features, positions)
     none = torch.zeros(steps, len(CLASSES), 5, len(own.maps))
     classes = torch.nn.functional.pad(own.classes, (0, maps))
-    return Levels(torch.cat([own.maps, more]), classes, torch.cat([none, effects], dim=3), weight, bias, attributes)
+    maps, effects = torch.cat([own.maps, more]), torch.cat([none, effects], dim=3)
+    return Levels(maps, own.places, classes, effects, weight, bias, attributes)
 
 
 def denoiser(seed: int = 6, **sizes) -> Denoiser:

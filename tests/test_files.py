@@ -268,7 +268,8 @@ def test_a_file_that_holds_the_same_already_keeps_its_time(path):
 def test_numbers_beyond_fp16_are_saved_so_that_they_can_be_read(toys, path, scale):
     recipe = replace(toys.recipe(), probe_weight=toys.recipe().probe_weight * scale)
     save_recipe(path, recipe)
-    assert torch.equal(load_recipe(path).probe_weight, recipe.probe_weight)
+    half_a_unit = float(recipe.probe_weight.abs().max()) / 253
+    torch.testing.assert_close(load_recipe(path).probe_weight, recipe.probe_weight, atol=half_a_unit, rtol=0)
     classifier = AttributeClassifier({"age": ("a", "b")}, 32)
     classifier.features[1].running_var.fill_(scale)
     save_classifier(path, classifier, {})

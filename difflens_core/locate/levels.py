@@ -18,10 +18,11 @@ from .probes import fit_logistic
 
 SHRINKAGE = 5.0  # of all coefficients but the classes' own levels, in pictures
 # Maps that levels are kept in: for what all classes have in common, for their differences, for what traits change.
-MEANS, GAPS, EFFECTS = 4, 8, 32
+MEANS, GAPS, EFFECTS = 4, 8, 16
+PLACES = 32  # patterns over the positions that the maps are made of
 WEIGHT_DECAY = 1e-3  # of the probes that read the traits
 
-LEVELS = ("maps", "classes", "effects", "weight", "bias")  # tensors of `Levels`
+LEVELS = ("maps", "places", "classes", "effects", "weight", "bias")  # tensors of `Levels`
 
 # Of an attribute its classes and the class (B, int64, or NO_CLASS) of every picture.
 Labelled = Mapping[str, tuple[tuple[str, ...], Tensor]]
@@ -34,13 +35,15 @@ RowsOf = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 class Levels:
     """How active F latents usually are at P positions, by step, class and what else a picture shows, in few maps.
 
-    maps: R x F x P; classes: S x K x R, how much of each map there is at step s in class k, where all traits are alike;
-    effects: S x K x G x R, how much more for each of G traits, the classes of a picture's other attributes, times its
-    probability minus one over the number of its attribute's classes. weight: S x G x width and bias: S x G are probes
-    that read the traits off the mean over positions of normalised rows; attributes: their classes.
+    maps: R x F x D, of D patterns over the positions, places: D x P; classes: S x K x R, how much of each map there is
+    at step s in class k, where all traits are alike; effects: S x K x G x R, how much more for each of G traits, the
+    classes of a picture's other attributes, times its probability minus one over the number of its attribute's classes.
+    weight: S x G x width and bias: S x G are probes that read the traits off the mean over positions of normalised
+    rows; attributes: their classes.
     """
 
     maps: Tensor
+    places: Tensor
     classes: Tensor
     effects: Tensor
     weight: Tensor
@@ -51,24 +54,24 @@ class Levels:
     def of(cls, levels: Tensor) -> Levels:
         """Levels S x K x F x P that are the same for all pictures of a class, each a map of its own."""
         steps, classes = levels.shape[:2]
-        return cls.plain(levels.float().flatten(0, 1), torch.eye(steps * classes).unflatten(0, (steps, classes)))
+        own = torch.eye(steps * classes).unflatten(0, (steps, classes))
+        return cls.plain(levels.float().flatten(0, 1), torch.eye(levels.shape[3]), own)
 
     @classmethod
-    def plain(cls, maps: Tensor, classes: Tensor) -> Levels:
+    def plain(cls, maps: Tensor, places: Tensor, classes: Tensor) -> Levels:
         """Without traits."""
         steps, count, size = classes.shape
-        return cls(
-            maps, classes, torch.zeros(steps, count, 0, size), torch.zeros(steps, 0, 0), torch.zeros(steps, 0)
-        )  # fmt: skip
+        none = torch.zeros(steps, count, 0, size), torch.zeros(steps, 0, 0), torch.zeros(steps, 0)
+        return cls(maps, places, classes, *none)
 
     @property
     def positions(self) -> int:
         """P, 0 if no levels are known."""
-        return self.maps.shape[2]
+        return self.places.shape[1]
 
     def dense(self) -> Tensor:
         """The classes' levels without their traits: S x K x F x P."""
-        return torch.einsum("skr,rfp->skfp", self.classes, self.maps)
+        return torch.einsum("skr,rfd->skfd", self.classes, self.maps) @ self.places
 
     def some(self, latents: Tensor) -> Levels:
         """Those of some of the latents: numbers, or F booleans."""
@@ -87,7 +90,11 @@ class Levels:
 
     def level(self, share: Tensor, traits: Tensor | None, step: int) -> Tensor:
         """Such levels themselves: B x F x P."""
-        return (self.amounts(share, traits, step) @ self.maps.flatten(1)).unflatten(1, self.maps.shape[1:])
+        return self.over_places(self.amounts(share, traits, step), self.maps)
+
+    def over_places(self, amounts: Tensor, maps: Tensor) -> Tensor:
+        """Such amounts (B x R) of maps (R x ... x D) at all positions: B x ... x P."""
+        return (amounts @ maps.flatten(1)).unflatten(1, maps.shape[1:]) @ self.places
 
     def to(self, device: torch.device) -> Levels:
         """The same on a device."""
@@ -208,12 +215,12 @@ def in_maps(
     """Levels (S x K x F x P) and effects (S x K x G x F x P) in few maps, see `Levels` for the rest."""
     mean = levels.mean(dim=1, keepdim=True)
     parts = in_few_maps(mean, MEANS), in_few_maps(levels - mean, GAPS), in_few_maps(effects, EFFECTS)
-    maps = torch.cat([of for _, of in parts])
+    maps, places = in_few_places(torch.cat([of for _, of in parts]))
     steps, classes, traits = effects.shape[:3]
     means, gaps, others = (amounts for amounts, _ in parts)
     own = torch.cat([means.expand(-1, classes, -1), gaps, levels.new_zeros(steps, classes, others.shape[3])], dim=2)
     none = levels.new_zeros(steps, classes, traits, own.shape[2] - others.shape[3])
-    return Levels(maps, own, torch.cat([none, others], dim=3), weight, bias, attributes)
+    return Levels(maps, places, own, torch.cat([none, others], dim=3), weight, bias, attributes)
 
 
 def in_few_maps(values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -225,6 +232,18 @@ def in_few_maps(values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     flat = values.flatten(-2).flatten(0, -2)
     if not len(flat):
         return values.new_zeros(*values.shape[:-2], 0), values.new_zeros(0, *values.shape[-2:])
-    found, vectors = torch.linalg.eigh((flat @ flat.T).double())
-    basis = vectors[:, found > found[-1] * 1e-9][:, -rank:].to(values)
+    basis = principal(flat @ flat.T, rank)
     return basis.unflatten(0, values.shape[:-2]), (basis.T @ flat).unflatten(1, values.shape[-2:])
+
+
+def in_few_places(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps (R x F x P) as R x F x D of at most `PLACES` orthonormal patterns over the positions (D x P), likewise."""
+    flat = maps.flatten(0, 1)
+    basis = principal(flat.T @ flat, PLACES)
+    return maps @ basis, basis.T
+
+
+def principal(products: Tensor, rank: int) -> Tensor:
+    """The first `rank` principal directions (N x R) of products (N x N), without those in which there is nothing."""
+    found, vectors = torch.linalg.eigh(products.double())
+    return vectors[:, found > found[-1:] * 1e-9][:, -rank:].to(products)

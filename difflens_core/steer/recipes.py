@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..files import DiffLensError, as_half, load_tensors, refuse_whole_numbers, save_tensors
+from ..files import DiffLensError, in_bytes, load_tensors, out_of_bytes, refuse_whole_numbers, save_tensors
 from ..locate import FRAME, LEVELS, FrameProbes, Levels
 from ..sae import NORMALISATION, Normalisation
 
@@ -109,9 +109,9 @@ class Recipe:
     def stretched(self, height: int, width: int) -> Recipe:
         """The recipe for maps of another size: its levels, resampled linearly, as a picture would be."""
 
-        maps = self.levels.maps.unflatten(2, self.grid)
-        maps = F.interpolate(maps, (height, width), mode="bilinear", antialias=True).flatten(2)
-        return replace(self, levels=replace(self.levels, maps=maps), map=(height, width))
+        places = self.levels.places.unflatten(1, self.grid)[None]
+        places = F.interpolate(places, (height, width), mode="bilinear", antialias=True)[0].flatten(1)
+        return replace(self, levels=replace(self.levels, places=places), map=(height, width))
 
     @property
     def kernel(self) -> int:
@@ -129,11 +129,18 @@ class Recipe:
 
 
 TENSORS = ("features", "encoder", "bias", "threshold", "decoder", "member", "probe_weight", "probe_bias")
-# Features, width, classes, steps of the capture and of the normalisation, positions, channels, traits, maps, edges.
+# Kept in a byte a number.
+LARGE = (
+    "encoder", "decoder", "probe_weight", "levels.maps", "levels.places", "levels.effects", "levels.weight",
+    "frame.weight",
+)  # fmt: skip
+# Features, width, classes, steps of the capture and of the normalisation, patterns over positions, positions, channels,
+# traits, maps, edges.
 AXES = {
     "features": "F", "weight": "F", "encoder": "FW", "decoder": "FW", "bias": "F", "threshold": "F", "member": "KF",
-    "levels.maps": "RFP", "levels.classes": "SKR", "levels.effects": "SKGR", "levels.weight": "SGW",
-    "levels.bias": "SG", "frame.weight": "SEW", "frame.bias": "SE", "probe_weight": "SKW", "probe_bias": "SK",
+    "levels.maps": "RFD", "levels.places": "DP", "levels.classes": "SKR", "levels.effects": "SKGR",
+    "levels.weight": "SGW", "levels.bias": "SG", "frame.weight": "SEW", "frame.bias": "SE", "probe_weight": "SKW",
+    "probe_bias": "SK",
     "normalisation.progress": "N", "normalisation.mean": "NC", "normalisation.scale": "N",
 }  # fmt: skip
 OPTIONAL = ("weight", "frame.weight", "frame.bias", "levels.effects", "levels.weight", "levels.bias")
@@ -154,24 +161,21 @@ def at_dose(recipe: Recipe, dose: float) -> Recipe:
 
 def held(attributes: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the tensors of levels that go by such attributes."""
-    return LEVELS if attributes else LEVELS[:2]
+    return LEVELS if attributes else LEVELS[:3]
 
 
 def save_recipe(path: str | Path, recipe: Recipe) -> None:
-    """Write a recipe (matrices as fp16 where it holds them, about a MB)."""
+    """Write a recipe (its large tensors in a byte a number, some 300 KB)."""
     tensors = {name: getattr(recipe, name) for name in TENSORS}
     tensors |= {f"levels.{name}": getattr(recipe.levels, name) for name in held(recipe.levels.attributes)}
     if recipe.frame:
         tensors |= {f"frame.{name}": getattr(recipe.frame, name) for name in FRAME}
-    for name in tensors:
-        if name.startswith(("levels.", "frame.")) or name in ("encoder", "decoder", "probe_weight"):
-            tensors[name] = as_half(tensors[name])
     tensors |= {f"normalisation.{name}": getattr(recipe.normalisation, name) for name in NORMALISATION}
     if recipe.weight is not None:
         tensors["weight"] = recipe.weight
     plain = {name: getattr(recipe, name) for name in PLAIN}
     plain["traits"] = {name: list(classes) for name, classes in recipe.levels.attributes.items()}
-    save_tensors(path, "recipe", tensors, plain)
+    save_tensors(path, "recipe", in_bytes(tensors, LARGE), plain)
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -181,6 +185,7 @@ def load_recipe(path: str | Path) -> Recipe:
     tensors, info = load_tensors(path, "recipe", needs)
     info |= {"map": tuple(info.get("map") or ()) or None, "hold": bool(info.get("hold"))}
     try:
+        tensors = out_of_bytes(tensors)
         refuse_whole_numbers(tensors, ("features", "member"))
         with_level_maps(tensors, info)
         check_shapes(tensors)
@@ -200,21 +205,14 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def with_level_maps(tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-    """Bring levels of files before 0.5, one for each step, class and position, into the shape of today's."""
+    """Bring levels of files of version 0.4, one for each step, class and position, into the shape of today's."""
     if "levels.maps" in tensors:
         return
     dense = tensors.pop("levels", torch.zeros(0))
     if dense.ndim != 4:
         raise DiffLensError("it holds no levels. The file is damaged.")
-    levels, info["traits"] = Levels.of(dense), info.get("context", {})
-    parts = {"maps": levels.maps, "classes": levels.classes}
-    if info["traits"]:  # of development versions of 0.5
-        maps, effects = tensors.pop("context.maps"), tensors.pop("context.coefficients")
-        parts["classes"] = F.pad(levels.classes, (0, len(maps)))
-        parts["effects"] = F.pad(effects.float(), (len(levels.maps), 0))
-        parts["maps"] = torch.cat([levels.maps, maps.float()])
-        parts |= {name: tensors.pop(f"context.{name}") for name in ("weight", "bias")}
-    tensors |= {f"levels.{name}": value for name, value in parts.items()}
+    levels, info["traits"] = Levels.of(dense), {}
+    tensors |= {f"levels.{name}": getattr(levels, name) for name in held({})}
 
 
 def check_shapes(tensors: Mapping[str, Tensor]) -> None:

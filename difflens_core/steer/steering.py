@@ -173,7 +173,7 @@ class Steering:
         if maps is None:
             return torch.matmul(t["decoder"].T, t["scale"][step] * levels.level(share, traits, step))
         amounts = t["scale"][step] * levels.amounts(share, traits, step)
-        return (amounts @ maps.flatten(1)).unflatten(1, maps.shape[1:])
+        return levels.over_places(amounts, maps)
 
     def way(
         self, rows: Tensor, own: Tensor, target: Tensor, traits: Tensor | None, step: int, t: dict[str, Tensor]
@@ -220,13 +220,13 @@ class Steering:
         return self._levels[device]
 
     def decoded_maps(self, t: dict[str, Tensor]) -> Tensor | None:
-        """What a unit of each of the levels' maps adds to normalised rows: R x width x P, None if too large."""
+        """What a unit of each of the levels' maps adds to normalised rows: R x width x D, None if too large."""
         maps, decoder = self.recipe.levels.maps, t["decoder"]
         if maps.shape[0] * decoder.shape[1] * maps.shape[2] * 4 > CACHE_BYTES:
             return None
         if decoder.device not in self._decoded:
             own = self.levels(decoder.device).maps
-            self._decoded[decoder.device] = torch.einsum("rfp,fc->rcp", own, decoder)
+            self._decoded[decoder.device] = torch.einsum("rfd,fc->rcd", own, decoder)
         return self._decoded[decoder.device]
 
     def read_change(

@@ -25,6 +25,7 @@ from stages import (  # noqa: E402
     denoiser_loss,
     fit_classifier,
     fit_sae,
+    labels_of,
     make_recipe,
     read_attributes,
     recipe_rows,
@@ -35,7 +36,7 @@ from stages import (  # noqa: E402
 from difflens_core.activations import Activations, capture, save_labels  # noqa: E402
 from difflens_core.classifiers import load_classifier, save_classifier  # noqa: E402
 from difflens_core.files import fingerprint, load_tensors  # noqa: E402
-from difflens_core.locate import save_probes  # noqa: E402
+from difflens_core.locate import Labelled, save_probes  # noqa: E402
 from difflens_core.networks import (  # noqa: E402
     Denoiser,
     DenoiserSampler,
@@ -44,7 +45,7 @@ from difflens_core.networks import (  # noqa: E402
 )
 from difflens_core.report import image_grid  # noqa: E402
 from difflens_core.sae import load_sae, save_sae  # noqa: E402
-from difflens_core.steer import Recipe, load_recipe, save_recipe  # noqa: E402
+from difflens_core.steer import Recipe, load_recipe, random_features, save_recipe  # noqa: E402
 
 OUT = ROOT / "models" / "avatars"
 WORK = OUT / ".work"
@@ -53,6 +54,7 @@ CLASSIFIER_FILE = OUT / "difflens_classifiers" / "avatars.safetensors"
 SAE_FILE = OUT / "difflens_saes" / "avatars.safetensors"
 PROBES = OUT / "difflens_probes"
 RECIPES = OUT / "difflens_recipes"
+CONTROL = RECIPES / "controls" / "presentation_random.safetensors"
 STEPS = 20
 
 DENOISER = {"images": 40_000, "steps": 2_600, "batch": 64, "lr": 1e-3, "ema": 0.999, "seed": 1}
@@ -107,13 +109,19 @@ def train_avatar_sae() -> None:
     save_sae(SAE_FILE, fit_sae(captured()[0], SAE, WORK / "sae.pt"), torch.float16)
 
 
-def make_recipes() -> None:
-    """Probes, recipe and controls of every attribute; strengths found on tuning seeds only."""
-    model, classifier, sae = load_denoiser(DENOISER_FILE), load_classifier(CLASSIFIER_FILE), load_sae(SAE_FILE)
+def labelled() -> tuple[Activations, Labelled]:
+    """What was captured, and what the classifier sees of every attribute."""
+    classifier = load_classifier(CLASSIFIER_FILE)
     activations, pictures = captured()
-    seen = read_attributes(classifier, pictures)
-    read = {name: (classifier.attributes[name], labels) for name, labels in seen.items()}
+    read = labels_of(classifier, pictures)
     save_labels(WORK / "capture", read)
+    return activations, read
+
+
+def make_recipes() -> None:
+    """Probes and recipe of every attribute, and a control for workflow 10; strengths found on tuning seeds only."""
+    model, classifier, sae = load_denoiser(DENOISER_FILE), load_classifier(CLASSIFIER_FILE), load_sae(SAE_FILE)
+    activations, read = labelled()
 
     def try_out(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
         count = RECIPE["tuning_pictures"]
@@ -121,13 +129,13 @@ def make_recipes() -> None:
         return read_attributes(classifier, after)[recipe.attribute], torch.from_numpy(targets.first(count))
 
     for attribute, classes in portraits.ATTRIBUTES.items():
-        recipe, probes, controls = make_recipe(
+        recipe, probes = make_recipe(
             attribute, classes, activations, sae, read, fingerprint(model.state_dict()), RECIPE, try_out
         )
         save_probes(PROBES / f"avatars_{attribute}.safetensors", probes)
         save_recipe(RECIPES / f"avatars_{attribute}.safetensors", recipe)
-        for name, control in controls.items():
-            save_recipe(RECIPES / "controls" / f"{attribute}_{name}.safetensors", control)
+        if attribute == "presentation":
+            save_recipe(CONTROL, random_features(recipe, sae, seed=1))
 
 
 def make_card() -> None:
@@ -203,8 +211,8 @@ else a picture shows. Strengths: the weakest of {r[strengths][shift]} that shows
 
 `difflens_probes/` holds the linear probes behind them, one a step and attribute
 (`difflens_core.locate.probes.load_probes`).
-`difflens_recipes/controls/` holds what the recipes are compared with: random latents of the same count and edit norm,
-and the mean difference of the raw activations, by what else a picture shows as well.
+`difflens_recipes/controls/` holds a recipe that does nothing, of as many random latents and the same edit norm:
+workflow 10 asks why.
 
 ## Limits
 - Portraits are aligned and centred. Levels per position, which the recipes use, need that.
@@ -218,7 +226,7 @@ STAGES = {
     "denoiser": (train_denoiser, DENOISER_FILE),
     "classifier": (train_classifier, CLASSIFIER_FILE),
     "sae": (train_avatar_sae, SAE_FILE),
-    "recipes": (make_recipes, RECIPES / "controls" / "skin_tone_mean_difference.safetensors"),
+    "recipes": (make_recipes, RECIPES / "avatars_skin_tone.safetensors"),
     "card": (make_card, OUT / "README.md"),
 }
 

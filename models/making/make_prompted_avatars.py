@@ -24,9 +24,11 @@ from stages import (
     Drawings,
     Options,
     build,
+    controls,
     denoiser_loss,
     fit_classifier,
     fit_sae,
+    labels_of,
     make_recipe,
     read_attributes,
     recipe_rows,
@@ -38,7 +40,7 @@ from torch import nn
 from difflens_core.activations import Activations, capture, save_labels
 from difflens_core.classifiers import load_classifier, save_classifier
 from difflens_core.files import fingerprint, load_tensors
-from difflens_core.locate import save_probes
+from difflens_core.locate import Labelled, save_probes
 from difflens_core.networks import (
     END,
     UNKNOWN,
@@ -171,39 +173,52 @@ def train_prompted_sae() -> None:
     save_sae(SAE_FILE, fit_sae(captured()[0], SAE, WORK / "sae.pt"), torch.float16)
 
 
-def make_recipes() -> None:
-    """Probes, recipe and controls of the steered attributes; strengths found on tuning seeds only."""
-    classifier, sae, (model, text) = load_classifier(CLASSIFIER_FILE), load_sae(SAE_FILE), load_prompted(DENOISER_FILE)
+def labelled() -> tuple[Activations, Labelled]:
+    """What was captured, and what the classifier sees of every attribute."""
     activations, pictures = captured()
-    seen = read_attributes(classifier, pictures)
-    read = {name: (classifier.attributes[name], labels) for name, labels in seen.items()}
+    read = labels_of(load_classifier(CLASSIFIER_FILE), pictures)
     save_labels(WORK / "capture", read)
+    return activations, read
+
+
+def weighed(recipe: Recipe) -> Recipe:
+    """The recipe with its latents weighed, if its attribute is one of which that helps."""
+    if recipe.attribute not in RECIPE["weighed"]:
+        return recipe
+    count, (model, text) = RECIPE["tuning_pictures"], load_prompted(DENOISER_FILE)
+    sampler = DenoiserSampler(model, bench.STEPS, guided(text, OPENING, count))
+    return weigh_latents(recipe, sampler, load_classifier(CLASSIFIER_FILE), start_noise(count, RECIPE["weighing_seed"]))
+
+
+def ways(controlled: bool) -> dict[str, dict[str, Recipe]]:
+    """The recipe of each attribute, and what it is compared with: see `controls`."""
+    found = {name: {"SAE recipe": load_recipe(RECIPES / f"prompted_avatars_{name}.safetensors")} for name in STEERED}
+    if controlled:
+        sae, captured = load_sae(SAE_FILE), labelled()
+        for own in found.values():
+            own |= controls(own["SAE recipe"], sae, *captured)
+            own["mean difference"] = weighed(own["mean difference"])
+    return found
+
+
+def make_recipes() -> None:
+    """Probes and recipe of the steered attributes; strengths found on tuning seeds only."""
+    classifier, sae, (model, text) = load_classifier(CLASSIFIER_FILE), load_sae(SAE_FILE), load_prompted(DENOISER_FILE)
+    activations, read = labelled()
     count = RECIPE["tuning_pictures"]
     guidance = guided(text, OPENING, count)
-
-    def weigh(recipe: Recipe) -> Recipe:
-        if recipe.attribute not in RECIPE["weighed"]:
-            return recipe
-        return weigh_latents(
-            recipe,
-            DenoiserSampler(model, bench.STEPS, guidance),
-            classifier,
-            start_noise(RECIPE["tuning_pictures"], RECIPE["weighing_seed"]),
-        )
 
     def try_out(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
         after, targets = bench.run(model, count, recipe, RECIPE["tuning_seed"], guidance)
         return read_attributes(classifier, after)[recipe.attribute], torch.from_numpy(targets.first(count))
 
     for attribute in STEERED:
-        recipe, probes, controls = make_recipe(
+        recipe, probes = make_recipe(
             attribute, portraits.ATTRIBUTES[attribute], activations, sae, read, fingerprint(model.state_dict()),
-            RECIPE, try_out, weigh,
+            RECIPE, try_out, weighed,
         )  # fmt: skip
         save_probes(PROBES / f"prompted_avatars_{attribute}.safetensors", probes)
         save_recipe(RECIPES / f"prompted_avatars_{attribute}.safetensors", recipe)
-        for name, control in controls.items():
-            save_recipe(RECIPES / "controls" / f"prompted_{attribute}_{name}.safetensors", control)
 
 
 def bias_rows(number: int, read: Mapping[str, torch.Tensor], drawn: Mapping[str, tuple[float, ...]]) -> list[str]:
@@ -298,7 +313,7 @@ occupations, seed {r[tuning_seed]}. The benchmark uses other seeds.
 |---|---|---|---|---|---|
 {recipes}
 
-`difflens_probes/` holds the linear probes behind them, `difflens_recipes/controls/` what the recipes are compared with.
+`difflens_probes/` holds the linear probes behind them.
 
 ## Limits
 - Portraits are aligned and centred. Levels per position, which the recipes use, need that.
@@ -313,7 +328,7 @@ STAGES = {
     "denoiser": (train_denoiser, DENOISER_FILE),
     "classifier": (train_classifier, CLASSIFIER_FILE),
     "sae": (train_prompted_sae, SAE_FILE),
-    "recipes": (make_recipes, RECIPES / "controls" / "prompted_age_mean_difference.safetensors"),
+    "recipes": (make_recipes, RECIPES / "prompted_avatars_presentation.safetensors"),
     "card": (make_card, OUT / "README.md"),
 }
 

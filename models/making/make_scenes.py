@@ -26,9 +26,11 @@ from stages import (
     attributes_loss,
     augment,
     build,
+    controls,
     denoiser_loss,
     fit_readers,
     fit_sae,
+    labels_of,
     make_recipe,
     read_attributes,
     recipe_rows,
@@ -62,8 +64,8 @@ SAE_FILE = OUT / "difflens_saes" / "scenes.safetensors"
 RECIPES = OUT / "difflens_recipes"
 
 DENOISER = {
-    "images": 10_000, "share": (0.4, 0.2, 0.2, 0.2), "steps": 5_000, "batch": 3_072, "lr": 1e-3, "ema": 0.999,
-    "seed": 21, "unconditional": 0.1, "unknown": 0.03,
+    "images": 10_000, "share": (0.4, 0.2, 0.2, 0.2), "steps": 4_000, "batch": 3_072, "lr": 1e-3, "ema": 0.999,
+    "seed": 21, "unconditional": 0.1, "unknown": 0.03, "figure": 3.0,
 }  # fmt: skip
 CLASSIFIER = {"images": 16_000, "test_images": 1_000, "epochs": 6, "batch": 100, "lr": 3e-3, "seed": 1_200}
 SAE = {"pictures": 1_536, "size": (96, 64), "latents": 1_024, "k": 32, "steps": 3_000, "seed": 2_200}
@@ -93,30 +95,43 @@ def untrained() -> Prompted:
     return model.to(memory_format=torch.channels_last)  # a fifth faster
 
 
-def drawings() -> list[tuple[torch.Tensor, list[str]]]:
-    """Pictures of every size with their prompts. They take minutes to draw and are kept for when training goes on."""
+def drawings() -> list[tuple[torch.Tensor, list[str], torch.Tensor]]:
+    """Pictures of every size with their prompts and frames.
+
+    They take minutes to draw and are kept for when training goes on.
+    """
     path, c = WORK / "drawings.pt", DENOISER
     if not path.exists():
         drawn = [
             scenes.render(c["images"], c["seed"] + number, False, size) for number, size in enumerate(scenes.SIZES)
         ]
-        torch.save([(torch.from_numpy(pictures), prompts) for pictures, _, prompts, _ in drawn], path)
+        kept = [(torch.from_numpy(images), prompts, torch.from_numpy(frames)) for images, _, prompts, frames in drawn]
+        torch.save(kept, path)
     return torch.load(path, weights_only=True)
+
+
+def inside(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Which pixels of pictures of that size lie in frames (B x 4): B x 1 x height x width, 0 or 1."""
+    y, x = ((torch.arange(side) + 0.5) / side for side in size)
+    left, top, right, bottom = frames[:, :, None].unbind(dim=1)
+    rows, columns = (y > top) & (y < bottom), (x > left) & (x < right)
+    return (rows[:, :, None] & columns[:, None]).float()[:, None]
 
 
 def train_denoiser() -> None:
     c = DENOISER
     drawn = drawings()
     model = untrained()
-    tokens = [model.text.tokens(prompts) for _, prompts in drawn]
+    tokens = [model.text.tokens(prompts) for _, prompts, _ in drawn]
 
     def loss_at() -> torch.Tensor:
         number = int(torch.multinomial(torch.tensor(c["share"]), 1))
-        images, size = drawn[number][0], scenes.SIZES[number]
+        (images, _, frames), size = drawn[number], scenes.SIZES[number]
         picks = torch.randint(len(images), (c["batch"] * 64 // (size[0] * size[1]),))
         context = model.context(tokens[number][picks], c)
         x0 = to_tensor(images[picks].numpy())
-        return denoiser_loss(lambda noisy, sigma: model.denoiser(noisy, sigma, context), x0)
+        counts_more = c["figure"] * inside(frames[picks], size)
+        return denoiser_loss(lambda noisy, sigma: model.denoiser(noisy, sigma, context), x0, counts_more)
 
     ema = train_network(model, loss_at, c, WORK / "denoiser.pt")
     save_denoiser(DENOISER_FILE, ema.denoiser, {"training": c}, ema.text)
@@ -179,9 +194,17 @@ def labelled() -> tuple[FramedActivations, Labelled]:
     """What was captured, in the frames of its figures, and what the classifier sees of every attribute."""
     classifier = load_classifier(CLASSIFIER_FILE)
     whole, pictures = captured()
-    seen = read_attributes(classifier, pictures)
-    read = {name: (classifier.attributes[name], labels) for name, labels in seen.items()}
-    return FramedActivations.of(whole, classifier.frames(pictures)), read
+    return FramedActivations.of(whole, classifier.frames(pictures)), labels_of(classifier, pictures)
+
+
+def ways(controlled: bool) -> dict[str, dict[str, Recipe]]:
+    """The recipe of each attribute, and what it is compared with: see `controls`."""
+    found = {name: {"SAE recipe": load_recipe(RECIPES / f"scenes_{name}.safetensors")} for name in STEERED}
+    if controlled:
+        sae, captured = load_sae(SAE_FILE), labelled()
+        for own in found.values():
+            own |= controls(own["SAE recipe"], sae, *captured)
+    return found
 
 
 def make_recipes() -> None:
@@ -196,7 +219,7 @@ def make_recipes() -> None:
         return read_attributes(classifier, after)[recipe.attribute], torch.from_numpy(targets.first(count))
 
     for attribute in STEERED:
-        recipe, _, _ = make_recipe(
+        recipe, _ = make_recipe(
             attribute, scenes.ATTRIBUTES[attribute], activations, sae, read, fingerprint(model.state_dict()), RECIPE,
             try_out,
         )  # fmt: skip
@@ -256,7 +279,7 @@ aligned. It is not a model of people: its classes are what a classifier sees in 
 ## Denoiser
 {parameters:.1f} M parameters, and {text:.1f} M in a text encoder of its own: the network of the avatars at work, whose
 layers it began with. Trained on {d[images]} drawings of each size, {d[steps]} steps of AdamW at {d[lr]}, EMA
-{d[ema]}; a step saw {d[batch]} squares of 8 x 8 pixels.
+{d[ema]}; a step saw {d[batch]} squares of 8 x 8 pixels, and the figures counted {d[figure]:g} times more than the rest.
 
 It knows these words: {words}. Others are ignored.
 

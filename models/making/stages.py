@@ -31,17 +31,19 @@ def to_tensor(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def denoiser_loss(predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor) -> Tensor:
+def denoiser_loss(predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor, counts_more: Tensor | float = 0.0) -> Tensor:
     """Clean-picture loss of `predict(noisy, sigma)` under x_t = (1 - sigma) x0 + sigma noise, sigma uniform.
 
     The weight 1 / (sigma^2 + 0.02) lies between the x0 loss and the velocity loss, so that details count.
+    counts_more: how much more each pixel counts (B x 1 x H x W), the less the more noise there is: what is drawn out of
+    nothing is not to depend on it.
     """
     sigma = torch.rand(len(x0))
     s = sigma[:, None, None, None]
     noisy = (1 - s) * x0 + s * torch.randn_like(x0)
     with autocast():
         predicted = predict(noisy, sigma)
-    error = (predicted.float() - x0).square().mean(dim=(1, 2, 3))
+    error = ((predicted.float() - x0).square() * (1 + (1 - s) * counts_more)).mean(dim=(1, 2, 3))
     return (error / (sigma.square() + 0.02)).mean()
 
 
@@ -162,6 +164,12 @@ def read_attributes(classifier: AttributeClassifier, pictures: Tensor) -> dict[s
     return {name: torch.cat([part[name].argmax(dim=1) for part in parts]) for name in parts[0]}
 
 
+def labels_of(classifier: AttributeClassifier | FramedClassifier, pictures: Tensor) -> Labelled:
+    """The same with the names of the classes."""
+    seen = read_attributes(classifier, pictures)
+    return {name: (classifier.attributes[name], labels) for name, labels in seen.items()}
+
+
 # Samples pictures under a recipe: which class each shows, and which it was asked to show (n, int64).
 TryOut = Callable[[Recipe], tuple[Tensor, Tensor]]
 
@@ -170,8 +178,8 @@ def make_recipe(
     attribute: str, classes: tuple[str, ...], activations: Activations, sae: SparseAutoencoder,
     read: Labelled, fingerprint: str, c: Options, try_out: TryOut,
     weigh: Callable[[Recipe], Recipe] = lambda recipe: recipe,
-) -> tuple[Recipe, Probes, dict[str, Recipe]]:  # fmt: skip
-    """Recipe of an attribute, its probes, and the controls to compare it with.
+) -> tuple[Recipe, Probes]:  # fmt: skip
+    """Recipe of an attribute and its probes.
 
     Its latents are weighed by `weigh`, and then its strengths found by `try_out`.
     """
@@ -182,11 +190,19 @@ def make_recipe(
     recipe = build_recipe(attribution, sae, probes, activations, c["per_class"], fingerprint, labels, others)
     recipe = tuned(weigh(with_settings(recipe, start=c["start"], mode=c["modes"][attribute])), c, try_out)
     print(f"{attribute} weighed: {recipe.info.get('weighed')}", flush=True)
-    controls = {
-        "random": random_features(recipe, sae, seed=1),
-        "mean_difference": weigh(mean_difference(recipe, activations, labels, others)),
+    return recipe, probes
+
+
+def controls(recipe: Recipe, sae: SparseAutoencoder, activations: Activations, read: Labelled) -> dict[str, Recipe]:
+    """What a recipe is compared with: as many random latents, and no SAE at all.
+
+    activations, read: of captured pictures, and the classes that they show.
+    """
+    labels, others = read[recipe.attribute][1], {n: of for n, of in read.items() if n != recipe.attribute}
+    return {
+        "random features": random_features(recipe, sae, seed=1),
+        "mean difference": mean_difference(recipe, activations, labels, others),
     }
-    return recipe, probes, controls
 
 
 def tuned(recipe: Recipe, c: Options, try_out: TryOut) -> Recipe:

@@ -164,7 +164,7 @@ def why_does_it_not_work() -> Graph:
         "first, which would say the same again.\n\n"
         "**Try next**\n"
         "- a recipe of your own\n"
-        "- `avatars_age` and `controls/age_random`\n"
+        "- `avatars_age`\n"
         "- Capture Activations and Classify Images into the first Diagnose\n"
         "- `pictures` 16: surer, and twice the time"
     )

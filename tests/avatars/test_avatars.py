@@ -12,11 +12,11 @@ from difflens_core.files import made_by
 from difflens_core.measure.fairness import kept_share
 from difflens_core.networks import load_denoiser, sample, start_noise
 from difflens_core.sae import load_sae
-from difflens_core.steer import Steering, load_recipe, with_settings
+from difflens_core.steer import Steering, load_recipe, mean_difference, with_settings
 from difflens_core.targets import Targets
 
 AVATARS = Path(__file__).resolve().parents[2] / "models" / "avatars"
-STEPS = 12
+STEPS = 20
 ATTRIBUTES = tuple(portraits.ATTRIBUTES)
 
 
@@ -80,11 +80,12 @@ def test_swapping_the_site_output_swaps_every_attribute(model, classifier, captu
 
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
-def test_mean_difference_without_an_sae_moves_the_attribute(model, classifier, attribute):
-    """Plain class means of the raw activations, added at the site: the site obeys before any SAE exists."""
-    recipe = load_recipe(AVATARS / "difflens_recipes" / "controls" / f"{attribute}_mean_difference.safetensors")
-    raw = with_settings(recipe, mode="add", strength=1.0)
-    ends = [0, len(recipe.classes) - 1]  # adding a difference overshoots the middle classes of an ordered attribute
+def test_mean_difference_without_an_sae_moves_the_attribute(model, classifier, captured, attribute):
+    """Plain class means of a few raw activations: the site obeys before any SAE exists."""
+    pictures, activations = captured
+    recipe = mean_difference(recipe_of(attribute), activations, read(classifier, pictures)[attribute], {})
+    raw = with_settings(recipe, mode="shift", strength=1.0)
+    ends = [0, len(recipe.classes) - 1]  # a difference overshoots the middle classes of an ordered attribute
     for wanted in ends:
         shares = tuple(float(c == wanted) for c in range(len(recipe.classes)))
         steering = Steering(raw, Targets(attribute, recipe.classes, shares).of)

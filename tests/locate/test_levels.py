@@ -11,7 +11,7 @@ from difflens_core.classifiers import NO_CLASS
 from difflens_core.locate import channel_rows, fit_levels, latent_rows
 from difflens_core.locate.attribution import SUPPORT
 from difflens_core.locate.frames import SIDE
-from difflens_core.locate.levels import SHRINKAGE, in_few_maps
+from difflens_core.locate.levels import PLACES, SHRINKAGE, in_few_maps, in_few_places
 from difflens_core.sae import Normalisation
 
 PICTURES, CLASSES = 90, 2
@@ -69,7 +69,7 @@ def test_levels_and_effects_are_those_of_one_ridge_regression(toys, kind):
     assert 0 < int(odd.sum()) < 3, "such pictures do not count"
     assert levels.attributes == {"hair": ("a", "b", "c"), "tie": ("bare", "tied"), "beard": ("no", "yes")}
     labels[odd] = NO_CLASS
-    own, effects = levels.dense(), torch.einsum("skgr,rfp->skgfp", levels.effects, levels.maps)
+    own, effects = levels.dense(), torch.einsum("skgr,rfd,dp->skgfp", levels.effects, levels.maps, levels.places)
     for s in range(3):
         x = sae.normalisation.apply(activations.values[s], s)
         if kind == "latents":
@@ -144,6 +144,20 @@ def test_effects_are_kept_in_the_best_few_maps():
     torch.testing.assert_close(torch.einsum("skgr,rfp->skgfp", whole, more), effects, atol=1e-5, rtol=1e-5)
 
 
+def test_maps_are_made_of_the_best_few_patterns_over_the_positions():
+    maps = torch.randn(4, 20, 50, generator=torch.Generator().manual_seed(4))
+    own, places = in_few_places(maps)
+    assert own.shape == (4, 20, PLACES)
+    torch.testing.assert_close(places @ places.T, torch.eye(PLACES), atol=1e-5, rtol=1e-5)
+    u, s, v = np.linalg.svd(maps.reshape(80, 50).double().numpy(), full_matrices=False)
+    best = (u[:, :PLACES] * s[:PLACES]) @ v[:PLACES]
+    np.testing.assert_allclose((own @ places).reshape(80, 50), best, atol=1e-5)
+    few = maps[..., :3] @ torch.ones(3, 50)
+    own, places = in_few_places(few)
+    assert own.shape == (4, 20, 1), "nothing is kept that says nothing"
+    torch.testing.assert_close(own @ places, few)
+
+
 def test_in_frames_the_size_of_the_subject_is_a_trait_and_pictures_without_one_do_not_spoil_the_rest(toys):
     draw = torch.Generator().manual_seed(6)
     labels = torch.randint(CLASSES, (PICTURES,), generator=draw)
@@ -158,6 +172,6 @@ def test_in_frames_the_size_of_the_subject_is_a_trait_and_pictures_without_one_d
     assert levels.dense().shape == (1, CLASSES, 6, GRID**2) and levels.attributes == {
         SIDE: ("small", "middle", "large")
     }
-    gap = torch.einsum("gr,rfp->gfp", levels.effects[0, 1] - levels.effects[0, 0], levels.maps)
+    gap = torch.einsum("gr,rfd->gfd", levels.effects[0, 1] - levels.effects[0, 0], levels.maps) @ levels.places
     assert float(gap[2, 2].mean() - gap[0, 2].mean()) > 0.5 and torch.isfinite(levels.dense()).all()
     assert gap[:, [0, 1, 3, 4, 5]].abs().max() < 0.2
