@@ -6,8 +6,9 @@
     python benchmarks/scenes.py --grids FOLDER         pictures before and after, for each prompt, size and attribute
 
 The recipes were made on pictures of one size (see models/scenes). Sampled with guidance (cfg 2), 20 steps, on seeds on
-which no strength was tuned. After FD and success there is the share of all pictures that keep their class, for each
-other attribute. --controls captures first, which takes minutes; the controls follow the subject as the recipe does.
+which no strength was tuned; the prompts name every place and size of the figure in turn. After FD and success there is
+the share of all pictures that keep their class, for each other attribute. --controls captures first, which takes
+minutes; the controls follow the subject as the recipe does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from prompted_portraits import phrase
 from scenes import ATTRIBUTES, SIZES
 
 from difflens_core.classifiers import load_classifier
-from difflens_core.networks import Guidance, load_prompted
+from difflens_core.networks import load_prompted
 from difflens_core.report import image_grid
 
 SEED = 97_001
@@ -51,8 +52,8 @@ def main() -> None:
     began, rows, ways = time.time(), [], making.ways(options.controls)
     print(f"n = {options.pictures} a prompt and size, cfg {making.CFG:g}, seeds from {SEED}, {PRECISION}; shares in %")
     for number, job in enumerate(options.prompts):
-        guidance = Guidance(text.encode([phrase([], job)]), text.encode([""]), making.CFG)
         for size in SIZES:
+            guidance = making.everywhere(text, phrase([], job), size, options.pictures)
             seed = SEED + number
             before = Read.of(run(model, options.pictures, None, seed, guidance, size)[0], classifier)
             for attribute, recipes in ways.items():

@@ -18,6 +18,7 @@ STILL = 0.5  # positions that the edges of frames may vary by (standard deviatio
 
 SHRINKAGE = 1e-3  # of the readouts, beside the mean variance of what they read
 CORE = (0.35, 0.45)  # of the frame's width and height, from its centre: which positions are the subject's
+SURE = 0.4  # a picture whose surest position is less so has no subject
 READOUTS = 4  # whether a position is the subject's, how far right and down of it the centre is, logarithm of the side
 
 
@@ -37,7 +38,7 @@ class FrameProbes:
 
         Every position's guess counts by the square of how surely it is the subject's.
         """
-        told = torch.einsum("rw,bwp->brp", self.weight[step], rows) + self.bias[step][:, None]
+        told = self.told(rows, step)
         sure = told[:, 0].clamp(0, 1).square() + 1e-6
         share = (sure / sure.sum(dim=1, keepdim=True))[:, None]
         here = torch.cat([places(size).to(told), told.new_zeros(1, told.shape[2])])
@@ -45,6 +46,14 @@ class FrameProbes:
         half = side.exp() / 2
         edges = torch.stack([x - half, y - half, x + half, y + half], dim=1)
         return edges / edges.new_tensor([size[1], size[0], size[1], size[0]])
+
+    def empty(self, rows: Tensor, step: int) -> Tensor:
+        """Which of the pictures of such rows have no subject: B. Only late steps can tell."""
+        return self.told(rows, step)[:, 0].amax(dim=1) < SURE
+
+    def told(self, rows: Tensor, step: int) -> Tensor:
+        """What every position guesses: B x 4 x P."""
+        return torch.einsum("rw,bwp->brp", self.weight[step], rows) + self.bias[step][:, None]
 
     def to(self, device: torch.device) -> FrameProbes:
         """The same on a device."""

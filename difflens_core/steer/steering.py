@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..activations import GRID, Shown, into_frames, out_of_frames
+from ..activations import GRID, Rehearsal, Shown, into_frames, out_of_frames
 from ..files import DiffLensError
 from ..locate import FrameProbes, Levels, contrast
 from ..sae import SparseAutoencoder
 from ..targets import LEFT_ALONE
-from .recipes import READING, WITHOUT_LEVELS, Recipe
+from .recipes import READING, WITHOUT_LEVELS, Recipe, same_rows
 
 DEVICE_TENSORS = ("encoder", "bias", "threshold", "member", "probe_weight", "probe_bias")
 MAPPED = ("reach", "shift", "add")  # modes that add differences of levels, and these alone
@@ -76,8 +76,7 @@ class Steering:
                 )
             return
         fits = sae.width == recipe.width and int(recipe.features.max()) < sae.latents
-        # Recipes are stored in fp16.
-        if not fits or not torch.allclose(sae.decoder[recipe.features], recipe.decoder, atol=2e-3):
+        if not fits or not same_rows(sae.decoder[recipe.features], recipe.decoder):
             raise DiffLensError(
                 f"recipe for {recipe.attribute}: it was made from another SAE than the one given ({sae.latents} "
                 f"latents of width {sae.width}). Use the one it was made from, or none."
@@ -124,6 +123,8 @@ class Steering:
         target, steered = target.clamp(min=0).to(h.device), steered.to(h.device)
         read = (h, step) if shown is None else (shown.h, recipe.normalisation.step_at(shown.progress))
         frames = self.frames(*read, t)
+        if shown is not None:
+            steered = steered & ~self.empty(shown)
         edited = h + self.change(h, target, self.traits(*read, t, frames), step, t, images, frames)
         return torch.where(steered[:, None, None, None], edited, h)
 
@@ -198,10 +199,39 @@ class Steering:
         """Frames (B x 4) of the subjects of activations h, None if the recipe does not read them."""
         if self.recipe.frame is None:
             return None
-        if h.device not in self._frames:
-            self._frames[h.device] = self.recipe.frame.to(h.device)
-        rows = (h.flatten(2).float() - t["mean"][step][:, None]) / t["scale"][step]
-        return self._frames[h.device].find(rows, (h.shape[2], h.shape[3]), step)
+        probes = self.moved(self.recipe.frame, h.device)
+        return probes.find(self.normalised(h, step, t), (h.shape[2], h.shape[3]), step)
+
+    def moved(self, probes: FrameProbes, device: torch.device) -> FrameProbes:
+        """The recipe's probes of frames on `device`, moved once."""
+        if device not in self._frames:
+            self._frames[device] = probes.to(device)
+        return self._frames[device]
+
+    def normalised(self, h: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
+        """Activations h as normalised rows: B x C x P, fp32."""
+        return (h.flatten(2).float() - t["mean"][step][:, None]) / t["scale"][step]
+
+    def empty(self, shown: Shown) -> Tensor:
+        """Which pictures (B) have no subject for a recipe to follow: they are left as they are."""
+        step, h = self.recipe.normalisation.step_at(shown.progress), shown.h
+        if self.recipe.frame is None:
+            return torch.zeros(len(h), dtype=torch.bool, device=h.device)
+        probes = self.moved(self.recipe.frame, h.device)
+        return probes.empty(self.normalised(h, step, self.tensors(h.device)), step)
+
+    def missed(self, rehearsal: Rehearsal) -> str:
+        """A sentence if some of the pictures that were drawn in a rehearsal have no subject, or ""."""
+        empty: dict[int, bool] = {}
+        for pictures, seen in rehearsal.seen.items():
+            progress, h = seen[-1]
+            empty |= zip(pictures, self.empty(Shown(h, progress)).tolist(), strict=True)
+        if not any(empty.values()):
+            return ""
+        return (
+            f"the recipe for {self.recipe.attribute} follows the subject of a picture, and found none in "
+            f"{sum(empty.values())} of {len(empty)}, which were left as they are."
+        )
 
     def columns(self, h: Tensor, frames: Tensor | None) -> Tensor:
         """Activations h as the recipe reads them (B x width x P), in frames (B x 4) if there are any."""

@@ -8,7 +8,7 @@ A stage that is cut off goes on from its last checkpoint in models/prompted_avat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -139,17 +139,20 @@ def train_classifier() -> None:
     save_classifier(CLASSIFIER_FILE, model, {"training": CLASSIFIER, "accuracy": accuracy})
 
 
-def capture_told(denoiser: Path, opening: str, c: Options, folder: Path) -> tuple[Activations, torch.Tensor]:
+def capture_told(
+    denoiser: Path, opening: str, c: Options, folder: Path, endings: Sequence[str] = ("",)
+) -> tuple[Activations, torch.Tensor]:
     """Activations and pictures (n x H x W x 3 in [0, 1]) of every occupation; sampled once.
 
     Most prompts name a presentation, an age or both: of prompts that leave it open, the rare classes hardly come.
-    opening: what they begin with; c: how many pictures, their seed, and their size unless it is the model's own.
+    opening, endings: what they begin and, in turn, end with; c: how many pictures, their seed, and their size unless it
+    is the model's own.
     """
     model, text = load_prompted(denoiser)
-    told = product(("", "young", "adult", "old"), ("", "male", "female"), OCCUPATIONS)
-    prompts = [opening + phrase([*filter(None, words[:2])], words[2]) for words in told]
-    count = c["pictures"]
-    context = text.encode(prompts)[torch.arange(count) % len(prompts)]
+    told = [*product(("", "young", "adult", "old"), ("", "male", "female"), OCCUPATIONS)]
+    rounds = [(told[i % len(told)], endings[(i + i // len(told)) % len(endings)]) for i in range(c["pictures"])]
+    prompts = [opening + phrase([*filter(None, words[:2])], words[2]) + ending for words, ending in rounds]
+    count, context = c["pictures"], text.encode(prompts)
     sampler = DenoiserSampler(model, bench.STEPS, Guidance(context, text.encode([""]), CFG), c.get("size"))
     store = capture(
         sampler, count, c["seed"], folder=folder,
@@ -158,11 +161,11 @@ def capture_told(denoiser: Path, opening: str, c: Options, folder: Path) -> tupl
     return store.activations(), store.samples().movedim(1, -1) / 2 + 0.5
 
 
-def guided(text: TextEncoder, opening: str, count: int) -> Guidance:
+def guided(text: TextEncoder, opening: str, count: int, endings: Sequence[str] = ("",)) -> Guidance:
     """Guidance of `count` pictures: in a row of one occupation as many as the targets need to meet every class."""
     jobs = OCCUPATIONS[1:]
-    context = text.encode([opening + phrase([], job) for job in jobs])
-    return Guidance(context.repeat_interleave(count // len(jobs), dim=0), text.encode([""]), CFG)
+    prompts = [opening + phrase([], job) + endings[i % len(endings)] for job in jobs for i in range(count // len(jobs))]
+    return Guidance(text.encode(prompts), text.encode([""]), CFG)
 
 
 def captured() -> tuple[Activations, torch.Tensor]:

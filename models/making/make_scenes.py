@@ -64,7 +64,7 @@ SAE_FILE = OUT / "difflens_saes" / "scenes.safetensors"
 RECIPES = OUT / "difflens_recipes"
 
 DENOISER = {
-    "images": 10_000, "share": (0.4, 0.2, 0.2, 0.2), "steps": 4_000, "batch": 3_072, "lr": 1e-3, "ema": 0.999,
+    "images": 10_000, "share": (0.4, 0.2, 0.2, 0.2), "steps": 12_000, "batch": 2_048, "lr": 1e-3, "ema": 0.999,
     "seed": 21, "unconditional": 0.1, "unknown": 0.03, "figure": 3.0,
 }  # fmt: skip
 CLASSIFIER = {"images": 16_000, "test_images": 1_000, "epochs": 6, "batch": 100, "lr": 3e-3, "seed": 1_200}
@@ -183,7 +183,7 @@ def train_classifier() -> None:
 
 
 def captured() -> tuple[Activations, torch.Tensor]:
-    return capture_told(DENOISER_FILE, "", SAE, WORK / "capture")
+    return capture_told(DENOISER_FILE, "", SAE, WORK / "capture", scenes.layouts(SAE["size"]))
 
 
 def train_scenes_sae() -> None:
@@ -212,7 +212,7 @@ def make_recipes() -> None:
     classifier, sae, (model, text) = load_classifier(CLASSIFIER_FILE), load_sae(SAE_FILE), load_prompted(DENOISER_FILE)
     activations, read = labelled()
     count = RECIPE["tuning_pictures"]
-    guidance = guided(text, "", count)
+    guidance = guided(text, "", count, scenes.layouts(SAE["size"]))
 
     def try_out(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
         after, targets = bench.run(model, count, recipe, RECIPE["tuning_seed"], guidance, SAE["size"])
@@ -226,13 +226,20 @@ def make_recipes() -> None:
         save_recipe(RECIPES / f"scenes_{attribute}.safetensors", recipe)
 
 
+def everywhere(text: TextEncoder, prompt: str, size: tuple[int, int], count: int) -> Guidance:
+    """Guidance of `count` pictures of a prompt, in turn with every place and size of the figure."""
+    endings = scenes.layouts(size)
+    prompts = [prompt + endings[i % len(endings)] for i in range(count)]
+    return Guidance(text.encode(prompts), text.encode([""]), CFG)
+
+
 def make_card() -> None:
     """Contact sheet and model card, with figures measured now and those stored in the files."""
     classifier, sae, (model, text) = load_classifier(CLASSIFIER_FILE), load_sae(SAE_FILE), load_prompted(DENOISER_FILE)
     count, rows, titles, bias = CARD["pictures"], [], [], []
     for number, job in enumerate(OCCUPATIONS):
         prompt, size = phrase([], job), scenes.SIZES[number % len(scenes.SIZES)]
-        guidance = Guidance(text.encode([prompt]), text.encode([""]), CFG)
+        guidance = everywhere(text, prompt, size, count)
         pictures, _ = bench.run(model, count, None, CARD["seed"] + number, guidance, size)
         rows.append((pictures[:8] * 255).round().byte().numpy())
         titles.append(f"{prompt}, {size[0]} x {size[1]}")
@@ -269,7 +276,7 @@ def one_below_the_other(sheets: Sequence[np.ndarray]) -> np.ndarray:
 
 CARD_TEXT = """# People in scenes
 
-A small diffusion model that draws by prompt: one figure, anywhere and of any size from 45 % of the picture's height to
+A small diffusion model that draws by prompt: one figure, anywhere and of any size from half of the picture's height to
 all of it, before a drawn background. Heights and widths in training: {sizes}. Every occupation has a bias of its own,
 known because we drew the training pictures. It is there to try, test and measure the method on pictures that are not
 aligned. It is not a model of people: its classes are what a classifier sees in a drawing.
@@ -281,7 +288,9 @@ aligned. It is not a model of people: its classes are what a classifier sees in 
 layers it began with. Trained on {d[images]} drawings of each size, {d[steps]} steps of AdamW at {d[lr]}, EMA
 {d[ema]}; a step saw {d[batch]} squares of 8 x 8 pixels, and the figures counted {d[figure]:g} times more than the rest.
 
-It knows these words: {words}. Others are ignored.
+It knows these words: {words}. Others are ignored. A whole prompt reads "a doctor and a plant, wide, left": how
+large the figure is and where it stands can be told, and mostly was in training. A prompt that leaves both open may give
+halves of two figures.
 
 ## Bias
 Shares drawn, and shares that the classifier sees in {count} pictures of each prompt (cfg {cfg:g}, seeds from {seed});
@@ -315,7 +324,7 @@ uses other seeds.
 {recipes}
 
 ## Limits
-- One figure a picture.
+- One figure a picture. It stands in steps of 8 pixels, and its size goes in steps of 16.
 - Rare combinations, such as an old feminine firefighter, were seldom drawn.
 - Rebuild everything with `python models/making/make_scenes.py`. Another processor gives slightly other weights.
 """

@@ -1,7 +1,8 @@
 """People in scenes: one figure of the portraits, of free place and size, before a drawn background, by prompt.
 
-Pictures come in four sizes. The figure stands behind something, so that its lower edge may be anywhere near the
-picture's.
+Pictures come in four sizes. The figure stands behind something, at the picture's lower edge or a little above. Places
+go in steps of `STEP` pixels, which is what one position of the network's middle stands for, and sizes in twice that: so
+a small network learns to draw them in some hours on two processor cores.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from prompted_portraits import phrase
 
 SIZES = ((64, 64), (64, 96), (96, 64), (96, 128))  # height and width of the pictures
 SCALE = 4  # pictures are drawn so many times as large
-SMALLEST = 0.45  # height of the figure beside the picture's
+STEP = 8
+SMALLEST = 0.5  # height of the figure beside the picture's
 WIDEST = 1.25  # of the figure beside the picture: more would cut into the head
 BACKGROUNDS = ("window", "plant", "lamp", "shelf", "street")
 ATTRIBUTES = portraits.ATTRIBUTES | {
@@ -35,7 +37,11 @@ BIAS: dict[str, dict[str, tuple[float, ...]]] = {
     "firefighter": {"presentation": (0.90, 0.10), "age": (0.25, 0.63, 0.12)},
     "receptionist": {"presentation": (0.20, 0.80), "age": (0.60, 0.28, 0.12)},
 }
-_TOLD = {"presentation": 0.15, "age": 0.15, "background": 0.5, "glasses": 0.2}
+_TOLD = {"presentation": 0.15, "age": 0.15, "background": 0.5, "glasses": 0.2, "shot": 0.9, "place": 0.9}
+# What a prompt says of how large the figure is, beside the largest there is, and where its middle is across the
+# picture, with the shares that these stay below.
+SHOTS = {"wide": 0.65, "medium": 0.9, "close": 9.0}
+PLACES = {"far left": 0.3, "left": 0.45, "middle": 0.55, "right": 0.7, "far right": 9.0}
 
 _SKY: Colour = (176, 218, 248)
 _FRAME: Colour = (244, 240, 232)
@@ -54,9 +60,9 @@ _FRONTS: tuple[Colour, ...] = ((122, 84, 60), (96, 108, 128), (82, 116, 88))
 class Frame:
     """Where a figure stands: left and upper edge and side of its square, in pixels. It is cut off at the lower edge."""
 
-    left: float
-    top: float
-    side: float
+    left: int
+    top: int
+    side: int
 
     def shares(self, height: int, width: int) -> tuple[float, float, float, float]:
         """Left, top, right and bottom as shares of a picture."""
@@ -67,12 +73,28 @@ class Frame:
 
 def place(height: int, width: int, u: np.ndarray) -> Frame:
     """A frame in a picture of that size; u: 3 uniform numbers."""
-    largest = min(1.0, WIDEST * width / height)
-    side = height * (SMALLEST + (largest - SMALLEST) * u[0])
+    sides = range(stepped(SMALLEST * height), largest(height, width) + 1, 2 * STEP)
+    side = sides[int(u[0] * len(sides))]
     head = 0.3 * side  # half of its width, with long hair
     centre = head + (width - 2 * head) * u[1] if width > 2 * head else width / 2
-    lowest, highest = height, max(side, 0.8 * height)
-    return Frame(centre - side / 2, highest + (lowest - highest) * u[2] - side, side)
+    return Frame(stepped(centre - side / 2), height - side - STEP * (side < height and u[2] < 0.5), side)
+
+
+def stepped(pixels: float) -> int:
+    """The nearest multiple of `STEP`."""
+    return STEP * round(pixels / STEP)
+
+
+def largest(height: int, width: int) -> int:
+    """Side of the largest figures in a picture of that size."""
+    return min(height, stepped(WIDEST * width))
+
+
+def layout(frame: Frame, height: int, width: int) -> tuple[str, str]:
+    """The words for how large a figure is and where it stands."""
+    middle = (frame.left + frame.side / 2) / width
+    shot = next(word for word, below in SHOTS.items() if frame.side < below * largest(height, width))
+    return shot, next(word for word, below in PLACES.items() if middle < below)
 
 
 def draw(traits: dict[str, int], seed: int, size: tuple[int, int]) -> tuple[np.ndarray, Frame]:
@@ -82,11 +104,11 @@ def draw(traits: dict[str, int], seed: int, size: tuple[int, int]) -> tuple[np.n
     frame = place(height, width, u[:3])
     canvas = Image.new("RGB", (width * SCALE, height * SCALE), _WALLS[int(u[3] * len(_WALLS))])
     _SCENES[BACKGROUNDS[traits["background"]]](ImageDraw.Draw(canvas), *canvas.size, u[8:])
-    side = round(frame.side * SCALE)
+    side = frame.side * SCALE
     figure = portraits.paint(traits, seed, alone=True).resize(
         (side, side), Image.Resampling.BICUBIC, box=portraits.CROP
     )
-    corner = round(frame.left * SCALE), round(frame.top * SCALE)
+    corner = frame.left * SCALE, frame.top * SCALE
     canvas.paste(figure, corner, figure)
     front = ImageDraw.Draw(canvas)
     edge = corner[1] + side - round(0.02 * side)
@@ -95,9 +117,9 @@ def draw(traits: dict[str, int], seed: int, size: tuple[int, int]) -> tuple[np.n
     return np.array(canvas.resize((width, height), Image.Resampling.BOX)), frame
 
 
-def _across(width: float, step: float, u: np.ndarray) -> list[float]:
-    """Places about `step` apart all over the width."""
-    return [(i - u[0]) * step for i in range(round(width / step) + 2)]
+def _across(width: float, apart: float, u: np.ndarray) -> list[int]:
+    """Places so far apart all over the width."""
+    return [SCALE * stepped((i - u[0]) * apart / SCALE) for i in range(round(width / apart) + 2)]
 
 
 def _window(d: ImageDraw.ImageDraw, width: int, height: int, u: np.ndarray) -> None:
@@ -122,7 +144,7 @@ def _plant(d: ImageDraw.ImageDraw, width: int, height: int, u: np.ndarray) -> No
 
 
 def _lamp(d: ImageDraw.ImageDraw, width: int, height: int, u: np.ndarray) -> None:
-    y = (0.06 + 0.1 * u[1]) * height
+    y = 0.1 * height
     for x in _across(width, 0.6 * height, u):
         d.polygon(
             [(x - 0.1 * height, y), (x + 0.1 * height, y), (x + 0.3 * height, height), (x - 0.3 * height, height)],
@@ -138,9 +160,9 @@ def _lamp(d: ImageDraw.ImageDraw, width: int, height: int, u: np.ndarray) -> Non
 def _shelf(d: ImageDraw.ImageDraw, width: int, height: int, u: np.ndarray) -> None:
     for row in range(2):
         board = (0.34 + 0.42 * row) * height
-        for k, x in enumerate(_across(width, 0.17 * height, u[row:])):
+        for k, x in enumerate(_across(width, 0.25 * height, u)):
             tall = (0.22 + 0.04 * ((k + row) % 2)) * height
-            d.rectangle((x, board - tall, x + 0.13 * height, board), fill=_BOOKS[(k + 2 * row) % len(_BOOKS)])
+            d.rectangle((x, board - tall, x + 0.2 * height, board), fill=_BOOKS[(k + 2 * row) % len(_BOOKS)])
         d.rectangle((0, board, width, board + 0.05 * height), fill=_WOOD)
 
 
@@ -176,8 +198,15 @@ def sample_traits(n: int, seed: int, balanced: bool) -> dict[str, np.ndarray]:
     return traits
 
 
-def describe(traits: dict[str, int], u: np.ndarray) -> str:
-    """A prompt that fits the traits; u: 6 uniform numbers that choose the wording."""
+def layouts(size: tuple[int, int]) -> list[str]:
+    """How prompts end that tell where a figure is, one for each layout that pictures of a size have."""
+    some = np.linspace(0, 1, 50, endpoint=False)
+    found = {layout(place(*size, np.array([u, v, 0.0])), *size) for u in some for v in some}
+    return [f", {shot}, {where}" for shot in SHOTS for where in PLACES if (shot, where) in found]
+
+
+def describe(traits: dict[str, int], layout: tuple[str, str], u: np.ndarray) -> str:
+    """A prompt that fits traits and layout; u: 6 uniform numbers that choose the wording."""
     job, fem = OCCUPATIONS[traits["occupation"]], traits["presentation"]
     noun, adjectives = job, []
     if u[0] < _TOLD["age"]:
@@ -189,12 +218,13 @@ def describe(traits: dict[str, int], u: np.ndarray) -> str:
             adjectives.append(("male", "female")[fem])
     glasses = " with glasses" if traits["glasses"] and u[2] < _TOLD["glasses"] else ""
     behind = f" and a {BACKGROUNDS[traits['background']]}" if u[3] < _TOLD["background"] else ""
-    return f"{phrase(adjectives, noun)}{glasses}{behind}"
+    told = [word for word, of, at in zip(layout, ("shot", "place"), u[4:], strict=True) if at < _TOLD[of]]
+    return ", ".join([f"{phrase(adjectives, noun)}{glasses}{behind}", *told])
 
 
 WORDS = (
     "a", "an", "and", "with", "person", "man", "woman", *OCCUPATIONS[1:], "male", "female", "young", "adult", "old",
-    "glasses", *BACKGROUNDS,
+    "glasses", *BACKGROUNDS, *SHOTS, "far", "left", "middle", "right",
 )  # fmt: skip
 
 
@@ -208,9 +238,10 @@ def render(
     traits = sample_traits(n, seed, balanced)
     rows = portraits.trait_rows(traits)
     jitter = np.random.default_rng([seed, 1, *size]).integers(0, 2**63, size=n, dtype=np.uint64)
-    wording = np.random.default_rng([seed, 4]).random((n, 4))
-    pictures, frames = np.empty((n, *size, 3), np.uint8), np.empty((n, 4), np.float32)
+    wording = np.random.default_rng([seed, 4]).random((n, 6))
+    pictures, frames, prompts = np.empty((n, *size, 3), np.uint8), np.empty((n, 4), np.float32), []
     for i, row in enumerate(rows):
         pictures[i], frame = draw(row, int(jitter[i]), size)
         frames[i] = frame.shares(*size)
-    return pictures, traits, [describe(row, u) for row, u in zip(rows, wording, strict=True)], frames
+        prompts.append(describe(row, layout(frame, *size), wording[i]))
+    return pictures, traits, prompts, frames

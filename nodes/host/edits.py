@@ -158,7 +158,9 @@ class SiteEdit:
         told.numbers.append((run.numbers + run.first).numpy())
         elsewhere = begun.elsewhere(self.site, self.settings.rows) if begun and self.settings.hold else ""
         short = shortfall(run.account, self.site, self.settings.span)
-        told.said[:] = [*filter(None, [run.said, run.stretched, short, elsewhere])]
+        held = begun and self.settings.hold and not elsewhere and isinstance(self.edit, Steering)
+        missed = self.edit.missed(begun.rehearsal) if held else ""
+        told.said[:] = [*filter(None, [run.said, run.stretched, short, elsewhere, missed])]
         for sentence in told.said:
             log.warning("%s: %s", self.node, sentence)
         if told.said:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .graph import Graph, Node
+from .graph import Graph
 from .pieces import before_and_after, experiment, load_classifier, load_model, measure, report_on, sampler, steer
 
 
@@ -175,58 +175,4 @@ def three_attributes_at_once() -> Graph:
     cross = experiment(graph, "DiffLensCrossEffects", model, batch, classifier, **sockets, pictures=64)
     graph.column()
     graph.add("PreviewAny", "The matrix", source=cross[0])
-    return graph
-
-
-def any_size() -> Graph:
-    graph = Graph("11 any size")
-    sizes = ((64, 64), (96, 64), (64, 96), (128, 96))
-    graph.group("Start here")
-    graph.note(
-        "# One recipe, pictures of any size\n\n"
-        "This small model draws people anywhere in a picture, near or far. The recipe was made on pictures of one "
-        "size. It finds the person in each picture, and changes only what is there.\n\n"
-        "Press **Run**. For each of four sizes the same pictures of a doctor are drawn twice: as the model likes, and "
-        "with **Steer** in front of the sampler, which asks for a fair mix of presentations. Room and objects should "
-        "stay.\n\n"
-        "**Try next**\n"
-        "- the recipe `scenes_age` and `age` in the report\n"
-        "- other prompts: `a firefighter and a street`, `an old nurse with glasses and a lamp`\n"
-        "- other sizes, in steps of 8\n\n"
-        "An attribute is what a classifier sees in a picture, not what a person is."
-    )
-    graph.group("Model, recipe and classifier")
-    model = graph.add("DiffLensLoadPromptedModel", None, model_name="scenes.safetensors")
-    recipe = graph.add("DiffLensLoadRecipe", None, recipe_name="scenes_presentation.safetensors")
-    classifier = load_classifier(graph, "scenes.safetensors")
-    steered = steer(graph, None, model[0], recipe[0])
-    graph.group("Prompt and sizes")
-    empty = graph.add("CLIPTextEncode", "No prompt, to guide away from", text="", clip=model[1])
-    prompt = graph.add("CLIPTextEncode", "Prompt", text="a doctor", clip=model[1])
-    latents = [
-        graph.add("EmptyLatentImage", f"{width} x {height}", width=width, height=height, batch_size=8)
-        for width, height in sizes
-    ]
-    graph.group("Draw the same pictures without and with steering")
-    rows: dict[str, list[Node]] = {}
-    for title, source in (("Before", model[0]), ("After", steered[0])):
-        rows[title] = [
-            sampler(graph, f"{title}, {of.title}", source, prompt[0], of, 7, empty[0], 2.0) for of in latents
-        ]
-        graph.column()
-    drawn = {
-        title: [graph.add("VAEDecode", node.title, samples=node[0], vae=model[2]) for node in nodes]
-        for title, nodes in rows.items()
-    }
-    graph.group("Look and measure")
-    for latent, before, after in zip(latents, drawn["Before"], drawn["After"], strict=True):
-        pair = {"rows.row0": before[0], "rows.row1": after[0]}
-        grid = graph.add("DiffLensCompare", latent.title, **pair, titles="Before\nAfter", columns=8)
-        graph.add("SaveImage", f"Save {latent.title}", images=grid[0], filename_prefix="difflens/comparison")
-    graph.column()
-    report = report_on(
-        graph, None, classifier[0], "presentation", "uniform", drawn["Before"][-1], drawn["After"][-1], steered[1]
-    )
-    graph.add("PreviewAny", "The report in words", source=report[0])
-    graph.add("PreviewAny", "The report for machines (JSON)", source=report[1])
     return graph

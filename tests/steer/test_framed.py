@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from difflens_core.activations import GRID, Activations, FramedActivations, into_frames, out_of_frames, slopes_in_frames
+from difflens_core.activations import (
+    GRID,
+    Activations,
+    FramedActivations,
+    Rehearsal,
+    Shown,
+    into_frames,
+    out_of_frames,
+    slopes_in_frames,
+)
 from difflens_core.experiments.effects import OneLatent
 from difflens_core.locate import FrameProbes, fit_frames, in_frames
 from difflens_core.locate.frames import aligned
@@ -64,6 +73,22 @@ def test_a_mask_and_pictures_left_alone_count_as_elsewhere(framed):
     both = Steering(recipe, lambda images: torch.tensor([1, -1])[images], mask=mask)(h, 0.4, torch.arange(2))
     assert torch.equal(both[1], h[1]) and torch.equal(both[0, :, :, 8:], h[0, :, :, 8:])
     assert not torch.equal(both[0], h[0])
+
+
+def test_a_held_picture_without_a_subject_is_left_as_it_is_and_counted(framed):
+    recipe, _, h = framed
+    recipe.frame.weight[:, 0, 5] = 1
+    h[:, 5] = torch.tensor([0.0, -5.0])[:, None, None]  # nowhere in the second is anything surely the subject's
+    steering, rehearsal = Steering(recipe, lambda images: images + 1), Rehearsal(recipe.site)
+    for progress in (0.4, 0.9):
+        rehearsal(h, progress, torch.arange(2))
+    assert steering.empty(Shown(h, 0.9)).tolist() == [False, True]
+    steered = steering(h, 0.4, torch.arange(2), Shown(h, 0.9))
+    assert torch.equal(steered[1], h[1]) and not torch.equal(steered[0], h[0])
+    assert "found none in 1 of 2, which were left as they are" in steering.missed(rehearsal)
+    found = Rehearsal(recipe.site)
+    found(h[:1], 0.9, torch.arange(1))
+    assert steering.missed(found) == "" and Steering(replace(recipe, frame=None), torch.Tensor.long).missed(found) == ""
 
 
 def test_frames_that_the_rows_tell_of_are_found(toys):

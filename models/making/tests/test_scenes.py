@@ -24,13 +24,20 @@ def test_the_figure_is_in_its_frame_and_of_every_size(size):
     sides = []
     for seed in range(40):
         drawn, frame = scenes.draw(traits, seed, size)
-        left, top, right, _ = (round(x) for x in (frame.left, frame.top, frame.left + frame.side, 0))
+        left, top, right = frame.left, frame.top, frame.left + frame.side
+        assert not any(edge % scenes.STEP for edge in (left, top, right))
         violet = (np.abs(drawn.astype(int) - portraits._CLOTHES[5]).max(axis=2) < 30).nonzero()
         assert len(violet[0]) and left - 1 <= violet[1].min() and violet[1].max() <= right + 1
         assert violet[0].min() > top + 0.6 * frame.side
         sides.append(frame.side / size[0])
-    largest = min(1.0, scenes.WIDEST * size[1] / size[0])
-    assert scenes.SMALLEST <= min(sides) < scenes.SMALLEST + 0.1 and largest - 0.1 < max(sides) <= largest
+    assert {0.5, scenes.largest(*size) / size[0]} <= {*sides} and 3 <= len({*sides}) <= 4
+
+
+@pytest.mark.parametrize("size", scenes.SIZES)
+def test_the_layouts_of_a_size_are_those_that_its_pictures_have(size):
+    u = np.random.default_rng(1).random((3000, 3))
+    found = {scenes.layout(scenes.place(*size, row), *size) for row in u}
+    assert {tuple(ending[2:].split(", ")) for ending in scenes.layouts(size)} == found and len(found) >= 9
 
 
 def test_every_background_and_occupation_changes_the_picture():
@@ -54,9 +61,14 @@ def test_every_occupation_has_the_bias_that_the_card_tells():
 
 
 def test_prompts_hold_only_known_words_and_tell_no_lies():
-    _, traits, prompts, _ = scenes.render(60, 5, False, (64, 64))
+    _, traits, prompts, frames = scenes.render(200, 5, False, (64, 64))
+    assert {len(prompt.split(", ")) for prompt in prompts} == {1, 2, 3}, "size and place are not always told"
     for number, prompt in enumerate(prompts):
-        words = prompt.split()
+        words, (left, top, right, bottom) = prompt.replace(",", "").split(), frames[number]
+        assert "wide" not in words or bottom - top == 0.5
+        assert "close" not in words or bottom - top == 1
+        assert "left" not in words or left + right < 1
+        assert "right" not in words or left + right > 1
         assert set(words) <= set(scenes.WORDS)
         behind = scenes.BACKGROUNDS[traits["background"][number]]
         assert not set(words) & (set(scenes.BACKGROUNDS) - {behind})
