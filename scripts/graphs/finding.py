@@ -11,7 +11,7 @@ def find_the_bias_features() -> Graph:
     graph.group("Start here")
     graph.note(
         "# From a model alone to a recipe\n\n"
-        "This is the whole way, some minutes on two processor cores:\n\n"
+        "This is the whole way, about seven minutes on two processor cores:\n\n"
         "1. **Capture** draws portraits and records what goes through the middle of the model. It goes on until the "
         "rarest class has 100 portraits.\n"
         "2. **Train SAE** takes the records apart into 1024 features, few of them active at a time.\n"
