@@ -32,8 +32,7 @@ from difflens_core.activations import Edit  # noqa: E402
 from difflens_core.classifiers import AttributeClassifier, load_classifier  # noqa: E402
 from difflens_core.measure import kept_attributes, measure_fairness, pixel_change  # noqa: E402
 from difflens_core.networks import Denoiser, DenoiserSampler, Guidance, load_denoiser, start_noise  # noqa: E402
-from difflens_core.sae import load_sae  # noqa: E402
-from difflens_core.steer import Recipe, Steering, load_recipe  # noqa: E402
+from difflens_core.steer import Recipe, Steering  # noqa: E402
 from difflens_core.targets import Targets, parse_target  # noqa: E402
 
 AVATARS = ROOT / "models" / "avatars"
@@ -122,24 +121,17 @@ def row(name: str, result: dict) -> str:
     return f"{measured(name, result)}  {others:11s}  {nuisance}  {result['pixel_change']:.3f}"
 
 
-def controls_of_avatars() -> Callable[[Recipe], dict[str, Recipe]]:
-    """What gives the controls of a recipe: see `stages.controls`."""
-    import make_avatars  # draws by what is above
-    import stages
-
-    sae, captured = load_sae(make_avatars.SAE_FILE), make_avatars.labelled()
-    return lambda recipe: stages.controls(recipe, sae, *captured)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--controls", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    from make_avatars import ways  # here, for it draws by what is above
+
     model = at_precision(load_denoiser(AVATARS / "difflens_models" / "avatars.safetensors"))
     classifier = load_classifier(AVATARS / "difflens_classifiers" / "avatars.safetensors")
-    began, controls = time.time(), controls_of_avatars() if options.controls else lambda recipe: {}
+    began, compared = time.time(), ways(options.controls)
     before = Read.of(run(model, options.pictures)[0], classifier)
     results: dict[str, dict] = {}
     print(f"n = {options.pictures}, {STEPS} steps, seed {SEED}, {PRECISION}; kept and others in %")
@@ -150,8 +142,7 @@ def main() -> None:
         classes = classifier.attributes[attribute]
         results[attribute] = {"before": outcome(classes, before, before, attribute, None)}
         print(row("before", results[attribute]["before"]), flush=True)
-        own = load_recipe(AVATARS / "difflens_recipes" / f"avatars_{attribute}.safetensors")
-        for name, recipe in {"SAE recipe": own, **controls(own)}.items():
+        for name, recipe in compared[attribute].items():
             steered, targets = run(model, options.pictures, recipe)
             after = Read.of(steered, classifier)
             results[attribute][name] = outcome(classes, before, after, attribute, targets)

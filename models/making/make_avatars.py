@@ -22,6 +22,7 @@ import portraits  # noqa: E402
 from stages import (  # noqa: E402
     Drawings,
     build,
+    compared,
     denoiser_loss,
     fit_classifier,
     fit_sae,
@@ -116,6 +117,12 @@ def labelled() -> tuple[Activations, Labelled]:
     read = labels_of(classifier, pictures)
     save_labels(WORK / "capture", read)
     return activations, read
+
+
+def ways(controlled: bool) -> dict[str, dict[str, Recipe]]:
+    """The recipe of each attribute, and what it is compared with: see `compared`."""
+    files = {name: RECIPES / f"avatars_{name}.safetensors" for name in portraits.ATTRIBUTES}
+    return compared(files, SAE_FILE, labelled, controlled)
 
 
 def make_recipes() -> None:

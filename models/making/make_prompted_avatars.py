@@ -24,7 +24,7 @@ from stages import (
     Drawings,
     Options,
     build,
-    controls,
+    compared,
     denoiser_loss,
     fit_classifier,
     fit_sae,
@@ -194,14 +194,13 @@ def weighed(recipe: Recipe) -> Recipe:
 
 
 def ways(controlled: bool) -> dict[str, dict[str, Recipe]]:
-    """The recipe of each attribute, and what it is compared with: see `controls`."""
-    found = {name: {"SAE recipe": load_recipe(RECIPES / f"prompted_avatars_{name}.safetensors")} for name in STEERED}
-    if controlled:
-        sae, captured = load_sae(SAE_FILE), labelled()
-        for own in found.values():
-            own |= controls(own["SAE recipe"], sae, *captured)
-            own["mean difference"] = weighed(own["mean difference"])
-    return found
+    """The recipe of each attribute, and what it is compared with, weighed where the recipe is: see `compared`."""
+    files = {name: RECIPES / f"prompted_avatars_{name}.safetensors" for name in STEERED}
+    found = compared(files, SAE_FILE, labelled, controlled)
+    return {
+        name: {way: weighed(recipe) if way == "mean difference" else recipe for way, recipe in own.items()}
+        for name, own in found.items()
+    }
 
 
 def make_recipes() -> None:

@@ -26,7 +26,7 @@ from stages import (
     attributes_loss,
     augment,
     build,
-    controls,
+    compared,
     denoiser_loss,
     fit_readers,
     fit_sae,
@@ -198,13 +198,9 @@ def labelled() -> tuple[FramedActivations, Labelled]:
 
 
 def ways(controlled: bool) -> dict[str, dict[str, Recipe]]:
-    """The recipe of each attribute, and what it is compared with: see `controls`."""
-    found = {name: {"SAE recipe": load_recipe(RECIPES / f"scenes_{name}.safetensors")} for name in STEERED}
-    if controlled:
-        sae, captured = load_sae(SAE_FILE), labelled()
-        for own in found.values():
-            own |= controls(own["SAE recipe"], sae, *captured)
-    return found
+    """The recipe of each attribute, and what it is compared with: see `compared`."""
+    files = {name: RECIPES / f"scenes_{name}.safetensors" for name in STEERED}
+    return compared(files, SAE_FILE, labelled, controlled)
 
 
 def make_recipes() -> None:

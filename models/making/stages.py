@@ -19,8 +19,16 @@ from torch.nn import functional as F
 from difflens_core.activations import Activations
 from difflens_core.classifiers import AttributeClassifier, FramedClassifier
 from difflens_core.locate import Labelled, Probes, attribute_features, balancing_weights, train_probes
-from difflens_core.sae import SparseAutoencoder, TrainingOptions, hold_out, learning_rate_share, measure_sae, train_sae
-from difflens_core.steer import Recipe, build_recipe, mean_difference, random_features, with_settings
+from difflens_core.sae import (
+    SparseAutoencoder,
+    TrainingOptions,
+    hold_out,
+    learning_rate_share,
+    load_sae,
+    measure_sae,
+    train_sae,
+)
+from difflens_core.steer import Recipe, build_recipe, load_recipe, mean_difference, random_features, with_settings
 
 Options = Mapping[str, Any]
 Drawings = tuple[np.ndarray, Mapping[str, np.ndarray]]  # uint8 n x H x W x 3, and traits by name
@@ -203,6 +211,21 @@ def controls(recipe: Recipe, sae: SparseAutoencoder, activations: Activations, r
         "random features": random_features(recipe, sae, seed=1),
         "mean difference": mean_difference(recipe, activations, labels, others),
     }
+
+
+def compared(
+    recipes: Mapping[str, Path], sae: Path, labelled: Callable[[], tuple[Activations, Labelled]], controlled: bool
+) -> dict[str, dict[str, Recipe]]:
+    """The recipe in each attribute's file and, if asked, its `controls`, by name.
+
+    labelled: gives what `controls` need, which takes minutes.
+    """
+    found = {attribute: {"SAE recipe": load_recipe(file)} for attribute, file in recipes.items()}
+    if controlled:
+        loaded, captured = load_sae(sae), labelled()
+        for own in found.values():
+            own |= controls(own["SAE recipe"], loaded, *captured)
+    return found
 
 
 def tuned(recipe: Recipe, c: Options, try_out: TryOut) -> Recipe:
