@@ -12,7 +12,7 @@ from ..difflens_core.files import DiffLensError
 from ..difflens_core.locate import METHODS, Probes, attribute_features, balancing_weights, in_frames, train_probes
 from ..difflens_core.report import CHARTED, line_chart, ranking_chart, ranking_table
 from ..difflens_core.sae import SparseAutoencoder
-from ..difflens_core.steer import build_recipe
+from ..difflens_core.steer import as_stored, build_recipe
 from . import host
 from .sockets import CATEGORY, SAE, Activations, Labels, LabelsSocket, ProbesSocket, RecipeSocket
 
@@ -143,6 +143,7 @@ class AttributeFeatures(io.ComfyNode):
             found, sae, probes, activations, features_per_class, host.model_fingerprint(model), labels.indices,
             labels.others, lambda step: report(steps + step),
         )  # fmt: skip
+        recipe = as_stored(recipe)  # so that it draws the same once it is saved and loaded
         image = host.to_image(ranking_chart(found))
         text = ranking_table(found, features_per_class)
         if recipe.frame:

@@ -3,7 +3,7 @@
 from .building import build_recipe, recipe_from_features
 from .controls import mean_difference, random_features, with_latents
 from .plans import plan_in_words, plan_moves, planned_targets
-from .recipes import MODES, WITHOUT_LEVELS, Recipe, at_dose, load_recipe, save_recipe, with_settings
+from .recipes import MODES, WITHOUT_LEVELS, Recipe, as_stored, at_dose, load_recipe, save_recipe, with_settings
 from .steering import BY_LEVELS, Steering
 from .weighing import weigh_latents
 
@@ -13,6 +13,7 @@ __all__ = [
     "Recipe",
     "Steering",
     "WITHOUT_LEVELS",
+    "as_stored",
     "at_dose",
     "build_recipe",
     "load_recipe",

@@ -346,7 +346,7 @@ def test_an_adm_can_be_captured_attributed_and_steered(server, folder, toys, cla
             return network(x, t.expand(4))[:, :3]
 
     expected = ddim(predict, noise(4, 64), 4, DDIMScheduler(**SAMPLE))
-    torch.testing.assert_close(edited, expected, atol=1e-2, rtol=0)  # the file rounds what the node handed on
+    torch.testing.assert_close(edited, expected, atol=1e-3, rtol=0)
     assert float((edited - plain).abs().max()) > 0.05
 
 

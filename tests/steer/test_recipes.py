@@ -9,8 +9,8 @@ import torch
 
 from difflens_core.files import DiffLensError
 from difflens_core.sae import NORMALISATION
-from difflens_core.steer import load_recipe, save_recipe, with_settings
-from difflens_core.steer.recipes import LARGE, PLAIN, TENSORS
+from difflens_core.steer import Steering, load_recipe, save_recipe, with_settings
+from difflens_core.steer.recipes import LARGE, PLAIN, TENSORS, as_stored
 
 
 def test_settings_change_a_copy(toys):
@@ -28,6 +28,14 @@ def test_settings_change_a_copy(toys):
 def test_a_recipe_that_cannot_steer_is_refused(toys, change, message):
     with pytest.raises(DiffLensError, match=message):
         replace(toys.recipe(), **change)
+
+
+def test_what_is_stored_is_what_was_in_memory_once_it_is_rounded(toys, tmp_path):
+    recipe = as_stored(replace(toys.recipe(), levels=toys.levels()))
+    save_recipe(tmp_path / "r.safetensors", recipe)
+    found, h = load_recipe(tmp_path / "r.safetensors"), toys.activations(pictures=8).values[1]
+    edited = [Steering(own, lambda images: images % 3)(h, 0.4, torch.arange(8)) for own in (recipe, found)]
+    torch.testing.assert_close(*edited, atol=1e-5, rtol=1e-5)
 
 
 def test_round_trip(toys, tmp_path):
