@@ -29,7 +29,8 @@ class DenoiserConfig:
     """Sizes of a `Denoiser`. The site `middle_block` is B x width x height/8 x width/8 of the picture.
 
     size: side of the square pictures; any_size: whether it was trained on other heights and widths, too, multiples of
-    8. context_width: channels of the text that `middle_block` attends to, 0 for a model without prompts.
+    8, and with attention that sees how far apart positions are. context_width: channels of the text that
+    `middle_block` attends to, 0 for a model without prompts.
     """
 
     size: int = 64
@@ -71,9 +72,11 @@ class ResBlock(Modulated):
 
 
 class Attention(Modulated):
-    def __init__(self, channels: int, emb: int, heads: int, ops: Any, **factory: Any):
+    """Self-attention over positions. rotary: a pair of them counts by how far apart they are, too (`turned`)."""
+
+    def __init__(self, channels: int, emb: int, heads: int, rotary: bool, ops: Any, **factory: Any):
         super().__init__(channels, emb, ops, **factory)
-        self.heads = heads
+        self.heads, self.rotary = heads, rotary
         self.qkv = ops.Conv2d(channels, 3 * channels, 1, **factory)
         self.proj = ops.Conv2d(channels, channels, 1, **factory)
 
@@ -81,8 +84,27 @@ class Attention(Modulated):
         h, gate = self.modulate(x, emb)
         b, c, height, width = h.shape
         q, k, v = self.qkv(h).reshape(b, 3, self.heads, c // self.heads, -1).transpose(3, 4).unbind(1)
+        if self.rotary:
+            q, k = turned(q, height, width), turned(k, height, width)
         h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, c, height, width)
         return x + gate * self.proj(h)
+
+
+def turned(x: Tensor, height: int, width: int) -> Tensor:
+    """Queries or keys (B x heads x height width x C) turned by their row and column (rotary embedding, Su et al. 2021).
+
+    The product of two then depends on the rows and columns between them, whatever the picture's size. C: a multiple
+    of 4. Half of the channels tell the row, half the column.
+    """
+    pairs = x.shape[-1] // 4
+    frequencies = 100.0 ** (-torch.arange(pairs, device=x.device) / pairs)
+    rows, columns = torch.meshgrid(
+        torch.arange(height, device=x.device), torch.arange(width, device=x.device), indexing="ij"
+    )
+    angles = torch.cat([place.reshape(-1, 1) * frequencies for place in (rows, columns)], dim=1)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 class CrossAttention(Modulated):
@@ -146,7 +168,7 @@ class Denoiser(nn.Module):
         def transformer(depth: int, context_width: int = 0) -> Stack:
             layers = Stack()
             for _ in range(depth):
-                layers.append(Attention(w, emb, config.heads, ops, **factory))
+                layers.append(Attention(w, emb, config.heads, config.any_size, ops, **factory))
                 if context_width:
                     layers.append(CrossAttention(w, emb, config.heads, context_width, ops, **factory))
                 layers.append(FeedForward(w, emb, ops, **factory))

@@ -65,7 +65,7 @@ RECIPES = OUT / "difflens_recipes"
 
 DENOISER = {
     "images": 10_000, "share": (0.4, 0.2, 0.2, 0.2), "steps": 12_000, "batch": 2_048, "lr": 1e-3, "ema": 0.999,
-    "seed": 21, "unconditional": 0.1, "unknown": 0.03, "figure": 3.0,
+    "seed": 21, "unconditional": 0.1, "unknown": 0.03, "figure": 3.0, "shift": 2.0, "told": 0.05,
 }  # fmt: skip
 CLASSIFIER = {"images": 16_000, "test_images": 1_000, "epochs": 6, "batch": 100, "lr": 3e-3, "seed": 1_200}
 SAE = {"pictures": 1_536, "size": (96, 64), "latents": 1_024, "k": 32, "steps": 3_000, "seed": 2_200}
@@ -79,6 +79,7 @@ RECIPE = {
     "tuning_seed": 3_200,
 }
 CARD = {"pictures": 128, "seed": 4_200}
+CELLS = 8  # rows and columns of a figure's frame that the network learns to tell apart
 LARGEST = 96  # side that the position's map is of
 
 
@@ -118,10 +119,25 @@ def inside(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return (rows[:, :, None] & columns[:, None]).float()[:, None]
 
 
+def cells(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """What of the figure each position of the network's middle shows: B x height/8 x width/8.
+
+    One of `CELLS` x `CELLS` cells of its frame (B x 4), or `CELLS` squared for none. The network learns to tell it in
+    its middle: so it finds out much sooner that a figure is one, and where the prompt wants it.
+    """
+    y, x = (((torch.arange(side // 8) + 0.5) * 8 / side)[None] for side in size)
+    left, top, right, bottom = frames[:, :, None].unbind(dim=1)
+    row, column = (CELLS * (y - top) / (bottom - top)).floor(), (CELLS * (x - left) / (right - left)).floor()
+    cell = (CELLS * row[:, :, None] + column[:, None]).long()
+    beside = (row < 0) | (row >= CELLS), (column < 0) | (column >= CELLS)
+    return cell.masked_fill(beside[0][:, :, None] | beside[1][:, None], CELLS**2)
+
+
 def train_denoiser() -> None:
     c = DENOISER
     drawn = drawings()
     model = untrained()
+    model.cells = torch.nn.Conv2d(model.denoiser.config.width, CELLS**2 + 1, 1)
     tokens = [model.text.tokens(prompts) for _, prompts, _ in drawn]
 
     def loss_at() -> torch.Tensor:
@@ -130,8 +146,16 @@ def train_denoiser() -> None:
         picks = torch.randint(len(images), (c["batch"] * 64 // (size[0] * size[1]),))
         context = model.context(tokens[number][picks], c)
         x0 = to_tensor(images[picks].numpy())
-        counts_more = c["figure"] * inside(frames[picks], size)
-        return denoiser_loss(lambda noisy, sigma: model.denoiser(noisy, sigma, context), x0, counts_more)
+        told = []
+
+        def predict(noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            h, emb = model.denoiser.encode(noisy, sigma)
+            h = model.denoiser.middle_block(h, emb, context)
+            told.append(model.cells(h))
+            return model.denoiser.decode(h, emb)
+
+        loss = denoiser_loss(predict, x0, c["figure"] * inside(frames[picks], size), c["shift"])
+        return loss + c["told"] * F.cross_entropy(told[0].float(), cells(frames[picks], size))
 
     ema = train_network(model, loss_at, c, WORK / "denoiser.pt")
     save_denoiser(DENOISER_FILE, ema.denoiser, {"training": c}, ema.text)

@@ -39,14 +39,19 @@ def to_tensor(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def denoiser_loss(predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor, counts_more: Tensor | float = 0.0) -> Tensor:
-    """Clean-picture loss of `predict(noisy, sigma)` under x_t = (1 - sigma) x0 + sigma noise, sigma uniform.
+def denoiser_loss(
+    predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor, counts_more: Tensor | float = 0.0, shift: float = 1.0
+) -> Tensor:
+    """Clean-picture loss of `predict(noisy, sigma)` under x_t = (1 - sigma) x0 + sigma noise.
+
+    sigma is uniform; a `shift` over 1 draws more of the high ones, at which is decided what stands where.
 
     The weight 1 / (sigma^2 + 0.02) lies between the x0 loss and the velocity loss, so that details count.
     counts_more: how much more each pixel counts (B x 1 x H x W), the less the more noise there is: what is drawn out of
     nothing is not to depend on it.
     """
-    sigma = torch.rand(len(x0))
+    u = torch.rand(len(x0))
+    sigma = shift * u / (1 + (shift - 1) * u)
     s = sigma[:, None, None, None]
     noisy = (1 - s) * x0 + s * torch.randn_like(x0)
     with autocast():

@@ -21,6 +21,7 @@ from difflens_core.networks import (
     start_noise,
     tokenize,
 )
+from difflens_core.networks.denoiser import turned
 from difflens_core.steer import Steering
 
 SITE = "middle_block"
@@ -258,3 +259,20 @@ def test_a_model_of_any_size_draws_other_heights_and_widths_with_its_places_resi
     without, _ = model.encode(noise, torch.ones(2))
     model.position.data.copy_(own)
     torch.testing.assert_close(h - without, resized.expand(2, -1, -1, -1), atol=1e-5, rtol=1e-5)
+
+
+def test_turned_queries_and_keys_see_how_far_apart_positions_are_and_not_where_they_are():
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 12, generator=generator, dtype=torch.float64)
+
+    def product(height, width, at, of):
+        everywhere = (vector.expand(1, 1, height * width, -1) for vector in (q, k))
+        a, b = (turned(x, height, width).view(height, width, -1) for x in everywhere)
+        return float(a[at] @ b[of])
+
+    # Channel i and its partner 6 further on are a complex number; 3 of them turn by rows, 3 by columns.
+    turns = torch.tensor([100 ** (-i / 3) for i in range(3)], dtype=torch.float64)
+    by = torch.cat([-2 * turns, 1 * turns])  # two rows down, one column to the left
+    expected = (torch.complex(q[:6], q[6:]) * torch.complex(k[:6], k[6:]).conj() * torch.exp(1j * by)).real.sum()
+    for height, width, at, of in ((3, 4, (0, 3), (2, 2)), (9, 2, (5, 1), (7, 0))):
+        assert product(height, width, at, of) == pytest.approx(float(expected), rel=1e-6)
