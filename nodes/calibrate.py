@@ -134,11 +134,12 @@ class Calibrate(io.ComfyNode):
         settings = f"{target}{options}{sae is not None}{spare_others}"
         mark = digest(run, host.recipe_mark(recipe), settings, f"{sorted(grey)}", *reads)
         folder = host.temporary_file(f"difflens_calibration_{mark}")
+        weights = host.temporary_file(f"difflens_weights_{mark}.safetensors")
         weighing = min(WEIGHED_BY, options.pictures) if spare_others else 0
         report = host.progress_bar(budget + 2 * weighing)
         if weighing:
             recipe = weigh_latents(
-                recipe, sampler, classifier, noise[:weighing], batch, lambda done: report(done, None)
+                recipe, sampler, classifier, noise[:weighing], batch, lambda done: report(done, None), weights
             )
 
         def on_batch(done: int, doses: Doses) -> None:
@@ -150,6 +151,7 @@ class Calibrate(io.ComfyNode):
 
         found = calibrate(recipe, draw, read, shares, options, batch, folder, on_batch, sae)
         shutil.rmtree(folder, ignore_errors=True)
+        weights.unlink(missing_ok=True)
         record = found.info["calibration"]
         image = host.to_image(dose_chart(recipe.attribute, record["doses"]))
         text = calibration_text(recipe.attribute, recipe.classes, record)

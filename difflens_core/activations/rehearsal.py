@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -59,6 +59,11 @@ class Rehearsal:
     def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
         self.seen.setdefault(tuple(images.tolist()), []).append((progress, h.detach().clone()))
         return h
+
+    @property
+    def last(self) -> dict[tuple[int, ...], Shown]:
+        """What was seen of each batch in the end."""
+        return {pictures: Shown(h, at) for pictures, seen in self.seen.items() for at, h in seen[-1:]}
 
 
 @dataclass
@@ -164,6 +169,11 @@ class ByPlace:
 
     def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
         return self.edit(h, progress, torch.arange(len(images)))
+
+
+def innermost(edit: Any) -> Any:
+    """The edit that others carry out in a way of their own, such as `Held` and `ByPlace`."""
+    return innermost(edit.edit) if hasattr(edit, "edit") else edit
 
 
 def drawer(sampler: Sampler, noise: Tensor) -> Draw:

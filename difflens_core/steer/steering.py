@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..activations import GRID, Rehearsal, Shown, into_frames, out_of_frames
+from ..activations import GRID, Shown, into_frames, out_of_frames
 from ..files import DiffLensError
 from ..locate import FrameProbes, Levels, contrast
 from ..sae import SparseAutoencoder
@@ -220,17 +220,21 @@ class Steering:
         probes = self.moved(self.recipe.frame, h.device)
         return probes.empty(self.normalised(h, step, self.tensors(h.device)), step)
 
-    def missed(self, rehearsal: Rehearsal) -> str:
-        """A sentence if some of the pictures that were drawn in a rehearsal have no subject, or ""."""
+    def missed(self, last: Mapping[tuple[int, ...], Shown], held: bool) -> str:
+        """A sentence if some pictures have no subject, or "".
+
+        last: of a batch's pictures, what the site put out in the end; held: without steering, so that they were left
+        alone.
+        """
         empty: dict[int, bool] = {}
-        for pictures, seen in rehearsal.seen.items():
-            progress, h = seen[-1]
-            empty |= zip(pictures, self.empty(Shown(h, progress)).tolist(), strict=True)
+        for pictures, shown in last.items():
+            empty |= zip(pictures, self.empty(shown).tolist(), strict=True)
         if not any(empty.values()):
             return ""
+        became = "left as they are" if held else "changed at a guessed place; with hold on they stay as they are"
         return (
             f"the recipe for {self.recipe.attribute} follows the subject of a picture, and found none in "
-            f"{sum(empty.values())} of {len(empty)}, which were left as they are."
+            f"{sum(empty.values())} of {len(empty)}, which were {became}."
         )
 
     def columns(self, h: Tensor, frames: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -20,6 +21,7 @@ from ..classifiers import (
     seen,
     seen_classes,
 )  # fmt: skip
+from ..files import load_tensors, save_tensors
 from ..locate import tied
 from .recipes import Recipe
 from .steering import BY_LEVELS, Steering
@@ -98,6 +100,7 @@ def weigh_latents(
     noise: Tensor,
     batch: int = 32,
     on_batch: Callable[[int], None] = lambda done: None,
+    file: Path | None = None,
 ) -> Recipe:
     """The recipe with a weight for each latent under which it moves its attribute as before and the others least.
 
@@ -110,10 +113,14 @@ def weigh_latents(
 
     What comes with the class, such as a beard, is left out: attributes that are `tied` to it in the pictures that the
     recipe was made on, or, if it does not tell, in these. The result does not depend on the batch. Where there is
-    nothing to go by, the recipe stays as it is, and its info["weighed"] tells why.
+    nothing to go by, the recipe stays as it is, and its info["weighed"] tells why. What was found is kept in `file`,
+    and read from there the next time.
     """
     if why := nothing_to_spare(recipe, classifier):
         return with_figures(recipe, {"why": why})
+    if file and file.exists():
+        found, info = load_tensors(file, "weights", ("weight", "weighed"))
+        return with_figures(replace(recipe, weight=found["weight"]), info["weighed"])
     labels = read_classes(sampler, classifier, noise, batch, on_batch)
     own = labels[recipe.attribute]
     others = other_attributes(classifier.attributes, recipe.attribute)
@@ -148,6 +155,8 @@ def weigh_latents(
         on_batch(len(noise) + int(images[-1]) + 1)
     weight = (halves[0] + halves[1]).solve()
     figures = {"pictures": len(noise), "spared": spared, **left_elsewhere(*halves)}
+    if file:
+        save_tensors(file, "weights", {"weight": weight}, {"weighed": figures})
     return with_figures(replace(recipe, weight=weight), figures)
 
 

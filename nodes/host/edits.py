@@ -20,7 +20,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
-from ...difflens_core.activations import Edit, Held, HoldingEdit, Rehearsal
+from ...difflens_core.activations import Edit, Held, HoldingEdit, Rehearsal, Shown
 from ...difflens_core.activations import edit_site as hooked
 from ...difflens_core.files import DiffLensError
 from ...difflens_core.steer import Steering
@@ -158,8 +158,10 @@ class SiteEdit:
         told.numbers.append((run.numbers + run.first).numpy())
         elsewhere = begun.elsewhere(self.site, self.settings.rows) if begun and self.settings.hold else ""
         short = shortfall(run.account, self.site, self.settings.span)
-        held = begun and self.settings.hold and not elsewhere and isinstance(self.edit, Steering)
-        missed = self.edit.missed(begun.rehearsal) if held else ""
+        held = begun and self.settings.hold and not elsewhere
+        missed = ""
+        if isinstance(self.edit, Steering) and self.edit.recipe.frame:
+            missed = self.edit.missed(begun.rehearsal.last if held else run.last, bool(held))
         told.said[:] = [*filter(None, [run.said, run.stretched, short, elsewhere, missed])]
         for sentence in told.said:
             log.warning("%s: %s", self.node, sentence)
@@ -223,6 +225,9 @@ class SiteEdit:
         parts = part_of(h, chosen, numbers, self.site)
         if isinstance(self.edit, Steering):
             run.stretched = run.stretched or self.edit.stretch(h)
+            if self.edit.recipe.frame:
+                mine = [part for part, mine in zip(parts, chosen, strict=True) if mine]
+                run.last |= {tuple(images.tolist()): Shown(chunk, run.progress) for chunk, images in mine}
         edited = [
             run.edit(chunk, run.progress, images) if mine else chunk
             for (chunk, images), mine in zip(parts, chosen, strict=True)

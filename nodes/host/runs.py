@@ -15,7 +15,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
-from ...difflens_core.activations import Edit
+from ...difflens_core.activations import Edit, Shown
 from ...difflens_core.files import DiffLensError, digest
 from .marks import content
 
@@ -156,6 +156,7 @@ class Run:
     first: int = 0  # number in the deal of the first picture of the batch
     said: str = ""
     stretched: str = ""
+    last: dict[tuple[int, ...], Shown] = field(default_factory=dict)  # what a recipe was last given of each batch
     account: Account = field(default_factory=Account)
     progress: float = 0.0
     order: dict[int, str] = field(default_factory=dict)

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,24 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...difflens_core.activations import Draw, Edit, Kept, Leaf, OnPrediction, Store, differentiable, noise_batches
+from ...difflens_core.activations import (
+    Draw,
+    Edit,
+    Kept,
+    Leaf,
+    OnPrediction,
+    Store,
+    differentiable,
+    innermost,
+    noise_batches,
+)
 from ...difflens_core.activations import capture as capture_with
 from ...difflens_core.activations import drawer as draw_with
 from ...difflens_core.files import DiffLensError, digest
+from ...difflens_core.steer import Steering
 from .edits import Settings, apply_site, edit_site, follows_first
 from .marks import belongs, conditioning_content, content, model_fingerprint, patches_mark
-from .progress import progress_of_total
+from .progress import log, node_id, progress_of_total, tell
 from .runs import progress_of
 
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
@@ -96,6 +107,7 @@ class HostSampler:
     vae: comfy.sd.VAE | None = None
     node: str = "Capture Activations"
     on_step: Callable[..., None] = lambda *_: comfy.model_management.throw_exception_if_processing_interrupted()
+    said: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         check_guidance(self.negative, self.cfg)
@@ -142,12 +154,22 @@ class HostSampler:
         """See `Sampler.sample`."""
         model = self.watched(kept) if kept else self.model
         for edit in edits:
-            model = apply_site(model, edit.site, functools.partial(numbered, edit, images), self.node, numbered=False)
+            edited = functools.partial(self.edited, edit, images)
+            model = apply_site(model, edit.site, edited, self.node, numbered=False)
         return comfy.sample.sample(
             model, noise.to(self.start.dtype), self.steps, self.cfg, self.sampler_name, self.scheduler, self.positive,
             self.negative or self.positive, self.start[images % len(self.start)], disable_pbar=True,
             callback=functools.partial(self.on_step, images), seed=(self.seed + int(images[0])) % 2**64,
         )  # fmt: skip
+
+    def edited(self, edit: Edit, images: Tensor, rows: Tensor, progress: float, places: Tensor) -> Tensor:
+        """`numbered`, with a word once if a recipe is stretched."""
+        steering = innermost(edit)
+        if isinstance(steering, Steering) and (sentence := steering.stretch(rows)) and sentence not in self.said:
+            self.said.add(sentence)
+            log.warning("%s: %s", self.node, sentence)
+            tell(node_id(), sentence)
+        return numbered(edit, images, rows, progress, places)
 
     def watched(self, kept: Sequence[Kept]) -> ModelPatcher:
         """A clone of the model that shows each of `kept` what it wants, of the rows of the first positive conditioning.

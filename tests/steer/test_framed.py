@@ -85,10 +85,12 @@ def test_a_held_picture_without_a_subject_is_left_as_it_is_and_counted(framed):
     assert steering.empty(Shown(h, 0.9)).tolist() == [False, True]
     steered = steering(h, 0.4, torch.arange(2), Shown(h, 0.9))
     assert torch.equal(steered[1], h[1]) and not torch.equal(steered[0], h[0])
-    assert "found none in 1 of 2, which were left as they are" in steering.missed(rehearsal)
+    assert "found none in 1 of 2, which were left as they are" in steering.missed(rehearsal.last, held=True)
+    assert "were changed at a guessed place" in steering.missed(rehearsal.last, held=False)
     found = Rehearsal(recipe.site)
     found(h[:1], 0.9, torch.arange(1))
-    assert steering.missed(found) == "" and Steering(replace(recipe, frame=None), torch.Tensor.long).missed(found) == ""
+    assert steering.missed(found.last, held=True) == ""
+    assert Steering(replace(recipe, frame=None), torch.Tensor.long).missed(rehearsal.last, held=True) == ""
 
 
 def test_frames_that_the_rows_tell_of_are_found(toys):

@@ -127,9 +127,12 @@ def test_random_signs_give_the_squared_effect_on_all_pixels_and_do_not_hang_on_t
     assert not torch.equal(random_signs(images, 4, signs), signs)
 
 
-def test_the_other_attributes_change_less_and_the_attribute_as_before(given):
+def test_the_other_attributes_change_less_and_the_attribute_as_before(given, tmp_path):
     recipe, sampler, noise, linear = given
-    weighed = weigh_latents(recipe, sampler, linear(), noise, 8)
+    weighed = weigh_latents(recipe, sampler, linear(), noise, 8, file=tmp_path / "weights.safetensors")
+    drawn = []
+    kept = weigh_latents(recipe, sampler, linear(), noise, 8, drawn.append, tmp_path / "weights.safetensors")
+    assert torch.equal(kept.weight, weighed.weight) and kept.info == weighed.info and not drawn
     figures = weighed.info["weighed"]
     assert weighed.weight.shape == (6,) and figures["spared"] == ["hair", "tone"] and figures["pictures"] == 24
     assert figures["others"] < 1 and abs(figures["own"] - 1) < 0.3
