@@ -140,8 +140,8 @@ class AttributeFeatures(io.ComfyNode):
             activations, sae, probes, labels.indices, method, weights, baseline=baseline, on_step=report
         )
         recipe = build_recipe(
-            found, sae, probes, activations, features_per_class, host.model_fingerprint(model), labels.indices,
-            labels.others, lambda step: report(steps + step),
+            found, sae, probes, activations, labels.indices, labels.others, features_per_class,
+            host.model_fingerprint(model), lambda step: report(steps + step),
         )  # fmt: skip
         recipe = as_stored(recipe)  # so that it draws the same once it is saved and loaded
         image = host.to_image(ranking_chart(found))

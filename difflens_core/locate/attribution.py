@@ -21,6 +21,7 @@ from .probes import Probes, check_labels
 QUADRATURE_POINTS = 32
 # Logits that change by less than this (over the temperature) are integrated to float64 rounding by that many points.
 PANEL_RANGE = 10.0
+CELLS = 64  # of a map, whose means stand for their positions where those are more
 SUPPORT = 8  # pictures that are enough to tell what a class shows of another attribute
 TIED = 0.2  # of the pictures that would show two classes together by chance
 
@@ -29,18 +30,13 @@ TIED = 0.2  # of the pictures that would show two classes together by chance
 class Attribution:
     """Scores of every latent for every class of an attribute.
 
-    scores: K x N, summed over steps and positions, averaged over the pictures of the class; by_step: the same before
-    the sum over steps, S x K x N; by_position: before the sum over positions, K x N x P in fp16 (P positions);
-    levels: mean activity of every latent in the pictures of each class, S x K x N x P in fp16; progress: S;
+    scores: K x N, summed over steps and positions, averaged over the pictures of the class; progress: S, of the steps;
     completeness: largest |sum of IG - (p(1) - p(0))| met, None for other methods; difference: how much more active a
     latent is in the pictures of a class than in those of the others, mean over steps and positions, K x N; margin: half
     of its 95 % interval over pictures, K x N, see `class_differences`.
     """
 
     scores: Tensor
-    by_step: Tensor
-    by_position: Tensor
-    levels: Tensor
     progress: Tensor
     completeness: float | None
     attribute: str
@@ -157,13 +153,26 @@ def activation_gradient(
     return latents.values * per_latent / latents.values.shape[1]
 
 
-def class_sum(rows: Tensor, latents: Latents, labels: Tensor, classes: int, size: int) -> Tensor:
-    """Sum of sparse rows (B x P x k, at latents.indices) into K x N x P, by the picture's class."""
-    positions = rows.shape[1]
-    at = torch.arange(positions, device=rows.device)[None, :, None]
-    flat = ((labels[:, None, None] * size + latents.indices) * positions + at).flatten()
-    total = torch.zeros(classes * size * positions, dtype=rows.dtype, device=rows.device)
-    return total.index_add_(0, flat, rows.flatten()).view(classes, size, positions)
+def add_by_class(total: Tensor, rows: Tensor, latents: Latents, labels: Tensor, cells: Tensor) -> None:
+    """Add sparse rows (B x P x k, at latents.indices) to `total` (K x N x C), by the pictures' classes (B) and the
+    positions' cells (P).
+    """
+    _, size, count = total.shape
+    at = (labels[:, None, None] * size + latents.indices) * count + cells[:, None]
+    total.view(-1).index_add_(0, at.flatten(), rows.flatten())
+
+
+def coarse(size: tuple[int, int], most: int) -> tuple[int, int]:
+    """Rows and columns of a map of that height and width where it is divided into at most `most` cells, a square."""
+    columns = min(size[1], math.isqrt(most))
+    return min(size[0], most // columns), columns
+
+
+def cells_of(size: tuple[int, int]) -> Tensor:
+    """Which of at most `CELLS` cells each position of a map of that height and width lies in: P, int64."""
+    rows, columns = coarse(size, CELLS)
+    row, column = torch.arange(size[0]) * rows // size[0], torch.arange(size[1]) * columns // size[1]
+    return (row[:, None] * columns + column).flatten()
 
 
 def balancing_weights(labels: Tensor, others: Iterable[Tensor], rounds: int = 20, limit: float = 4.0) -> Tensor:
@@ -235,7 +244,8 @@ def attribute_features(
     integrated gradients: mean exact IG over the pictures of the class, summed over positions and steps.
     activation x gradient: the same with `activation_gradient`.
     class mean difference: what the mean activity in the class is more than in the others, squared and times |D_n|^2:
-    how much of the classes' difference the latent writes, wherever in the map. Mean over positions, sum over steps.
+    how much of the classes' difference the latent writes, wherever in the map. Mean over positions, sum over steps. Of
+    maps with more than `CELLS` positions by cells of them, so that no more than K x N x CELLS numbers are held.
     contrastive: that difference, with its sign and over all positions, times (probe weight of the class minus the
     others' mean, through the decoder): it also ranks latents of a class that the probe already predicts without any
     latent, where IG from zero says nothing.
@@ -256,20 +266,21 @@ def attribute_features(
     device = labels.device
     weights = known.float() if weights is None else weights * known
     shares = weights / torch.bincount(labels, weights, minlength=classes)[labels]  # of the picture in its class
-    positions = activations.positions // sae.kernel**2
-    levels, sums, by_position = [], [], torch.zeros(classes, size, positions, device=device)
-    activity = torch.zeros(len(labels), size, device=device)
+    cells = cells_of(activations.map if sae.kernel == 1 else (1, 1)).to(device)
+    many, positions = torch.bincount(cells), len(cells)
+    scores, activity = torch.zeros(classes, size, device=device), torch.zeros(len(labels), size, device=device)
+    level = torch.zeros(classes, size, len(many), device=device)
     by_gradient = method in ("integrated gradients", "activation x gradient")
     worst = torch.zeros((), device=device)
     for s, progress in enumerate(activations.progress):
-        step, level = probes.step_at(float(progress)), torch.zeros_like(by_position)
-        part = torch.zeros_like(by_position)
+        step, part = probes.step_at(float(progress)), torch.zeros(classes, size, 1, device=device)
+        level.zero_()
         for first, values in activations.batches(s):
             own = slice(first, first + len(values))
             latents = sae.encode(values.to(device), sae.normalisation.step_at(float(progress)))
-            level += class_sum(latents.values * shares[own, None, None], latents, labels[own], classes, size)
             activity[own].scatter_add_(1, latents.indices.flatten(1), latents.values.flatten(1))
             if not by_gradient:
+                add_by_class(level, latents.values * shares[own, None, None], latents, labels[own], cells)
                 continue
             if method == "integrated gradients":
                 origin = None
@@ -282,24 +293,19 @@ def attribute_features(
                 worst = torch.maximum(worst, error.max())
             else:
                 rows = activation_gradient(latents, sae, probes, step, labels[own], temperature)
-            rows = rows * known[own, None, None]
-            part += class_sum(rows, latents, labels[own], classes, size) / counts[:, None, None]
-        if not by_gradient:
-            part = contrast(level) / positions
-        if method == "contrastive":
-            part *= contrast(probes.weight[step] @ sae.decoder.T)[:, :, None]
-        if method == "class mean difference":
-            part *= positions * part * sae.decoder.square().sum(dim=1)[:, None]
-        sums.append(part.sum(dim=2))
-        by_position += part
-        levels.append(level.half())
+            add_by_class(part, rows * known[own, None, None], latents, labels[own], torch.zeros_like(cells))
+        if by_gradient:
+            scores += part[:, :, 0] / counts[:, None]
+        elif method == "contrastive":
+            scores += contrast(level.sum(dim=2)) / positions * contrast(probes.weight[step] @ sae.decoder.T)
+        else:
+            written = (contrast(level / many).square() * many).sum(dim=2) / positions
+            scores += written * sae.decoder.square().sum(dim=1)
         on_step(s + 1)
-    by_step = torch.stack(sums)
     activity /= positions * len(activations.progress)
     return Attribution(
-        by_step.sum(dim=0), by_step, by_position.half(), torch.stack(levels), activations.progress,
-        float(worst) if method == "integrated gradients" else None, probes.attribute, probes.classes, method,
-        *class_differences(activity, labels, shares, classes),
+        scores, activations.progress, float(worst) if method == "integrated gradients" else None, probes.attribute,
+        probes.classes, method, *class_differences(activity, labels, shares, classes),
     )  # fmt: skip
 
 

@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from ..activations import Activations, FramedActivations
 from ..classifiers import NO_CLASS
 from ..sae import Normalisation, SparseAutoencoder
-from .attribution import SUPPORT, foreign, seen_together
+from .attribution import SUPPORT, coarse, foreign, seen_together
 from .frames import SIDE, sides
 from .probes import fit_logistic
 
 SHRINKAGE = 5.0  # of all coefficients but the classes' own levels, in pictures
 # Maps that levels are kept in: for what all classes have in common, for their differences, for what traits change.
 MEANS, GAPS, EFFECTS = 4, 8, 16
+FINEST = 256  # cells of a map by which levels are fitted; between the centres of cells of larger maps they are linear
 PLACES = 32  # patterns over the positions that the maps are made of
 WEIGHT_DECAY = 1e-3  # of the probes that read the traits
 
@@ -180,11 +181,12 @@ def fit_levels(
     penalty = torch.full((x.shape[1],), SHRINKAGE, dtype=torch.float64)
     penalty[: 1 + classes] = 1e-6
     solve = torch.linalg.solve(x.T @ x + penalty.diag(), x.T).float()  # coefficients = solve @ rows
-    levels, effects, probes = [], [], []
+    levels, effects, probes, size = [], [], [], activations.map
     for s, progress in enumerate(activations.progress):
         step, found, pooled = normalisation.step_at(float(progress)), torch.zeros(()), []
         for first, values in activations.batches(s):
             rows, means = rows_of(values, step)
+            rows = in_cells(rows, size)
             found = found + torch.einsum("pb,bfi->pfi", solve[:, first : first + len(values)], rows)
             pooled.append(means)
         base, per_class = found[:1] + found[1 : 1 + classes], found[1 + classes + u.shape[1] :]
@@ -194,9 +196,24 @@ def fit_levels(
         probes.append(trait_probes(torch.cat(pooled), others))
         on_step(s + 1)
     weight, bias = (torch.stack(parts) for parts in zip(*probes, strict=True))
-    return in_maps(
+    fitted = in_maps(
         torch.stack(levels), torch.stack(effects), weight, bias, {n: names for n, (names, _) in others.items()}
     )
+    return replace(fitted, places=out_of_cells(fitted.places, size))
+
+
+def in_cells(rows: Tensor, size: tuple[int, int]) -> Tensor:
+    """Rows (B x F x P) of maps of that height and width as means over at most `FINEST` cells; of one position as is."""
+    if rows.shape[2] <= FINEST:
+        return rows
+    return F.adaptive_avg_pool2d(rows.unflatten(2, size), coarse(size, FINEST)).flatten(2)
+
+
+def out_of_cells(places: Tensor, size: tuple[int, int]) -> Tensor:
+    """Patterns over such cells (D x C) as patterns over the positions (D x P)."""
+    if size[0] * size[1] <= FINEST or places.shape[1] == 1:
+        return places
+    return F.interpolate(places.unflatten(1, coarse(size, FINEST))[None], size, mode="bilinear")[0].flatten(1)
 
 
 def trait_probes(pooled: Tensor, others: Labelled) -> tuple[Tensor, Tensor]:

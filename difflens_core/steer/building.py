@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -17,6 +18,7 @@ from .recipes import UNKNOWN, Recipe, with_settings
 
 # Probes are surer of their class than right. Divided by this, a picture near the border is still pushed a little.
 SOFTENING = 1.5
+GATED = 2**16  # rows by which thresholds are fitted
 
 
 def build_recipe(
@@ -24,18 +26,17 @@ def build_recipe(
     sae: SparseAutoencoder,
     probes: Probes,
     activations: Activations,
+    labels: Tensor,
+    others: Labelled = MappingProxyType({}),
     count: int = 60,
     model: str = "",
-    labels: Tensor | None = None,
-    others: Labelled = MappingProxyType({}),
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Recipe:
     """Recipe from the `count` best latents of every class that speak for it (`Attribution.own`).
 
     It has one row a step of `attribution`; SAE and probes may come from captures of other steps: the nearest serve.
     Of activations in their subjects' frames it follows the subject, see `Recipe.frame`.
-    labels, others: classes of the captured pictures, in the attribute and in others. With them the levels are those of
-    `fit_levels`, by what else a picture shows; without, the means of each class.
+    labels, others: classes of the captured pictures, in the attribute and in others, by which `fit_levels` goes.
     """
     own = attribution.own(count)
     chosen = torch.cat(own).unique()
@@ -53,14 +54,12 @@ def build_recipe(
     probe_weight, probe_bias = probes.weight[probe_rows] / SOFTENING, probes.bias[probe_rows] / SOFTENING
     normalisation = Normalisation(attribution.progress, sae.normalisation.mean[rows], sae.normalisation.scale[rows])
     start, end = captured_part(attribution.progress)
-    levels = Levels.of(attribution.levels[:, :, chosen])
+    levels = fit_levels(activations, sae.normalisation, latent_rows(sae, chosen), labels, len(classes), others, on_step)
     frame = fit_frames(activations, sae.normalisation) if isinstance(activations, FramedActivations) else None
-    info = {"gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures}
-    if labels is not None:
-        info["tied"] = [name for name, (_, of) in others.items() if tied(labels, of)]
-        levels = fit_levels(
-            activations, sae.normalisation, latent_rows(sae, chosen), labels, len(classes), others, on_step
-        )
+    info = {
+        "gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures,
+        "tied": [name for name, (_, of) in others.items() if tied(labels, of)],
+    }  # fmt: skip
     return Recipe(
         attribution.attribute, classes, sae.site, model, chosen, encoder, bias, threshold, sae.decoder[chosen],
         member, levels, probe_weight, probe_bias, normalisation,
@@ -114,18 +113,21 @@ def fit_thresholds(
     """Threshold of each latent (F) whose gate agrees best with TopK on some pictures, and the mean agreement.
 
     For every latent the rows are sorted by pre-activation; a threshold after row i is right about the active rows
-    above it and the inactive rows below, so one cumulative sum finds the best. Other SAEs have their own thresholds.
+    above it and the inactive rows below, so one cumulative sum finds the best. Of more than `GATED` rows some do,
+    evenly spread. Other SAEs have their own thresholds.
     """
     if sae.activation != "topk":
         return sae.gate.expand(sae.latents)[features], 1.0
     rows, active = [], []
-    some = activations.part(0, pictures).values
-    for values, progress in zip(some, activations.progress, strict=True):
-        x = sae.rows(values, sae.normalisation.step_at(float(progress)))
-        pre = F.linear(x, sae.encoder, sae.encoder_bias).flatten(0, 1)
-        kth = pre.topk(sae.k, dim=1).values[:, -1:]
-        rows.append(pre[:, features])
-        active.append((pre[:, features] >= kth) & (pre[:, features] > 0))
+    some = activations.part(0, pictures)
+    every = math.ceil(some.rows_in_all / sae.kernel**2 / GATED)
+    for s, progress in enumerate(some.progress):
+        for _, values in some.batches(s):
+            x = sae.rows(values, sae.normalisation.step_at(float(progress))).flatten(0, 1)[::every]
+            pre = F.linear(x, sae.encoder, sae.encoder_bias)
+            kth = pre.topk(sae.k, dim=1).values[:, -1:]
+            rows.append(pre[:, features])
+            active.append((pre[:, features] >= kth) & (pre[:, features] > 0))
     pre, order = torch.cat(rows).sort(dim=0)
     on = torch.cat(active).gather(0, order).float()
     zero = torch.zeros(1, on.shape[1])

@@ -200,7 +200,7 @@ def make_recipe(
     probes = train_probes(activations, sae, labels, attribute, classes)
     weights = balancing_weights(labels, [other for _, other in others.values()])
     attribution = attribute_features(activations, sae, probes, labels, weights=weights)
-    recipe = build_recipe(attribution, sae, probes, activations, c["per_class"], fingerprint, labels, others)
+    recipe = build_recipe(attribution, sae, probes, activations, labels, others, c["per_class"], fingerprint)
     recipe = tuned(weigh(with_settings(recipe, start=c["start"], mode=c["modes"][attribute])), c, try_out)
     print(f"{attribute} weighed: {recipe.info.get('weighed')}", flush=True)
     return recipe, probes

@@ -367,7 +367,7 @@ def test_capture_probe_attribute_and_steer_at_every_kind_of_site(inside, family,
     assert attribute(activations, sae, probes, labels, "integrated gradients").completeness < 1e-4
     steer = inside.pack_module("difflens_core.steer")
     path = inside.host.temporary_file("chain.safetensors")
-    steer.save_recipe(path, steer.build_recipe(found, sae, probes, activations, 10))
+    steer.save_recipe(path, steer.build_recipe(found, sae, probes, activations, labels, count=10))
     recipe = steer.load_recipe(path)
     assert recipe.site == site and recipe.kernel == kernel
     latent = inside.latent(family)

@@ -21,9 +21,12 @@ from difflens_core.locate import (
     train_probes,
 )
 from difflens_core.locate.attribution import (
+    CELLS,
     activation_gradient,
+    add_by_class,
+    cells_of,
     class_differences,
-    class_sum,
+    coarse,
     difference,
     path_integral,
     tied,
@@ -105,7 +108,9 @@ def test_a_baseline_is_read_picture_by_picture_and_must_fit(toys):
         step = sae.encode(activations.values[s], s)
         origin = sae.encode(other.values[s], s)
         ig, _ = integrated_gradients(difference(step, origin), sae, probes, s, LABELS, 1.0, origin)
-        steps.append(class_sum(ig, difference(step, origin), LABELS, 3, 20).sum(dim=2) / 4)
+        total = torch.zeros(3, 20, 1)
+        add_by_class(total, ig, difference(step, origin), LABELS, torch.zeros(4, dtype=torch.int64))
+        steps.append(total[:, :, 0] / 4)
     torch.testing.assert_close(found.scores, torch.stack(steps).sum(dim=0), atol=1e-6, rtol=1e-5)
     with pytest.raises(DiffLensError, match="serves integrated gradients, not class mean"):
         attribute_features(activations, sae, probes, LABELS, baseline=other)
@@ -133,19 +138,50 @@ def test_path_integral_equals_adaptive_quadrature(toys, size):
     np.testing.assert_allclose(path_integral(start, change, target)[0].numpy(), expected, atol=1e-9)
 
 
-def test_class_sums_and_weighted_levels_equal_loops(toys):
-    activations, sae, weights = toys.activations(), toys.sae(), 1 + torch.arange(12) / 4
-    latents = sae.encode(activations.values[0], 0)
-    sums, levels = torch.zeros(3, 20, 4), torch.zeros(3, 20, 4)
+def test_sums_by_class_and_cell_equal_loops(toys):
+    latents, cells = toys.sae().encode(toys.activations().values[0], 0), torch.tensor([0, 2, 2, 1])
+    sums = torch.full((3, 20, 3), 7.0)
+    expected = sums.clone()
     for b, p, j in np.ndindex(12, 4, 4):
-        n, value = latents.indices[b, p, j], latents.values[b, p, j]
-        sums[LABELS[b], n, p] += value
-        levels[LABELS[b], n, p] += value * weights[b] / weights[LABELS[b] == LABELS].sum()
-    torch.testing.assert_close(class_sum(latents.values, latents, LABELS, 3, 20), sums)
-    whole = attribute_features(activations, sae, toys.probes(), LABELS, weights=weights)
+        expected[LABELS[b], latents.indices[b, p, j], cells[p]] += latents.values[b, p, j]
+    add_by_class(sums, latents.values, latents, LABELS, cells)
+    torch.testing.assert_close(sums, expected)
+
+
+def test_weights_count_as_so_many_pictures(toys):
+    """A picture that weighs 3 is worth three of it."""
+    activations, sae, weights = toys.activations(), toys.sae(), 1 + torch.arange(12) % 3
+    more = torch.arange(12).repeat_interleave(weights)
+    several = Activations(activations.values[:, more], activations.progress, "middle")
     cut = Activations(activations.values.split(5, dim=1), activations.progress, "middle")
-    for found in (whole, attribute_features(cut, sae, toys.probes(), LABELS, weights=weights)):
-        torch.testing.assert_close(found.levels[0].float(), levels, atol=1e-3, rtol=1e-3)
+    expected = attribute_features(several, sae, toys.probes(), LABELS[more])
+    for given in (activations, cut):
+        found = attribute_features(given, sae, toys.probes(), LABELS, weights=weights.float())
+        torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 16), (24, 8), (5, 40), (300, 1), (1, 1), (3, 2)])
+def test_a_map_is_divided_into_at_most_so_many_cells_side_by_side(size):
+    cells = cells_of(size)
+    rows, columns = coarse(size, CELLS)
+    assert rows * columns <= CELLS and cells.unique().tolist() == list(range(rows * columns))
+    if size[0] * size[1] <= CELLS:
+        assert cells.tolist() == list(range(size[0] * size[1]))
+    where = [(cells.view(size) == cell).nonzero() for cell in range(rows * columns)]
+    spans = [of.amax(dim=0) - of.amin(dim=0) + 1 for of in where]
+    assert all(len(of) == span.prod() for of, span in zip(where, spans, strict=True)), "cells are rectangles"
+
+
+def test_of_large_maps_cells_are_scored_by_their_means(toys):
+    """Each position of an 8 x 8 map four times over, next to each other: the cells' means are the positions."""
+    sae, probes, values = toys.sae(), toys.probes(), toys.random(3)(3, 12, 6, 8, 8)
+    large = values.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
+    small, found = (
+        attribute_features(Activations(of, torch.arange(3) / 3, "middle"), sae, probes, LABELS)
+        for of in (values, large)
+    )
+    torch.testing.assert_close(found.scores, small.scores, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(found.difference, small.difference, atol=1e-5, rtol=1e-4)
 
 
 def test_balancing_weights_give_every_class_the_same_mix_of_the_other_attributes():
@@ -202,7 +238,7 @@ def test_ig_scores_are_the_mean_over_the_pictures_of_the_class_summed_over_steps
     steps = []
     found = attribute_features(activations, sae, probes, LABELS, METHODS[1], temperature=2.0, on_step=steps.append)
     torch.testing.assert_close(found.scores.double(), expected, atol=1e-6, rtol=0)
-    assert found.completeness < 1e-6 and steps == [1, 2, 3] and found.levels.shape == (3, 3, 20, 4)
+    assert found.completeness < 1e-6 and steps == [1, 2, 3]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
@@ -227,20 +263,18 @@ def test_activation_times_gradient_survives_a_probe_that_is_sure(toys):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_scores_by_step_and_by_position_add_up_to_the_scores(toys, method):
+def test_scores_add_up_over_steps_and_do_not_hang_on_the_number_of_positions(toys, method):
     activations, sae, probes = toys.activations(), toys.sae(), toys.probes()
     found = attribute_features(activations, sae, probes, LABELS, method)
-    assert found.by_step.shape == (3, 3, 20) and found.by_position.shape == (3, 20, 4)
-    torch.testing.assert_close(found.by_step.sum(dim=0), found.scores)
-    torch.testing.assert_close(found.by_position.float().sum(dim=2), found.scores, atol=1e-2, rtol=1e-2)
-    alone = Activations(activations.values[1:2], activations.progress[1:2], activations.site)
-    torch.testing.assert_close(found.by_step[1], attribute_features(alone, sae, probes, LABELS, method).scores)
+    steps = [
+        Activations(activations.values[s : s + 1], activations.progress[s : s + 1], activations.site) for s in range(3)
+    ]
+    alone = torch.stack([attribute_features(step, sae, probes, LABELS, method).scores for step in steps])
+    torch.testing.assert_close(alone.sum(dim=0), found.scores, atol=1e-5, rtol=1e-4)
     twice = activations.values.repeat_interleave(2, dim=4)  # each position
     at = Activations(twice, activations.progress, activations.site)
     doubled = attribute_features(at, sae, probes, LABELS, method)
-    torch.testing.assert_close(
-        doubled.by_position.view(3, 20, 4, 2).float().sum(dim=3), found.by_position.float(), atol=1e-2, rtol=1e-2
-    )
+    torch.testing.assert_close(doubled.scores, found.scores, atol=1e-5, rtol=1e-4)
     assert (found.completeness is None) == (method != "integrated gradients")
 
 
@@ -265,7 +299,8 @@ def test_contrastive_scores_multiply_probe_and_activity_contrasts(toys):
     expected = torch.zeros(3, 20)
     for s in range(3):
         latents = sae.encode(activations.values[s], s)
-        level = class_sum(latents.values, latents, LABELS, 3, 20).mean(dim=2) / torch.bincount(LABELS)[:, None]
+        dense = torch.zeros(12, 4, 20).scatter_(2, latents.indices, latents.values).mean(dim=1)
+        level = torch.stack([dense[i == LABELS].mean(dim=0) for i in range(3)])
         for c, n in np.ndindex(3, 20):
             others = [i for i in range(3) if i != c]
             read = [float(probes.weight[s, i] @ sae.decoder[n]) for i in range(3)]
@@ -356,7 +391,7 @@ def test_of_two_classes_a_latent_belongs_to_the_one_that_uses_it_more(toys, meth
         dense = torch.zeros(40, 4, 20).scatter_(-1, latents.indices, latents.values).mean(dim=1)
         use += torch.stack([dense[labels == c].mean(dim=0) for c in (0, 1)])
         pull += (probes.weight[s, 1] - probes.weight[s, 0]) @ sae.decoder.T
-    recipe = build_recipe(found, sae, probes, activations, 20)
+    recipe = build_recipe(found, sae, probes, activations, labels, count=20)
     assert (recipe.member.sum(dim=0) == 1).all() and (recipe.member.sum(dim=1) > 0).all()
     for c, n in recipe.member.nonzero().tolist():
         assert use[c, recipe.features[n]] > use[1 - c, recipe.features[n]]
@@ -381,7 +416,7 @@ def test_the_latents_of_a_class_are_found_by_every_method(method):
     probes = train_probes(activations, sae, labels, "look", ("one", "other"))
     found = attribute_features(activations, sae, probes, labels, method)
     assert (found.scores[:, 6] > 0).all() or method == "class mean difference"
-    recipe = build_recipe(found, sae, probes, activations, 9)
+    recipe = build_recipe(found, sae, probes, activations, labels, count=9)
     one, other = ({*recipe.features[own].tolist()} for own in recipe.member)
     assert {0, 1, 2, 6} <= one and {3, 4, 5} <= other and not one & other
     assert [set(latents.tolist()) for latents in found.own(3)] == [{0, 1, 2}, {3, 4, 5}]
@@ -421,7 +456,6 @@ def test_pictures_without_a_face_count_nowhere(toys, method):
         for (some, own, _), weight in zip(given, weights, strict=True)
     )
     torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(found.levels, expected.levels)
     torch.testing.assert_close(found.difference, expected.difference, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found.margin, expected.margin, atol=1e-6, rtol=1e-4)
     told, hoped = (measure_separation(sae, some, own, "age", toys.classes, torch.arange(5)) for some, own, _ in given)

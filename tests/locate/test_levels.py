@@ -11,7 +11,7 @@ from difflens_core.classifiers import NO_CLASS
 from difflens_core.locate import channel_rows, fit_levels, latent_rows
 from difflens_core.locate.attribution import SUPPORT
 from difflens_core.locate.frames import SIDE
-from difflens_core.locate.levels import PLACES, SHRINKAGE, in_few_maps, in_few_places
+from difflens_core.locate.levels import FINEST, PLACES, SHRINKAGE, in_few_maps, in_few_places
 from difflens_core.sae import Normalisation
 
 PICTURES, CLASSES = 90, 2
@@ -175,3 +175,18 @@ def test_in_frames_the_size_of_the_subject_is_a_trait_and_pictures_without_one_d
     gap = torch.einsum("gr,rfd->gfd", levels.effects[0, 1] - levels.effects[0, 0], levels.maps) @ levels.places
     assert float(gap[2, 2].mean() - gap[0, 2].mean()) > 0.5 and torch.isfinite(levels.dense()).all()
     assert gap[:, [0, 1, 3, 4, 5]].abs().max() < 0.2
+
+
+@pytest.mark.parametrize("size", [(20, 24), (300, 1), (4, 80)])
+def test_levels_of_large_maps_are_fitted_on_cells_and_laid_back(toys, size):
+    """What is linear over the map comes back as it was, but for half a cell at its edges."""
+    y, x = torch.meshgrid(torch.arange(size[0]) / size[0], torch.arange(size[1]) / size[1], indexing="ij")
+    labels = torch.arange(12) % 2
+    values = (labels[:, None, None] * (3 * y + 2 * x))[None, :, None].expand(2, -1, 6, -1, -1)
+    activations = Activations(values.contiguous(), torch.arange(2) / 2, "middle")
+    norm = Normalisation(activations.progress, torch.zeros(2, 6), torch.ones(2))
+    levels = fit_levels(activations, norm, channel_rows(norm), labels, 2, {})
+    assert levels.places.shape[0] <= FINEST and levels.positions == size[0] * size[1]
+    found = levels.dense()[1, 1, 0].view(size)
+    inner = tuple(slice(1 + side // 8, side - side // 8) if side > 20 else slice(None) for side in size)
+    torch.testing.assert_close(found[inner], (3 * y + 2 * x)[inner], atol=0.08, rtol=0.02)

@@ -155,7 +155,7 @@ def test_probes_and_attribution_work_with_every_kind(toys, kind):
     assert found.completeness < 1e-5 and found.scores.any()
     _, ig, error = integrated_gradients_of(lambda h, _: h.square().sum(dim=(1, 2, 3)), activations.values[1], sae, 1)
     assert ig.abs().max() > 0.1 and float(error.max()) < 1e-3
-    recipe = build_recipe(found, sae, probes, activations, 3)
+    recipe = build_recipe(found, sae, probes, activations, labels, count=3)
     if kind == "whole map":
         assert (recipe.kernel, recipe.channels, recipe.width, recipe.levels.positions) == (2, 6, 24, 1)
         assert 0.8 < recipe.info["gate_agreement"] <= 1
