@@ -27,7 +27,7 @@ from debias import ATTRIBUTES, AVATARS, BATCH, STEPS, Read, run
 from precision import PRECISION, at_precision
 from torch import Tensor
 
-from difflens_core.activations import drawer
+from difflens_core.activations import Drawer
 from difflens_core.classifiers import AttributeClassifier, load_classifier
 from difflens_core.experiments import CalibrationOptions, asked_shares, calibrate
 from difflens_core.measure import joint_report, kept_attributes, measure_fairness, paired_test
@@ -65,7 +65,7 @@ def kept_noises(model: Denoiser, classifier: AttributeClassifier, start: Start, 
     noise = start_noise(2 * count if start.dropped else count, seed)
     if not start.dropped:
         return noise
-    draw, numbers = drawer(DenoiserSampler(model, STEPS), noise), torch.arange(len(noise))
+    draw, numbers = Drawer(DenoiserSampler(model, STEPS), noise), torch.arange(len(noise))
     read = [classifier.classify(draw([], part))[start.attribute] for part in numbers.split(BATCH)]
     dropped = torch.cat(read).argmax(dim=1) == classifier.attributes[start.attribute].index(start.dropped)
     chance = torch.rand(len(noise), generator=torch.Generator().manual_seed(seed))
@@ -79,7 +79,7 @@ def calibrate_start(model: Denoiser, classifier: AttributeClassifier, start: Sta
     noise = kept_noises(model, classifier, start, 2 * options.pictures, seed)
     began = time.time()
     found = calibrate(
-        with_settings(recipe, strength=1.0), drawer(DenoiserSampler(model, STEPS), noise),
+        with_settings(recipe, strength=1.0), Drawer(DenoiserSampler(model, STEPS), noise),
         lambda pictures: classifier.classify(pictures)[start.attribute],
         parse_target(start.target, recipe.classes), options, BATCH,
     )  # fmt: skip
@@ -98,7 +98,7 @@ def planned_run(
     targets = planned_targets(own, {recipe.attribute: recipe.classes for recipe in recipes}, shares, FRESH_SEED)
     moved = torch.from_numpy(np.flatnonzero(targets[0].moved))
     after = before.pictures.clone()
-    draw = drawer(DenoiserSampler(model, STEPS), start_noise(len(after), FRESH_SEED))
+    draw = Drawer(DenoiserSampler(model, STEPS), start_noise(len(after), FRESH_SEED))
     for which in moved.split(BATCH):
         edits = [
             Steering(recipe, lambda images, part=part, which=which: part.of(which[images]))

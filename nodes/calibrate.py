@@ -11,7 +11,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..difflens_core.activations import drawer
+from ..difflens_core.activations import Drawer
 from ..difflens_core.classifiers import ImageClassifier, seen, seen_classes
 from ..difflens_core.experiments import (
     CalibrationOptions,
@@ -127,7 +127,7 @@ class Calibrate(io.ComfyNode):
             cls.define_schema().display_name,
         )  # fmt: skip
         noise = host.experiment_noise(sampler, 2 * options.pictures)
-        draw, batch = drawer(sampler, noise), len(latent_image["samples"])
+        draw, batch = Drawer(sampler, noise), len(latent_image["samples"])
         run = host.run_mark(model, positive, latent_image, negative, cfg, steps, sampler_name, scheduler, seed)
         grey = classifier.classify(torch.full((1, 64, 64, 3), 0.5))  # tells classifiers and face detectors apart
         reads = [grey[name].numpy().tobytes() for name in sorted(grey)]

@@ -4,7 +4,7 @@ from .capture import Draw, Edit, Kept, Sampler, at_step, capture, noise_batches
 from .captured import Activations
 from .differentiable import Leaf, OnPrediction, differentiable
 from .frames import GRID, FramedActivations, into_frames, out_of_frames, slopes_in_frames
-from .rehearsal import Held, HoldingEdit, Rehearsal, Shown, draw_held, drawer, holds, innermost
+from .rehearsal import Drawer, Held, HoldingEdit, Rehearsal, Shown, draw_held, holds, innermost
 from .sites import UPDATE, Whole, edit_site, find_site, from_map, reads_update, to_map
 from .store import DTYPES, INDEX, SAMPLES, Index, Shard, Store, load_labels, open_store, record, save_labels
 
@@ -12,6 +12,7 @@ __all__ = [
     "Activations",
     "DTYPES",
     "Draw",
+    "Drawer",
     "Edit",
     "FramedActivations",
     "GRID",
@@ -34,7 +35,6 @@ __all__ = [
     "capture",
     "differentiable",
     "draw_held",
-    "drawer",
     "edit_site",
     "find_site",
     "from_map",

@@ -174,6 +174,16 @@ def capture(
     return record(index, noise_batches(sampler.shape, index.pictures, seed, batch), draw, folder, is_enough)
 
 
-# Pictures (B x H x W x 3 in [0, 1], on the CPU), each from the noise of that number (B, int64) in a fixed set, under
-# edits that number the pictures of the batch from 0. How experiments sample, whatever the host.
-Draw = Callable[[Sequence[Edit], Tensor], Tensor]
+class Draw(Protocol):
+    """How experiments draw pictures, whatever the host: from a fixed set of noises, in two goes.
+
+    A card may not hold the networks of both at once, and then many latents should come before any picture.
+    """
+
+    def latents(self, edits: Sequence[Edit], which: Tensor) -> Tensor:
+        """Finished latents, each from the noise of that number (B, int64); edits number those of the batch from 0."""
+        ...
+
+    def pictures(self, latents: Tensor) -> Tensor:
+        """B x H x W x 3 in [0, 1], on the CPU."""
+        ...

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..files import DiffLensError
-from .capture import Draw, Edit, Sampler
+from .capture import Edit, Sampler
 
 LET_GO = 0.25  # share of a picture's largest change from which a position may be drawn anew
 
@@ -176,13 +176,25 @@ def innermost(edit: Any) -> Any:
     return innermost(edit.edit) if hasattr(edit, "edit") else edit
 
 
-def drawer(sampler: Sampler, noise: Tensor) -> Draw:
+@dataclass(frozen=True)
+class Drawer:
     """`Draw` for a sampler and a fixed set of noises (n x shape)."""
 
-    def draw(edits: Sequence[Edit | HoldingEdit], which: Tensor) -> Tensor:
+    sampler: Sampler
+    noise: Tensor
+
+    def latents(self, edits: Sequence[Edit | HoldingEdit], which: Tensor) -> Tensor:
+        """See `Draw.latents`; edits that hold do."""
+
         def sample(own: Sequence[Edit]) -> Tensor:
-            return sampler.sample(noise[which], which, [ByPlace(edit) for edit in own])
+            return self.sampler.sample(self.noise[which], which, [ByPlace(edit) for edit in own])
 
-        return sampler.decode(draw_held(sample, edits) if any(map(holds, edits)) else sample(edits))
+        return draw_held(sample, edits) if any(map(holds, edits)) else sample(edits)
 
-    return draw
+    def pictures(self, latents: Tensor) -> Tensor:
+        """See `Draw.pictures`."""
+        return self.sampler.decode(latents)
+
+    def __call__(self, edits: Sequence[Edit | HoldingEdit], which: Tensor) -> Tensor:
+        """Both in one go."""
+        return self.pictures(self.latents(edits, which))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,24 @@ from ..sae import SparseAutoencoder
 from ..steer import Recipe, Steering, with_settings
 from ..targets import LEFT_ALONE
 
+TOGETHER = 64  # pictures that are sampled before the first of them is decoded
+
+Job = tuple[Sequence[Edit], Tensor]  # edits, and which noises (B)
+
+
+def readings(
+    draw: Draw, jobs: Iterable[Job], read: Callable[[Tensor], Any], on_sampled: Callable[[int], None]
+) -> Iterator[Any]:
+    """What read(pictures) tells of every job in turn. on_sampled is told how many pictures a job has."""
+    waiting: list[Tensor] = []
+    for edits, which in jobs:
+        waiting.append(draw.latents(edits, which))
+        on_sampled(len(which))
+        if sum(map(len, waiting)) >= TOGETHER:
+            yield from [read(draw.pictures(latents)) for latents in waiting]
+            waiting = []
+    yield from [read(draw.pictures(latents)) for latents in waiting]
+
 
 @dataclass
 class Trials:
@@ -24,7 +43,7 @@ class Trials:
 
     classify(images) gives the class probabilities (B x K), as `seen`: NaN for pictures that do not count. known: by
     picture, class asked for and its strength. With `folder` they are kept there too, a file a batch: a calibration
-    that was cut off goes on where it stopped.
+    that was cut off goes on where it stopped reading, at most `TOGETHER` pictures or a batch before.
     """
 
     recipe: Recipe
@@ -48,14 +67,22 @@ class Trials:
         keys = list(zip(pictures.tolist(), asked.tolist(), amounts, strict=True))
         missing = [key for key in dict.fromkeys(keys) if key not in self.known]
         recipe = with_settings(self.recipe, strength=tuple(strength.tolist()))
-        for first in range(0, len(missing), self.batch):
-            part = missing[first : first + self.batch]
+        parts = [missing[first : first + self.batch] for first in range(0, len(missing), self.batch)]
+        sampled = len(self.known)
+
+        def job(part: Sequence[tuple[int, int, float]]) -> Job:
             which, classes = (torch.tensor([key[i] for key in part]) for i in (0, 1))
-            edit = Steering(recipe, classes.__getitem__, self.sae)
-            drawn = self.classify(self.draw([edit], which)).cpu().double().numpy()
+            return [Steering(recipe, classes.__getitem__, self.sae)], which
+
+        def on_sampled(count: int) -> None:
+            nonlocal sampled
+            sampled += count
+            self.on_batch(sampled)
+
+        for part, read in zip(parts, readings(self.draw, map(job, parts), self.classify, on_sampled), strict=True):
+            drawn = read.cpu().double().numpy()
             self.save(part, drawn)
             self.known |= dict(zip(part, drawn, strict=True))
-            self.on_batch(len(self.known))
         return np.stack([self.known[key] for key in keys])
 
     def save(self, keys: Sequence[tuple[int, int, float]], read: np.ndarray) -> None:
@@ -77,12 +104,12 @@ class Run:
 
     def draw(self, which: Tensor, edits: Callable[[Tensor], Sequence[Edit]]) -> Tensor:
         """Pictures of noises `which`; `edits(rows)` gives the edits of a batch that holds `rows` of them."""
-        parts = []
-        for rows in torch.arange(len(which)).split(self.batch):
-            parts.append(self.sample(edits(rows), which[rows]))
-            self.done += len(rows)
-            self.on_picture(self.done, self.total)
-        return torch.cat(parts)
+        jobs = ((edits(rows), which[rows]) for rows in torch.arange(len(which)).split(self.batch))
+        return torch.cat([*readings(self.sample, jobs, torch.Tensor.cpu, self.on_sampled)])
+
+    def on_sampled(self, count: int) -> None:
+        self.done += count
+        self.on_picture(self.done, self.total)
 
 
 def shown_classes(labels: Tensor, attribute: str, classes: tuple[str, ...]) -> list[int]:

@@ -14,6 +14,7 @@ from ..activations import Draw
 from ..files import DiffLensError
 from ..locate import contrast
 from ..steer import Recipe, Steering
+from .draw import readings
 
 EFFECTS = ("amplify", "ablate")
 
@@ -115,11 +116,17 @@ def causal_effect(
             "Use a recipe from Attribute Features."
         )
     jobs = torch.arange((len(recipe.features) + 1) * pictures)  # the first `pictures` are left as they are
-    read = []
-    for job in jobs.split(batch):
-        drawn = draw([OneLatent(recipe, job // pictures - 1, mode, strength)], job % pictures)
-        read.append(classify(drawn).float().cpu())
-        on_picture(int(job[-1]) + 1, len(jobs))
+    done = 0
+
+    def on_sampled(count: int) -> None:
+        nonlocal done
+        done += count
+        on_picture(done, len(jobs))
+
+    batches = (
+        ([OneLatent(recipe, job // pictures - 1, mode, strength)], job % pictures) for job in jobs.split(batch)
+    )  # fmt: skip
+    read = [of.float().cpu() for of in readings(draw, batches, classify, on_sampled)]
     probability = torch.cat(read).unflatten(0, (-1, pictures))
     if int((~probability[0].isnan().any(dim=1)).sum()) < 2:
         raise DiffLensError(

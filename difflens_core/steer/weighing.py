@@ -175,11 +175,12 @@ def read_classes(
     sampler: Sampler, classifier: ImageClassifier, noise: Tensor, batch: int, on_batch: Callable[[int], None]
 ) -> Mapping[str, Tensor]:
     """Which class of each attribute (n, int64, or NO_CLASS) the unsteered pictures show."""
-    parts = []
+    latents = []
     for images in torch.arange(len(noise)).split(batch):
-        read = classifier.classify(sampler.decode(sampler.sample(noise[images], images)))
-        parts.append({name: seen_classes(seen(read, name)) for name in classifier.attributes})
+        latents.append(sampler.sample(noise[images], images))
         on_batch(int(images[-1]) + 1)
+    read = (classifier.classify(sampler.decode(of)) for of in latents)
+    parts = [{name: seen_classes(seen(of, name)) for name in classifier.attributes} for of in read]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

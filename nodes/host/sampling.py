@@ -21,7 +21,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...difflens_core.activations import (
-    Draw,
+    Drawer,
     Edit,
     Kept,
     Leaf,
@@ -32,7 +32,6 @@ from ...difflens_core.activations import (
     noise_batches,
 )
 from ...difflens_core.activations import capture as capture_with
-from ...difflens_core.activations import drawer as draw_with
 from ...difflens_core.files import DiffLensError, digest
 from ...difflens_core.steer import Steering
 from .edits import Settings, apply_site, edit_site, follows_first
@@ -289,9 +288,9 @@ def experiment_noise(sampler: HostSampler, pictures: int) -> Tensor:
 def drawer(
     model: ModelPatcher, positive: list, latent: dict, vae: comfy.sd.VAE, pictures: int, steps: int, sampler_name: str,
     scheduler: str, seed: int, node: str, negative: list | None = None, cfg: float = 1.0,
-) -> Draw:  # fmt: skip
-    """`Draw` that samples from the noises of a run of `pictures`. Refuses samplers that add noise."""
+) -> Drawer:  # fmt: skip
+    """A drawer that samples from the noises of a run of `pictures`. Refuses samplers that add noise."""
     sampler = HostSampler(
         model, positive, latent, steps, sampler_name, scheduler, seed, negative, cfg, vae, node
     )  # fmt: skip
-    return draw_with(sampler, experiment_noise(sampler, pictures))
+    return Drawer(sampler, experiment_noise(sampler, pictures))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from toy import Draws
 
 from difflens_core.activations import Activations
 from difflens_core.classifiers.readings import NO_FACE
@@ -31,6 +32,7 @@ def codes(count: int = 64) -> torch.Tensor:
     return code
 
 
+@Draws
 def draw(edits, which: torch.Tensor) -> torch.Tensor:
     """Red is channel 0 of what "decides" put out at the last step, green channel 1, blue 4; "idle" is for nothing."""
     rows = torch.arange(len(which))
@@ -158,6 +160,7 @@ def test_a_weak_recipe_and_one_that_serves_one_class_alone():
 
 
 def test_one_class_alone_leaves_the_site_unchecked():
+    @Draws
     def only_dark(edits, which):
         return draw(edits, which - which % 4 + 1)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from difflens_core.activations import drawer
+from difflens_core.activations import Drawer
 from difflens_core.experiments import EFFECTS, Effects, causal_effect, keep_effective
 from difflens_core.experiments.effects import OneLatent
 from difflens_core.files import DiffLensError
@@ -29,7 +29,7 @@ def classify(images: torch.Tensor) -> torch.Tensor:
 def setup(toys):
     """A recipe for the middle block of a small denoiser, and how to draw with it."""
     recipe = replace(toys.recipe(width=32, steps=4, strength=(1.0,) * 3), site="middle_block")
-    return recipe, drawer(DenoiserSampler(toys.denoiser(), 4), start_noise(PICTURES, 1, 16))
+    return recipe, Drawer(DenoiserSampler(toys.denoiser(), 4), start_noise(PICTURES, 1, 16))
 
 
 def test_ablation_equals_steering_that_ablates_one_latent(setup):

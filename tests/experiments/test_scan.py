@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from toy import Draws
 
-from difflens_core.activations import drawer
+from difflens_core.activations import Drawer
 from difflens_core.classifiers.readings import NO_CLASS, NO_FACE, left_out
 from difflens_core.experiments import SiteEffect, scan_sites
 from difflens_core.experiments.scan import PARTS, ClassMeans, Collector, MeanShift
@@ -24,6 +25,7 @@ def codes(count: int = 40) -> torch.Tensor:
     return brightness[:, None, None, None] + 0.3 * torch.randn(count, 3, 2, 2, generator=draw)
 
 
+@Draws
 def draw(edits, which: torch.Tensor) -> torch.Tensor:
     """Samples in six steps: site "decides" makes the picture in the last third, site "idle" is run for nothing."""
     rows, code = torch.arange(len(which)), codes()[which]
@@ -86,6 +88,7 @@ def test_pictures_without_a_face_are_in_no_mean_and_in_no_share():
 def test_some_parts_and_pictures_drawn_before_give_the_same_rows(found):
     seen = []
 
+    @Draws
     def draw_and_count(edits, which):
         seen.append(len(which) * (not edits))
         return draw(edits, which)
@@ -140,7 +143,7 @@ def test_the_pictures_done_are_told_up_to_the_total():
 
 
 def test_sites_of_a_real_network_are_scanned(toys):
-    sample = drawer(DenoiserSampler(toys.denoiser(), 3), start_noise(24, 4, 16))
+    sample = Drawer(DenoiserSampler(toys.denoiser(), 3), start_noise(24, 4, 16))
     middle = sample([], torch.arange(24))[..., 0].mean(dim=(1, 2)).median()
 
     def classify_red(images):

@@ -29,7 +29,24 @@ def recipe(power: float = 1.0, first: int = 0, attribute: str = "age", leak: flo
     )  # fmt: skip
 
 
-class Toy:
+class Draws:
+    """How experiments draw with a function of edits and numbers whose latents are the pictures."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, edits, which):
+        return self.function(edits, which)
+
+    def latents(self, edits, which):
+        return self(edits, which)
+
+    @staticmethod
+    def pictures(latents):
+        return latents
+
+
+class Toy(Draws):
     """A model of one step, whose picture is its hidden state: in each half of six channels one is loud.
 
     The class is the loudest channel of a half; noise number i always gives the same picture.

@@ -11,7 +11,7 @@ from expected import shipped
 from graphs import Link, Node, to_api
 from small_graphs import AVATARS, Avatars, cancel_in, latents, refusal, text_of
 
-from difflens_core.activations import drawer
+from difflens_core.activations import Drawer
 from difflens_core.classifiers import load_classifier as read_classifier
 from difflens_core.experiments import CalibrationOptions, calibrate
 from difflens_core.networks import DenoiserSampler, load_denoiser, start_noise
@@ -37,7 +37,7 @@ def test_calibrate_finds_what_the_core_finds_and_goes_on_after_cancel(server):
     shown = graph.show(node[3])
 
     weighing = 2 * (BUDGET // 5)  # pictures before the calibration begins
-    cancel_in(server, graph, node, after=weighing + 16)
+    cancel_in(server, graph, node, after=weighing + 24)
     assert len([*(server.base / "temp").glob("difflens_calibration_*")]) == 1
 
     seen = []
@@ -58,7 +58,7 @@ def test_calibrate_finds_what_the_core_finds_and_goes_on_after_cancel(server):
     sampler, noise = DenoiserSampler(model, STEPS), start_noise(2 * (BUDGET // 5), SEED)
     weighed = weigh_latents(recipe, sampler, classifier, noise[: BUDGET // 5], 8)
     expected = calibrate(
-        weighed, drawer(sampler, noise),
+        weighed, Drawer(sampler, noise),
         lambda pictures: classifier.classify(pictures)["presentation"], np.full(2, 0.5),
         CalibrationOptions(BUDGET, clear=0.9, only_where_needed=True, seed=SEED), 8,
     )  # fmt: skip

@@ -97,15 +97,15 @@ def test_at_other_sizes_and_on_its_side_a_recipe_is_stretched_and_says_so(inside
 def test_an_experiment_says_once_that_its_recipe_is_stretched(inside, toys, hold):
     recipe = toys.recipe(width=64, positions=64, steps=4, mode="move", strength=(1.0,) * 3)
     recipe = replace(recipe, site="mid_block", model="", map=(8, 8), hold=hold)
-    drawer, steering = inside.pack_module("difflens_core.activations").drawer, inside.pack_module("difflens_core.steer")
+    drawer, steering = inside.pack_module("difflens_core.activations").Drawer, inside.pack_module("difflens_core.steer")
     for height, sentences in ((16, 0), (24, 1)):
         sampler = inside.host.HostSampler(
             inside.model("U-Net"), inside.prompt("U-Net", 1), inside.latent("U-Net", height=height), 2, "euler",
-            "normal", 0, vae=inside.host.pixel_space_vae(), node="Calibrate",
+            "normal", 0, node="Calibrate",
         )  # fmt: skip
         draw, edit = drawer(sampler, torch.randn(4, *sampler.shape)), steering.Steering(recipe, torch.Tensor.long)
         for images in torch.arange(4).split(2):
-            draw([edit], images)
+            draw.latents([edit], images)
         assert len(sampler.said) == sentences and all("stretched to 12 x 8" in said for said in sampler.said)
 
 

@@ -327,7 +327,7 @@ def test_a_recipe_without_levels_or_thresholds_is_not_asked_for_them(toys):
             with_settings(recipe, mode=mode)
     for mode, what in (("amplify", "class levels"), ("ablate", "thresholds")):
         with pytest.raises(DiffLensError, match=f"to {mode} its features, .* needs {what}"):
-            causal_effect(recipe, lambda edits, which: torch.zeros(2), lambda images: images, mode=mode)
+            causal_effect(recipe, None, lambda images: images, mode=mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
