@@ -2,6 +2,7 @@
 
 from .capture import Draw, Edit, Kept, Sampler, at_step, capture, noise_batches
 from .captured import Activations
+from .cells import FINEST, cells_of, coarse, one_of_each
 from .differentiable import Leaf, OnPrediction, differentiable
 from .frames import GRID, FramedActivations, into_frames, out_of_frames, slopes_in_frames
 from .rehearsal import Drawer, Held, HoldingEdit, Rehearsal, Shown, draw_held, holds, innermost
@@ -14,6 +15,7 @@ __all__ = [
     "Draw",
     "Drawer",
     "Edit",
+    "FINEST",
     "FramedActivations",
     "GRID",
     "Held",
@@ -33,6 +35,8 @@ __all__ = [
     "Whole",
     "at_step",
     "capture",
+    "cells_of",
+    "coarse",
     "differentiable",
     "draw_held",
     "edit_site",
@@ -43,6 +47,7 @@ __all__ = [
     "into_frames",
     "load_labels",
     "noise_batches",
+    "one_of_each",
     "open_store",
     "out_of_frames",
     "reads_update",

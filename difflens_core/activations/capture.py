@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..files import DiffLensError
+from .cells import FINEST, one_of_each
 from .differentiable import OnPrediction
 from .sites import edit_site
-from .store import DTYPES, INDEX, MOST, SAMPLES, Index, Shard, Store, read_index, record
+from .store import DTYPES, INDEX, MOST, SAMPLES, SIZE, Index, Shard, Store, read_index, record
 
 
 class Edit(Protocol):
@@ -32,11 +33,19 @@ class Edit(Protocol):
 
 @dataclass
 class Kept:
-    """What `site` puts out at some `steps` of the sampling of one batch, on the CPU."""
+    """What `site` puts out at some `steps` of the sampling of one batch, on the CPU.
+
+    Of a map with more than `most` positions (0: none has), one is kept at random in each of so many cells, another one
+    at every step: by the pictures' numbers `images` (B) and `seed`. size: that map's height and width.
+    """
 
     site: str
     steps: Sequence[int]
     dtype: torch.dtype = torch.float16
+    most: int = 0
+    images: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+    seed: int = 0
+    size: tuple[int, int] | None = None
     values: Tensor | None = None
     seen: set[int] = field(default_factory=set)
 
@@ -44,11 +53,21 @@ class Kept:
         """Keep h (B x C x H x W) if the step is one of those wanted."""
         if step not in self.steps:
             return
-        by_position = h.detach().movedim(1, -1)
+        by_position = self.some(h.detach(), step).movedim(1, -1)
         if self.values is None:
             self.values = torch.empty(len(self.steps), *by_position.shape, dtype=self.dtype)
         self.values[self.steps.index(step)] = by_position
         self.seen.add(step)
+
+    def some(self, h: Tensor, step: int) -> Tensor:
+        """The positions of h that are kept, as a map."""
+        size = (h.shape[2], h.shape[3])
+        if not 0 < self.most < size[0] * size[1]:
+            return h
+        self.size, images = size, self.images.repeat_interleave(len(h) // len(self.images))
+        picks = one_of_each(size, self.most, images, self.seed + step).to(h.device)
+        flat = picks.flatten(1)[:, None].expand(-1, h.shape[1], -1)
+        return h.flatten(2).gather(2, flat).unflatten(2, picks.shape[1:])
 
     def taken(self) -> Tensor:
         """S x B x H x W x C. Raises `DiffLensError` if a step was not seen."""
@@ -142,12 +161,14 @@ def capture(
     on_batch: Callable[[int], None] = lambda done: None,
     most: int = 0,
     enough: Callable[[Tensor], bool] = lambda latents: True,
+    cells: int = FINEST,
 ) -> Store:
     """Sample `count` pictures, `batch` at once, keeping what `sites` put out at the steps whose progress is in `span`.
 
     Kept in memory or in `folder`, where a capture that was cut off is gone on with: see `record`. The store's samples
     are the finished latents. If `most` is more than `count`, it goes on until enough(finished latents), which is told
-    of every batch in turn, or until so many are there.
+    of every batch in turn, or until so many are there. Of maps with more than `cells` positions, one in each of so many
+    cells is kept (0: all are).
     """
     steps = [step for step, progress in enumerate(sampler.progress) if span[0] <= progress <= span[1]]
     if not steps:
@@ -157,7 +178,7 @@ def capture(
     if folder is not None and (Path(folder) / INDEX).exists() and sampler.owns(begun := read_index(Path(folder)).model):
         mark = begun
     info = dict(sampler.info) | ({MOST: most} if most > count else {})
-    index = Index(tuple(sites), progress, max(count, most), min(batch, count), seed, mark, dtype, info)
+    index = Index(tuple(sites), progress, max(count, most), min(batch, count), seed, mark, dtype, info, cells)
     drawn = 0
 
     def is_enough(latents: Tensor) -> bool:
@@ -166,10 +187,12 @@ def capture(
         return enough(latents) and drawn >= count
 
     def draw(first: int, noise: Tensor) -> Shard:
-        kept = [Kept(site, steps, DTYPES[dtype]) for site in sites]
-        latents = sampler.sample(noise, torch.arange(first, first + len(noise)), kept=kept)
+        images = torch.arange(first, first + len(noise))
+        kept = [Kept(site, steps, DTYPES[dtype], cells, images, seed) for site in sites]
+        latents = sampler.sample(noise, images, kept=kept)
         on_batch(first + len(noise))
-        return {one.site: one.taken() for one in kept} | {SAMPLES: latents.cpu()}
+        sizes = {f"{one.site}{SIZE}": torch.tensor(one.size) for one in kept if one.size}
+        return {one.site: one.taken() for one in kept} | sizes | {SAMPLES: latents.cpu()}
 
     return record(index, noise_batches(sampler.shape, index.pictures, seed, batch), draw, folder, is_enough)
 

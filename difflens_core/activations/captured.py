@@ -20,13 +20,15 @@ class Activations:
     shards: each S x b x C x H x W (steps, some of the pictures, channels, map), fp16, bf16 or fp32, on the CPU, with
     the channels of a position side by side in memory (another layout is copied; one tensor counts as one shard);
     progress: S, share of the sampling that lies behind each step; site: its name, such as "middle_block"; model:
-    fingerprint of the weights, "" if not known.
+    fingerprint of the weights, "" if not known; size: height and width of the site's map where of each of its cells
+    one position was captured, else None.
     """
 
     shards: tuple[Tensor, ...]
     progress: Tensor
     site: str
     model: str = ""
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         shards = (self.shards,) if isinstance(self.shards, Tensor) else self.shards
@@ -55,6 +57,11 @@ class Activations:
         """Height and width of the map that the positions form."""
         height, width = self.shards[0].shape[3:]
         return height, width
+
+    @property
+    def full_map(self) -> tuple[int, int]:
+        """Height and width of the site's map, also where only some of its positions were captured."""
+        return self.size or self.map
 
     @property
     def rows_in_all(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -65,12 +65,12 @@ class FramedActivations(Activations):
     @classmethod
     def of(cls, activations: Activations, frames: Tensor) -> FramedActivations:
         """The same activations in frames."""
-        return cls(activations.shards, activations.progress, activations.site, activations.model, frames)
+        return cls(**{of.name: getattr(activations, of.name) for of in fields(Activations)}, frames=frames)
 
     @property
     def whole(self) -> Activations:
         """The same activations as they were captured."""
-        return Activations(self.shards, self.progress, self.site, self.model)
+        return Activations(**{of.name: getattr(self, of.name) for of in fields(Activations)})
 
     @property
     def known_frames(self) -> Tensor:
@@ -81,6 +81,11 @@ class FramedActivations(Activations):
     def map(self) -> tuple[int, int]:
         """See `Activations.map`; here that of a frame."""
         return GRID, GRID
+
+    @property
+    def full_map(self) -> tuple[int, int]:
+        """See `Activations.full_map`; here that of a frame."""
+        return self.map
 
     @property
     def positions(self) -> int:

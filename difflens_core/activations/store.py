@@ -4,7 +4,8 @@ A store is a folder that any machine can read:
 
     index.json              what holds for all shards (`Index`)
     shard_00000.safetensors for every site S x b x H x W x C, so that the C numbers of a position are one piece,
-    shard_00001 ...         and `samples`, the finished latents of its b pictures
+    shard_00001 ...         and `samples`, the finished latents of its b pictures; of sites with large maps also " map",
+                            their height and width: there H x W are cells, of which one position each is kept
     labels.safetensors      the pictures' classes, if somebody has told them (`save_labels`)
 
 A shard gets its name when it is written to the end. So whatever interrupts a capture, the shards that are there are
@@ -31,6 +32,7 @@ from .captured import Activations
 VERSION = 1
 INDEX, LABELS = "index.json", "labels.safetensors"
 SAMPLES = "samples"
+SIZE = " map"  # ends the name of a shard's height and width of a site's map of which not all positions are kept
 MOST = "most"  # in an index's info: how many pictures at most, of a capture that goes on until it has enough
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -44,7 +46,8 @@ class Index:
     sites: module names; progress: S, share of the sampling behind each step that is kept; pictures: how many in all;
     per_shard: how many in a shard (fewer in the last); seed: picture k starts from the noise that a host draws for
     place k of a batch under this seed; model: fingerprint of the weights; dtype: one of `DTYPES`; info: what else
-    decides the pictures (sampler, size, ...), JSON-able.
+    decides the pictures (sampler, size, ...), JSON-able; cells: of how many cells of a map one position each is kept
+    where it has more positions than that, 0 if all are.
     """
 
     sites: tuple[str, ...]
@@ -55,6 +58,7 @@ class Index:
     model: str
     dtype: str = "float16"
     info: Mapping[str, Any] = field(default_factory=dict)
+    cells: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
@@ -81,6 +85,8 @@ class Index:
         They do not tell where a capture stopped that was to go on until it had enough.
         """
         told = asdict(self) | {"pictures": self.info.get(MOST, self.pictures)}
+        if not self.cells:  # stores of version 0.4 and before do not tell
+            del told["cells"]
         return digest(json.dumps(told, sort_keys=True))
 
 
@@ -97,7 +103,9 @@ class Store:
         if site not in self.index.sites:
             raise DiffLensError(f"site {site} was not captured. There is: {', '.join(self.index.sites)}.")
         values = tuple(shard[site].movedim(-1, 2) for shard in self.shards)
-        return Activations(values, torch.tensor(self.index.progress), site, self.index.model)
+        size = self.shards[0].get(f"{site}{SIZE}")
+        own = None if size is None else (int(size[0]), int(size[1]))
+        return Activations(values, torch.tensor(self.index.progress), site, self.index.model, own)
 
     def samples(self) -> Tensor:
         """The finished latents of all pictures, in memory."""

@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..activations import Activations
+from ..activations import Activations, cells_of
 from ..classifiers import NO_CLASS
 from ..files import DiffLensError
 from ..sae import Latents, SparseAutoencoder, nearest_step
@@ -162,19 +162,6 @@ def add_by_class(total: Tensor, rows: Tensor, latents: Latents, labels: Tensor, 
     total.view(-1).index_add_(0, at.flatten(), rows.flatten())
 
 
-def coarse(size: tuple[int, int], most: int) -> tuple[int, int]:
-    """Rows and columns of a map of that height and width where it is divided into at most `most` cells, a square."""
-    columns = min(size[1], math.isqrt(most))
-    return min(size[0], most // columns), columns
-
-
-def cells_of(size: tuple[int, int]) -> Tensor:
-    """Which of at most `CELLS` cells each position of a map of that height and width lies in: P, int64."""
-    rows, columns = coarse(size, CELLS)
-    row, column = torch.arange(size[0]) * rows // size[0], torch.arange(size[1]) * columns // size[1]
-    return (row[:, None] * columns + column).flatten()
-
-
 def balancing_weights(labels: Tensor, others: Iterable[Tensor], rounds: int = 20, limit: float = 4.0) -> Tensor:
     """Weights (B) under which every class of `labels` shows the same mix of each other attribute.
 
@@ -266,7 +253,7 @@ def attribute_features(
     device = labels.device
     weights = known.float() if weights is None else weights * known
     shares = weights / torch.bincount(labels, weights, minlength=classes)[labels]  # of the picture in its class
-    cells = cells_of(activations.map if sae.kernel == 1 else (1, 1)).to(device)
+    cells = cells_of(activations.map if sae.kernel == 1 else (1, 1), CELLS).to(device)
     many, positions = torch.bincount(cells), len(cells)
     scores, activity = torch.zeros(classes, size, device=device), torch.zeros(len(labels), size, device=device)
     level = torch.zeros(classes, size, len(many), device=device)

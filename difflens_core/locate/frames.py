@@ -108,10 +108,11 @@ def fit_frames(
     In closed form from X^T X and X^T y; where a position is not the subject's only the first readout is asked for.
     """
     whole = activations.whole
-    height, width = whole.map
-    edges = in_positions(activations.frames, whole.map)
+    height, width = whole.full_map
+    edges = in_positions(activations.frames, whole.full_map)
     centre, side = (edges[:, :2] + edges[:, 2:]) / 2, (edges[:, 3] - edges[:, 1])
-    offset = centre[:, :, None] - places((height, width))  # B x 2 x P
+    apart = torch.tensor([[width / whole.map[1]], [height / whole.map[0]]])  # of what was captured, in positions
+    offset = centre[:, :, None] - places(whole.map) * apart  # B x 2 x P
     # Where there is no subject all is NaN, and nothing is the subject's.
     core = (offset.abs() < side[:, None, None] * torch.tensor(CORE)[:, None]).all(dim=1)
     wanted = torch.cat([core[:, None].float(), offset, side.log()[:, None, None].expand(-1, 1, core.shape[1])], dim=1)

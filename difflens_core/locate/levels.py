@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..activations import Activations, FramedActivations
+from ..activations import FINEST, Activations, FramedActivations, coarse
 from ..classifiers import NO_CLASS
 from ..sae import Normalisation, SparseAutoencoder
-from .attribution import SUPPORT, coarse, foreign, seen_together
+from .attribution import SUPPORT, foreign, seen_together
 from .frames import SIDE, sides
 from .probes import fit_logistic
 
 SHRINKAGE = 5.0  # of all coefficients but the classes' own levels, in pictures
 # Maps that levels are kept in: for what all classes have in common, for their differences, for what traits change.
 MEANS, GAPS, EFFECTS = 4, 8, 16
-FINEST = 256  # cells of a map by which levels are fitted; between the centres of cells of larger maps they are linear
 PLACES = 32  # patterns over the positions that the maps are made of
 WEIGHT_DECAY = 1e-3  # of the probes that read the traits
 
@@ -157,7 +156,8 @@ def fit_levels(
     class would. Nor have the traits of an attribute of which some are `foreign` to a class, and pictures that show such
     a trait in such a class do not count: many were misread. So what comes with a class goes with it: a picture that
     turns loses its beard, or its grey hair. The levels are b_0 + b_c; d, centred over the classes, is what tells one
-    class's difference from another's and is kept. The main effects e, the same for all classes, do what balancing
+    class's difference from another's and is kept. Of large maps cells are fitted, and what lies between the centres of
+    cells is linear. The main effects e, the same for all classes, do what balancing
     weights did. All of it is put `in_maps`.
     labels: B, NO_CLASS for a picture that does not count; others: the same of the other attributes, of which those
     count that vary. If none does, the levels are the classes' means. In their subjects' frames how large the subject is
@@ -181,12 +181,12 @@ def fit_levels(
     penalty = torch.full((x.shape[1],), SHRINKAGE, dtype=torch.float64)
     penalty[: 1 + classes] = 1e-6
     solve = torch.linalg.solve(x.T @ x + penalty.diag(), x.T).float()  # coefficients = solve @ rows
-    levels, effects, probes, size = [], [], [], activations.map
+    levels, effects, probes = [], [], []
     for s, progress in enumerate(activations.progress):
         step, found, pooled = normalisation.step_at(float(progress)), torch.zeros(()), []
         for first, values in activations.batches(s):
             rows, means = rows_of(values, step)
-            rows = in_cells(rows, size)
+            rows = in_cells(rows, activations.map)
             found = found + torch.einsum("pb,bfi->pfi", solve[:, first : first + len(values)], rows)
             pooled.append(means)
         base, per_class = found[:1] + found[1 : 1 + classes], found[1 + classes + u.shape[1] :]
@@ -199,7 +199,7 @@ def fit_levels(
     fitted = in_maps(
         torch.stack(levels), torch.stack(effects), weight, bias, {n: names for n, (names, _) in others.items()}
     )
-    return replace(fitted, places=out_of_cells(fitted.places, size))
+    return replace(fitted, places=out_of_cells(fitted.places, coarse(activations.map, FINEST), activations.full_map))
 
 
 def in_cells(rows: Tensor, size: tuple[int, int]) -> Tensor:
@@ -209,11 +209,11 @@ def in_cells(rows: Tensor, size: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(rows.unflatten(2, size), coarse(size, FINEST)).flatten(2)
 
 
-def out_of_cells(places: Tensor, size: tuple[int, int]) -> Tensor:
-    """Patterns over such cells (D x C) as patterns over the positions (D x P)."""
-    if size[0] * size[1] <= FINEST or places.shape[1] == 1:
+def out_of_cells(places: Tensor, cells: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Patterns over so many rows and columns of cells (D x C) as patterns over a map of that height and width."""
+    if cells == size or places.shape[1] == 1:
         return places
-    return F.interpolate(places.unflatten(1, coarse(size, FINEST))[None], size, mode="bilinear")[0].flatten(1)
+    return F.interpolate(places.unflatten(1, cells)[None], size, mode="bilinear")[0].flatten(1)
 
 
 def trait_probes(pooled: Tensor, others: Labelled) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,7 @@ def build_recipe(
         attribution.attribute, classes, sae.site, model, chosen, encoder, bias, threshold, sae.decoder[chosen],
         member, levels, probe_weight, probe_bias, normalisation,
         strength=(1.0,) * len(classes), start=start, end=end,
-        map=activations.map if sae.kernel == 1 else None, frame=frame, hold=True,
+        map=activations.full_map if sae.kernel == 1 else None, frame=frame, hold=True,
         info=info,
     )  # fmt: skip
 

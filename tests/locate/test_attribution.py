@@ -21,12 +21,9 @@ from difflens_core.locate import (
     train_probes,
 )
 from difflens_core.locate.attribution import (
-    CELLS,
     activation_gradient,
     add_by_class,
-    cells_of,
     class_differences,
-    coarse,
     difference,
     path_integral,
     tied,
@@ -158,18 +155,6 @@ def test_weights_count_as_so_many_pictures(toys):
     for given in (activations, cut):
         found = attribute_features(given, sae, toys.probes(), LABELS, weights=weights.float())
         torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("size", [(8, 8), (16, 16), (24, 8), (5, 40), (300, 1), (1, 1), (3, 2)])
-def test_a_map_is_divided_into_at_most_so_many_cells_side_by_side(size):
-    cells = cells_of(size)
-    rows, columns = coarse(size, CELLS)
-    assert rows * columns <= CELLS and cells.unique().tolist() == list(range(rows * columns))
-    if size[0] * size[1] <= CELLS:
-        assert cells.tolist() == list(range(size[0] * size[1]))
-    where = [(cells.view(size) == cell).nonzero() for cell in range(rows * columns)]
-    spans = [of.amax(dim=0) - of.amin(dim=0) + 1 for of in where]
-    assert all(len(of) == span.prod() for of, span in zip(where, spans, strict=True)), "cells are rectangles"
 
 
 def test_of_large_maps_cells_are_scored_by_their_means(toys):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from difflens_core.activations import GRID, Activations, FramedActivations
+from difflens_core.activations import FINEST, GRID, Activations, FramedActivations
 from difflens_core.classifiers import NO_CLASS
 from difflens_core.locate import channel_rows, fit_levels, latent_rows
 from difflens_core.locate.attribution import SUPPORT
 from difflens_core.locate.frames import SIDE
-from difflens_core.locate.levels import FINEST, PLACES, SHRINKAGE, in_few_maps, in_few_places
+from difflens_core.locate.levels import PLACES, SHRINKAGE, in_few_maps, in_few_places
 from difflens_core.sae import Normalisation
 
 PICTURES, CLASSES = 90, 2
@@ -177,7 +177,7 @@ def test_in_frames_the_size_of_the_subject_is_a_trait_and_pictures_without_one_d
     assert gap[:, [0, 1, 3, 4, 5]].abs().max() < 0.2
 
 
-@pytest.mark.parametrize("size", [(20, 24), (300, 1), (4, 80)])
+@pytest.mark.parametrize("size", [(20, 24), (300, 1), (4, 80), (5, 40)])
 def test_levels_of_large_maps_are_fitted_on_cells_and_laid_back(toys, size):
     """What is linear over the map comes back as it was, but for half a cell at its edges."""
     y, x = torch.meshgrid(torch.arange(size[0]) / size[0], torch.arange(size[1]) / size[1], indexing="ij")
