@@ -162,13 +162,15 @@ def capture(
     most: int = 0,
     enough: Callable[[Tensor], bool] = lambda latents: True,
     cells: int = FINEST,
+    room: Callable[[int], None] = lambda needed: None,
 ) -> Store:
     """Sample `count` pictures, `batch` at once, keeping what `sites` put out at the steps whose progress is in `span`.
 
     Kept in memory or in `folder`, where a capture that was cut off is gone on with: see `record`. The store's samples
     are the finished latents. If `most` is more than `count`, it goes on until enough(finished latents), which is told
     of every batch in turn, or until so many are there. Of maps with more than `cells` positions, one in each of so many
-    cells is kept (0: all are).
+    cells is kept (0: all are). room is told, once the first batch is there, how many bytes all that are to be drawn
+    will take, and may raise.
     """
     steps = [step for step, progress in enumerate(sampler.progress) if span[0] <= progress <= span[1]]
     if not steps:
@@ -179,7 +181,7 @@ def capture(
         mark = begun
     info = dict(sampler.info) | ({MOST: most} if most > count else {})
     index = Index(tuple(sites), progress, max(count, most), min(batch, count), seed, mark, dtype, info, cells)
-    drawn = 0
+    drawn, asked = 0, False
 
     def is_enough(latents: Tensor) -> bool:
         nonlocal drawn
@@ -192,7 +194,12 @@ def capture(
         latents = sampler.sample(noise, images, kept=kept)
         on_batch(first + len(noise))
         sizes = {f"{one.site}{SIZE}": torch.tensor(one.size) for one in kept if one.size}
-        return {one.site: one.taken() for one in kept} | sizes | {SAMPLES: latents.cpu()}
+        shard = {one.site: one.taken() for one in kept} | sizes | {SAMPLES: latents.cpu()}
+        nonlocal asked
+        if not asked:
+            asked = True
+            room(sum(tensor.nbytes for tensor in shard.values()) * max(0, count - first) // len(noise))
+        return shard
 
     return record(index, noise_batches(sampler.shape, index.pictures, seed, batch), draw, folder, is_enough)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -21,6 +23,8 @@ from torch import Tensor
 from ...difflens_core.files import DiffLensError
 
 log = logging.getLogger("difflens")
+EVERY = 5.0  # seconds between two words on the time left
+_told: dict[str, str] = {}  # what stands on the nodes
 
 
 @contextmanager
@@ -38,6 +42,7 @@ def clear_errors(execute: Callable) -> Callable:
 
     @functools.wraps(execute)
     def wrapper(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
+        _told.pop(node_id() or "", None)
         with named(cls.define_schema().display_name):
             return execute(cls, *args, **kwargs)
 
@@ -45,8 +50,15 @@ def clear_errors(execute: Callable) -> Callable:
 
 
 def tell(node_id: str | None, text: str) -> None:
-    """Show a text on a node of the page."""
-    if node_id is not None and getattr(PromptServer, "instance", None):
+    """Show a text on a node of the page, until it is run again."""
+    if node_id is not None:
+        _told[node_id] = text
+        show(node_id, text)
+
+
+def show(node_id: str, text: str) -> None:
+    """Show a text on a node of the page, instead of what is there."""
+    if getattr(PromptServer, "instance", None):
         PromptServer.instance.send_progress_text(text, node_id)
 
 
@@ -67,24 +79,57 @@ def warn(cls: type[io.ComfyNode], sentences: Sequence[str]) -> None:
 Preview = tuple[str, Image.Image, int]
 
 
-def progress_bar(total: int) -> Callable[[int, Preview | None], None]:
-    """A function to call with the work done so far and maybe a preview; it raises when the user has pressed Cancel."""
-    bar = comfy.utils.ProgressBar(total)
+@dataclass
+class TimeLeft:
+    """How much longer work takes, by the time that its parts took so far; began: when how much was done, last: told."""
 
-    def report(done: int, preview: Preview | None = None) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, total, preview)
+    began: tuple[float, int] | None = None
+    last: float = 0.0
 
-    return report
+    def told(self, done: int, total: int, now: float) -> str | None:
+        """A sentence, every few seconds; "" when all is done, None where there is nothing new to tell."""
+        start, first = self.began = self.began or (now, done)
+        if done >= total:
+            return "" if self.last else None
+        if done <= first or now - max(start, self.last) < EVERY:
+            return None
+        left = (now - start) * (total - done) / (done - first)
+        if not self.last and left < EVERY:
+            return None
+        self.last = now
+        return f"{in_words(left)} left"
+
+
+def in_words(seconds: float) -> str:
+    """A length of time, roughly."""
+    if seconds < 90:
+        return "about a minute" if seconds > 45 else "less than a minute"
+    if seconds < 90 * 60:
+        return f"about {seconds / 60:.0f} minutes"
+    return f"about {seconds / 3600:.0f} hours" if seconds > 2.5 * 3600 else f"about {seconds / 3600:.1f} hours"
 
 
 def progress_of_total() -> Callable[[int, int, Preview | None], None]:
-    """Like `progress_bar` for work whose size is only known on the way: call it with the work done and the total."""
+    """A function to call with the work done so far, all there is to do, and maybe a preview.
+
+    It shows the time left on the node, and raises when the user has pressed Cancel.
+    """
+    bar, clock, node = comfy.utils.ProgressBar(1), TimeLeft(), node_id()
 
     def report(done: int, total: int, preview: Preview | None = None) -> None:
-        progress_bar(total)(done, preview)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total, preview)
+        time_left = clock.told(done, total, time.monotonic())
+        if node is not None and time_left is not None:
+            show(node, " ".join(filter(None, [_told.get(node), time_left])))
 
     return report
+
+
+def progress_bar(total: int) -> Callable[[int, Preview | None], None]:
+    """The same for work whose size is known."""
+    report = progress_of_total()
+    return lambda done, preview=None: report(done, total, preview)
 
 
 def preview(picture: np.ndarray) -> Preview:

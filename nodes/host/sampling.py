@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import comfy.sample
 import comfy.samplers
 import comfy.sd
 import latent_preview
+import psutil
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -42,6 +44,7 @@ from .runs import progress_of
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
 SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
 ADD_NONE = ("res_multistep", "res_multistep_cfg_pp")  # they could add noise, and do not
+WORTH_TELLING = 10**8  # bytes of a capture
 SAME = 2e-6  # difference of progress, which is rounded, up to which two noise levels are one
 
 
@@ -274,8 +277,25 @@ def capture(
     )  # fmt: skip
     batch = len(latent["samples"])
     return capture_with(
-        sampler, pictures, seed, batch, sites, span, dtype, folder, most=most, enough=enough
+        sampler, pictures, seed, batch, sites, span, dtype, folder, most=most, enough=enough,
+        room=functools.partial(check_room, folder),
     )  # fmt: skip
+
+
+def check_room(folder: Path | None, needed: int) -> None:
+    """Say how many bytes a capture takes, and raise `DiffLensError` if there is no room: in `folder`, or in memory."""
+    if folder is None:
+        free, place, other = psutil.virtual_memory().available, "in main memory", "Name a folder in save_as, or draw"
+    else:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free, place, other = shutil.disk_usage(there).free, "on the disk", "Make room there, or draw"
+    if needed > free:
+        raise DiffLensError(
+            f"the capture takes {needed / 1e9:.1f} GB {place}, where {free / 1e9:.1f} GB are free. {other} fewer "
+            "pictures, fewer sites, or a shorter part of the sampling."
+        )
+    if needed > WORTH_TELLING:
+        tell(node_id(), f"takes {needed / 1e9:.1f} GB {place}.")
 
 
 def experiment_noise(sampler: HostSampler, pictures: int) -> Tensor:

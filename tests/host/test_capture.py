@@ -113,3 +113,22 @@ def test_a_capture_and_a_training_can_be_cancelled(server):
     graph = Avatars()
     saved = graph.save(graph.draw(seed=21))
     assert latents(server, server.run(to_api(graph)), saved).std() > 0.1
+
+
+def test_a_capture_for_which_there_is_no_room_is_refused_after_its_first_batch(server):
+    graph = Avatars(pictures=2)
+    captured = graph.capture(pictures=65536, steps=40)
+    graph.add("PreviewImage", images=captured[1])
+    with pytest.raises(HostError, match=r"takes 89\.\d GB in main memory, where \d+\.\d GB are free\. Name a folder"):
+        server.run(to_api(graph))
+
+
+def test_the_time_left_is_told_now_and_then_by_what_was_done(inside):
+    clock = inside.pack_module("nodes.host.progress").TimeLeft()
+    told = {now: clock.told(done, 100, float(now)) for now, done in ((1, 20), (3, 21), (9, 24), (12, 30), (16, 60))}
+    assert told == {1: None, 3: None, 9: "about 3 minutes left", 12: None, 16: "less than a minute left"}
+    assert clock.told(100, 100, 20.0) == ""
+    words = inside.pack_module("nodes.host.progress").in_words
+    assert [words(s) for s in (60, 1200, 7200, 18000)] == [
+        "about a minute", "about 20 minutes", "about 2.0 hours", "about 5 hours"
+    ]  # fmt: skip
