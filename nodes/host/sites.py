@@ -8,6 +8,8 @@ from typing import Any
 
 import comfy.utils
 from comfy.ldm.flux.layers import DoubleStreamBlock
+from comfy.ldm.hunyuan_video.model import HunyuanVideo
+from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.diffusionmodules.mmdit import JointBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential, UNetModel
 from comfy.ldm.qwen_image.model import QwenImageTransformerBlock
@@ -26,6 +28,9 @@ TWO_STREAMS = {
     (JointBlock, "joint_blocks"): (1, 1),
     (QwenImageTransformerBlock, "transformer_blocks"): (1, "hidden_states"),
 }
+# Stacks whose blocks have the picture's tokens last, behind the text's and those of references, by their network.
+LAST = ((HunyuanVideo, ("double_blocks", "single_blocks")), (NextDiT, ("layers", "noise_refiner")))
+WITHOUT_PICTURE = ("context_refiner", "siglip_refiner")  # stacks through which no token of the picture goes
 ONE_STREAM = "single_blocks"  # blocks of this stack have the text's tokens before the picture's
 # Stacks of blocks by diffusers' names, and what ComfyUI's networks call them.
 STACKS = {
@@ -99,7 +104,7 @@ def some_sites(model: ModelPatcher) -> list[str]:
         return [*down, MIDDLE_BLOCK, *up]
     found = []
     for name, module in network.named_children():
-        if type(module) is nn.ModuleList:
+        if type(module) is nn.ModuleList and name not in WITHOUT_PICTURE:
             found += three(name)
         if isinstance(module, Stack):
             found.append(f"{name}.0")
@@ -125,6 +130,14 @@ def place_of(network: nn.Module, site: str) -> tuple[int | None, int | str]:
     return next(by_class, None) or next(by_stack, (None, 0))
 
 
+def padded_to(network: nn.Module, site: str) -> int | None:
+    """Of what the picture's tokens are filled up to a multiple, where they are the last ones; else None."""
+    stack = site.removesuffix(UPDATE).rpartition(".")[0]
+    if not any(isinstance(network, kind) and stack in stacks for kind, stacks in LAST):
+        return None
+    return getattr(network, "pad_tokens_multiple", None) or 1
+
+
 def picture_grid(network: nn.Module, x: Tensor) -> tuple[int, int] | None:
     """Sides of the map that the picture's tokens form for latents x (B x C x ... x H x W), frames below each other.
 
@@ -143,13 +156,13 @@ class Picture(Whole):
     """The picture's part of what a module takes and gives, tokens as a map as the picture lies.
 
     Blocks of two streams hand the picture on beside the text, Flux's single blocks behind it (`img_slice`). Tokens of
-    reference pictures follow the picture's own and are left out.
+    reference pictures follow the picture's own, in the networks of `LAST` come before them, and are left out.
     """
 
     def __init__(self, network: nn.Module, site: str, x: Tensor, text: int = 0):
         """`x`: the latents that the network is run on; text: how many tokens of text it is given."""
         self.place, self.argument = place_of(network, site)
-        self.site, self.grid = site, picture_grid(network, x)
+        self.site, self.grid, self.padded = site, picture_grid(network, x), padded_to(network, site)
         self.text = text if site.removesuffix(UPDATE).rpartition(".")[0] == ONE_STREAM else None
 
     def given(self, args: tuple, kwargs: dict) -> Tensor:
@@ -199,8 +212,10 @@ class Picture(Whole):
         elif self.text is not None:  # a block that is not told where its picture is
             known, first = True, self.text
         count = math.prod(self.grid) if self.grid else found.shape[1] - first
+        if self.padded:
+            known, first = True, found.shape[1] - math.ceil(count / self.padded) * self.padded
         left = found.shape[1] - first - count
-        if left < 0 or (left and not known):
+        if left < 0 or first < 0 or (left and not known):
             raise DiffLensError(
                 f"{self.site} has {found.shape[1]} tokens, the picture has {count}, and which of them are the "
                 "picture's is not known. Use a whole block."

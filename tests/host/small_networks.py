@@ -31,6 +31,11 @@ CLIPS = XL | {
     "use_temporal_attention": True, "use_temporal_resblock": True, "extra_ff_mix_layer": True,
     "merge_strategy": "learned_with_images", "merge_factor": 0.5, "video_kernel_size": [3, 1, 1],
 }  # fmt: skip
+LUMINA = {
+    "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 48, "n_layers": 2, "n_refiner_layers": 2,
+    "n_heads": 2, "n_kv_heads": 1, "multiple_of": 16, "qk_norm": True, "cap_feat_dim": 16, "axes_dims": [8, 8, 8],
+    "axes_lens": [64, 64, 64],
+}  # fmt: skip
 # Of each family a class of configurations, its sizes and the channels of its latents. Prompts are 16 wide.
 SMALL = {
     "SD1.5": (families.SD15, UNET, 4),
@@ -75,6 +80,25 @@ SMALL = {
         },
         16,
     ),
+    "Lumina": (families.Lumina2, LUMINA, 16),
+    "Z-Image": (
+        families.ZImage,
+        LUMINA | {
+            "z_image_modulation": True, "pad_tokens_multiple": 32, "time_scale": 1000.0, "dim": 288, "n_heads": 12,
+        },
+        16,
+    ),
+    "HunyuanVideo": (
+        families.HunyuanVideo,
+        {
+            "image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8,
+            "context_in_dim": 16, "hidden_size": 48, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2,
+            "depth_single_blocks": 2, "axes_dim": [8, 8, 8], "theta": 256, "patch_size": [1, 2, 2], "qkv_bias": True,
+            "guidance_embed": True, "byt5": False, "meanflow": False, "use_cond_type_embedding": False,
+            "vision_in_dim": None, "meanflow_sum": False,
+        },
+        16,
+    ),
 }  # fmt: skip
 # The sizes of the true architectures, where they are others.
 FULL = {
@@ -84,8 +108,8 @@ FULL = {
         "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
     },
 }  # fmt: skip
-POOLED = {"SDXL": 1280, "Flux": 8, "SD3": 8}
-VIDEO = ("Qwen-Image", "Wan")  # their latents have frames
+POOLED = {"SDXL": 1280, "Flux": 8, "SD3": 8, "HunyuanVideo": 8}
+VIDEO = ("Qwen-Image", "Wan", "HunyuanVideo")  # their latents have frames
 
 
 @functools.cache

@@ -17,6 +17,11 @@ DITS = [
     ("SD3", "joint_blocks.0", "joint_blocks.1"),
     ("Qwen-Image", "transformer_blocks.0", "transformer_blocks.1"),
     ("Wan", "blocks.0", "blocks.1"),
+    ("Lumina", "layers.0", "layers.1"),
+    ("Z-Image", "layers.0", "layers.1"),
+    ("Z-Image", "noise_refiner.0", "noise_refiner.1"),
+    ("HunyuanVideo", "double_blocks.0", "double_blocks.1"),
+    ("HunyuanVideo", "single_blocks.0", "single_blocks.1"),
 ]
 
 
@@ -217,11 +222,15 @@ def test_a_site_that_is_not_there_or_never_run_is_refused(inside, site, message)
         inside.host.site_width(inside.model("SD1.5"), site)
 
 
-def test_some_sites_of_a_transformer_are_blocks_of_its_stacks(inside):
-    model = inside.model("Flux")
+@pytest.mark.parametrize(("family", "stacks"), [
+    ("Flux", ("double_blocks", "single_blocks")), ("HunyuanVideo", ("double_blocks", "single_blocks")),
+    ("Z-Image", ("noise_refiner", "layers")),
+])  # fmt: skip
+def test_some_sites_of_a_transformer_are_blocks_of_its_stacks(inside, family, stacks):
+    model = inside.model(family)
     sites = inside.host.some_sites(model)
-    assert sites == ["double_blocks.0", "double_blocks.1", "single_blocks.0", "single_blocks.1"]
-    captured(inside, model, inside.prompt("Flux", 1), inside.latent("Flux"), sites)
+    assert sites == [f"{stack}.{i}" for stack in stacks for i in (0, 1)]
+    captured(inside, model, inside.prompt(family, 1), inside.latent(family), sites)
 
 
 # --- tokens ---
@@ -229,9 +238,12 @@ def test_some_sites_of_a_transformer_are_blocks_of_its_stacks(inside):
 
 def streams(family, name, given):
     """Text and picture tokens that a block gets (text is None where it travels apart)."""
-    if family == "Flux" and name.startswith("double"):
+    if name.startswith("double"):
         return given["txt"], given["img"]
-    if family == "Flux":
+    if family == "Z-Image":  # both filled up to 32 or 64
+        text = 0 if name.startswith("noise") else 32
+        return given[0][:, :text], given[0][:, text : text + 48]
+    if family in ("Flux", "HunyuanVideo", "Lumina"):
         return given[0][:, :8], given[0][:, 8:]
     if family == "SD3":
         return given[0], given[1]
@@ -240,8 +252,8 @@ def streams(family, name, given):
     return None, given[0]
 
 
-def watched(inside, family, model, names, positive, latent):
-    """The streams that the blocks `names` get in the first step of sampling."""
+def watched(inside, family, model, names, positive, latent, whole=False):
+    """The streams that the blocks `names` get in the first step of sampling, or all that they get."""
     seen, handles = {}, []
     for name in names:
 
@@ -256,7 +268,7 @@ def watched(inside, family, model, names, positive, latent):
     finally:
         for handle in handles:
             handle.remove()
-    return [streams(family, name, seen[name]) for name in names]
+    return [seen[name] if whole else streams(family, name, seen[name]) for name in names]
 
 
 @pytest.mark.parametrize(("family", "site", "following"), DITS)
@@ -277,7 +289,9 @@ def test_what_is_captured_of_a_block_are_its_picture_tokens_in_their_places(insi
 @pytest.mark.parametrize(("family", "site", "following"), DITS)
 def test_steering_a_block_changes_its_picture_tokens_alone(inside, family, site, following, ending):
     model, latent, positive = inside.model(family), inside.latent(family, PICTURES, 12, 16), inside.prompt(family, 1)
-    push = torch.randn(PICTURES, 64 if family == "SD3" else 48, 6, 8, generator=torch.Generator().manual_seed(6))
+    push = torch.randn(
+        PICTURES, {"SD3": 64, "Z-Image": 288}.get(family, 48), 6, 8, generator=torch.Generator().manual_seed(6)
+    )
     steered = inside.host.apply_site(model, site + ending, lambda h, _, images: h + push[images], "Steer")
     ((text, picture),) = watched(inside, family, model, [following], positive, latent)
     ((new_text, new_picture),) = watched(inside, family, steered, [following], positive, latent)
@@ -297,14 +311,29 @@ def test_tokens_inside_a_u_net_lie_as_its_map_does(inside):
     assert tokens.shape == update.shape == (1, PICTURES, 32, 24, 8)
 
 
-def test_tokens_of_reference_pictures_stay_out_of_it(inside):
-    model, latent = inside.model("Flux"), inside.latent("Flux", PICTURES, 12, 16)
-    ((tokens, more),) = inside.prompt("Flux", 1)
-    reference = {"reference_latents": [torch.randn(1, 16, 8, 8)]}
-    for site in ("double_blocks.0", "single_blocks.0"):
-        (found,), _ = captured(inside, model, [[tokens, more | reference]], latent, [site])
-        (plain,), _ = captured(inside, model, [[tokens, more]], latent, [site])
-        assert found.shape == plain.shape == (1, PICTURES, 48, 6, 8) and not torch.equal(found, plain)
+# Of a family reference pictures, a site, the block after it, and where in what that gets the picture's 48 tokens are.
+REFERENCES = [
+    ("Flux", {"reference_latents": [torch.ones(1, 16, 8, 8)]}, "double_blocks.0", "double_blocks.1", slice(0, 48)),
+    ("Flux", {"reference_latents": [torch.ones(1, 16, 8, 8)]}, "single_blocks.0", "single_blocks.1", slice(8, 56)),
+    ("HunyuanVideo", {"ref_latent": torch.ones(1, 16, 1, 12, 16)}, "double_blocks.0", "double_blocks.1", slice(48, 96)),
+    ("HunyuanVideo", {"ref_latent": torch.ones(1, 16, 1, 12, 16)}, "single_blocks.0", "single_blocks.1",
+     slice(56, 104)),
+    ("Z-Image", {"reference_latents": [torch.ones(1, 16, 8, 8)]}, "noise_refiner.0", "noise_refiner.1", slice(32, 80)),
+    ("Z-Image", {"reference_latents": [torch.ones(1, 16, 8, 8)]}, "layers.0", "layers.1", slice(96, 144)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "reference", "site", "following", "place"), REFERENCES)
+def test_tokens_of_reference_pictures_stay_out_of_it(inside, family, reference, site, following, place):
+    pictures = 1 if family == "HunyuanVideo" else PICTURES  # of more with a reference the host makes an error
+    model, latent = inside.model(family), inside.latent(family, pictures, 12, 16)
+    ((tokens, more),) = inside.prompt(family, 1)
+    positive = [[tokens, more | reference]]
+    (found,), _ = captured(inside, model, positive, latent, [site], pictures=pictures)
+    (plain,), _ = captured(inside, model, [[tokens, more]], latent, [site], pictures=pictures)
+    assert found.shape == plain.shape and found.shape[3:] == (6, 8) and not torch.equal(found, plain)
+    given = watched(inside, family, model, [following], positive, latent, whole=True)[0]
+    close(found[0].flatten(2).transpose(1, 2), (given["img"] if "img" in given else given[0])[:, place])
 
 
 def test_tokens_of_which_nobody_knows_the_pictures_are_refused(inside):
@@ -335,7 +364,8 @@ CHAINS = [
     ("SD1.5", "mid_block", 1), ("SD1.5", "middle_block", 2), ("SD1.5", "down_blocks.2.attentions.1 update", 1),
     ("SDXL", "mid_block", 1), ("SDXL", "up_blocks.0.attentions.1 update", 1), ("Flux", "double_blocks.1", 1),
     ("Flux", "single_blocks.0 update", 1), ("SD3", "transformer_blocks.1", 1), ("Wan", "blocks.0", 1),
-    ("Qwen-Image", "transformer_blocks.0", 1),
+    ("Qwen-Image", "transformer_blocks.0", 1), ("Lumina", "layers.0", 1), ("Z-Image", "layers.0 update", 1),
+    ("HunyuanVideo", "double_blocks.1", 1),
 ]  # fmt: skip
 
 
