@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..difflens_core.activations import ROWS
 from ..difflens_core.activations import Activations as CapturedActivations
 from ..difflens_core.classifiers import faces_missing
 from ..difflens_core.files import DiffLensError
@@ -136,6 +137,7 @@ class AttributeFeatures(io.ComfyNode):
         steps = len(activations.progress)
         report = host.progress_bar(2 * steps)
         weights = balancing_weights(labels.indices, [indices for _, indices in labels.others.values()])
+        sae = sae.to(host.training_device(locating_bytes(sae)))
         found = attribute_features(
             activations, sae, probes, labels.indices, method, weights, baseline=baseline, on_step=report
         )
@@ -155,6 +157,11 @@ FOLLOWS = (
     "The subjects are at different places, or of different sizes: the recipe finds the subject of each picture and "
     "steers there, at any size of picture."
 )
+
+
+def locating_bytes(sae: SparseAutoencoder) -> int:
+    """What an SAE takes where it encodes a batch of rows, with room for copies."""
+    return 4 * (2 * sae.encoder.numel() + 3 * ROWS * sae.latents)
 
 
 def check_sae(sae: SparseAutoencoder, activations: CapturedActivations) -> None:

@@ -122,7 +122,7 @@ class TrainSAE(io.ComfyNode):
             some = held_out.part(0, VALIDATION_PICTURES)
             device = host.training_device(training_bytes(options, activations.width))
             sae = train_sae(train, options, on_step, checkpoint, some, device)
-        quality = measure_sae(sae, held_out)
+        quality = measure_sae(sae.to(device), held_out)
         sae = replace(sae, info={**sae.info, "held_out": asdict(quality)})
         if path:
             save_sae(path, sae)

@@ -1,7 +1,7 @@
 """What the denoiser computes inside: the sites where it is read and changed, and the activations captured there."""
 
 from .capture import Draw, Edit, Kept, Sampler, at_step, capture, noise_batches
-from .captured import Activations
+from .captured import ROWS, Activations
 from .cells import FINEST, cells_of, coarse, one_of_each
 from .differentiable import Leaf, OnPrediction, differentiable
 from .frames import GRID, FramedActivations, into_frames, out_of_frames, slopes_in_frames
@@ -25,6 +25,7 @@ __all__ = [
     "Kept",
     "Leaf",
     "OnPrediction",
+    "ROWS",
     "Rehearsal",
     "SAMPLES",
     "Sampler",

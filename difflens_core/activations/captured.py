@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..files import DiffLensError
 
+ROWS = 4096  # that are read at once
 WINDOW = 2**31  # bytes of shards that a training step draws from: what fits in main memory beside the rest
 
 
@@ -73,7 +74,7 @@ class Activations:
         """All as one tensor S x B x C x H x W: a copy in memory if there is more than one shard."""
         return self.shards[0] if len(self.shards) == 1 else torch.cat(self.shards, dim=1)
 
-    def batches(self, step: int, rows: int = 4096) -> Iterator[tuple[int, Tensor]]:
+    def batches(self, step: int, rows: int = ROWS) -> Iterator[tuple[int, Tensor]]:
         """All pictures of a step in turn: the number of the first, and values b x C x H x W.
 
         They have at most `rows` positions together; a picture larger than that comes alone. Raises `DiffLensError` at

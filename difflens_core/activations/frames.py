@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .captured import Activations
+from .captured import ROWS, Activations
 
 GRID = 8  # cells a side of the frame
 
@@ -96,7 +96,7 @@ class FramedActivations(Activations):
         """All as one tensor S x B x C x GRID x GRID: a copy in memory."""
         return torch.stack([into_frames(values, self.known_frames) for values in self.whole.values])
 
-    def batches(self, step: int, rows: int = 4096) -> Iterator[tuple[int, Tensor]]:
+    def batches(self, step: int, rows: int = ROWS) -> Iterator[tuple[int, Tensor]]:
         """See `Activations.batches`; in fp32."""
         for first, values in self.whole.batches(step, rows):
             yield first, into_frames(values, self.known_frames[first : first + len(values)])

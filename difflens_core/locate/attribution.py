@@ -241,6 +241,7 @@ def attribute_features(
     weights: B, how much each picture counts in its class's mean activity (`balancing_weights`); all alike if None.
     baseline: where the path of integrated gradients begins instead of at no latents: the same noises drawn under
     another prompt, such as that of another class (the DiffLens paper's way for Stable Diffusion).
+    It runs where the SAE is; the result is on the CPU.
     """
     if method not in METHODS:
         raise DiffLensError(f"attribution method {method!r} is unknown. Use one of: {', '.join(METHODS)}.")
@@ -248,10 +249,11 @@ def attribute_features(
     if baseline:
         check_baseline(baseline, activations, method)
     classes, size = len(probes.classes), sae.latents
+    device = sae.device
+    labels, probes = labels.to(device), probes.to(device)
     known, labels = labels != NO_CLASS, labels.clamp(min=0)
     counts = torch.bincount(labels, known.float(), minlength=classes)
-    device = labels.device
-    weights = known.float() if weights is None else weights * known
+    weights = known.float() if weights is None else weights.to(device) * known
     shares = weights / torch.bincount(labels, weights, minlength=classes)[labels]  # of the picture in its class
     cells = cells_of(activations.map if sae.kernel == 1 else (1, 1), CELLS).to(device)
     many, positions = torch.bincount(cells), len(cells)
@@ -290,9 +292,10 @@ def attribute_features(
             scores += written * sae.decoder.square().sum(dim=1)
         on_step(s + 1)
     activity /= positions * len(activations.progress)
+    more, margin = class_differences(activity, labels, shares, classes)
     return Attribution(
-        scores, activations.progress, float(worst) if method == "integrated gradients" else None, probes.attribute,
-        probes.classes, method, *class_differences(activity, labels, shares, classes),
+        scores.cpu(), activations.progress, float(worst) if method == "integrated gradients" else None,
+        probes.attribute, probes.classes, method, more.cpu(), margin.cpu(),
     )  # fmt: skip
 
 

@@ -113,14 +113,15 @@ def varies(classes: tuple[str, ...], labels: Tensor) -> bool:
 
 
 def latent_rows(sae: SparseAutoencoder, features: Tensor) -> RowsOf:
-    """Activity of the SAE's latents `features` (F)."""
-    place = torch.full((sae.latents,), len(features)).scatter_(0, features, torch.arange(len(features)))
+    """Activity of the SAE's latents `features` (F), computed where the SAE is."""
+    place = torch.full((sae.latents,), len(features)).scatter_(0, features, torch.arange(len(features))).to(sae.device)
 
     def rows_of(values: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        latents = sae.encode(values, step)
+        rows = sae.rows(values.to(sae.device), step)
+        latents = sae.encode_rows(rows)
         dense = latents.values.new_zeros(*latents.values.shape[:2], len(features) + 1)
         dense.scatter_(2, place[latents.indices], latents.values)
-        return dense[..., :-1].transpose(1, 2), sae.rows(values, step).mean(dim=1)
+        return dense[..., :-1].transpose(1, 2).cpu(), rows.mean(dim=1).cpu()
 
     return rows_of
 

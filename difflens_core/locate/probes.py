@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +33,10 @@ class Probes:
     accuracy: Tensor
     attribute: str
     classes: tuple[str, ...]
+
+    def to(self, device: torch.device) -> Probes:
+        """The same on a device."""
+        return replace(self, weight=self.weight.to(device), bias=self.bias.to(device))
 
     def step_at(self, progress: float) -> int:
         return nearest_step(self.progress, progress)

@@ -155,6 +155,11 @@ class SparseAutoencoder:
         return self.encoder.shape[0]
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.decoder.device
+
+    @property
     def gate(self) -> Tensor:
         """What a pre-activation must exceed to count (N or scalar, not negative). Says nothing of TopK's rivalry."""
         return torch.zeros((), device=self.encoder.device) if self.threshold is None else self.threshold.clamp(min=0)

@@ -34,19 +34,20 @@ def hold_out(activations: Activations) -> tuple[Activations, Activations]:
 
 @torch.no_grad()
 def measure_sae(sae: SparseAutoencoder, activations: Activations) -> Quality:
-    """Quality on `activations` (use pictures that the SAE was not trained on)."""
+    """Quality on `activations` (use pictures that the SAE was not trained on), measured where the SAE is."""
     error = variance = active = 0.0
-    fired = torch.zeros(sae.latents, dtype=torch.bool)
+    exact = torch.float32 if sae.device.type == "mps" else torch.float64  # which that device lacks
+    fired = torch.zeros(sae.latents, dtype=torch.bool, device=sae.device)
     rows_of_step = activations.pictures * activations.positions // sae.kernel**2
     for s, progress in enumerate(activations.progress):
         step = sae.normalisation.step_at(float(progress))
-        total = torch.zeros(sae.width, dtype=torch.float64)
+        total = torch.zeros(sae.width, dtype=exact, device=sae.device)
         for _, values in activations.batches(s):
-            rows = sae.rows(values, step)
+            rows = sae.rows(values.to(sae.device), step)
             latents = sae.encode_rows(rows)
-            error += float((rows - sae.decode(latents)).double().square().sum())
-            variance += float(rows.double().square().sum())
-            total += rows.double().sum(dim=(0, 1))
+            error += float((rows - sae.decode(latents)).to(exact).square().sum())
+            variance += float(rows.to(exact).square().sum())
+            total += rows.to(exact).sum(dim=(0, 1))
             active += float((latents.values > 0).sum())
             fired[latents.indices[latents.values > 0]] = True
         variance -= float(total.square().sum()) / rows_of_step

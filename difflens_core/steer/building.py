@@ -35,7 +35,8 @@ def build_recipe(
     """Recipe from the `count` best latents of every class that speak for it (`Attribution.own`).
 
     It has one row a step of `attribution`; SAE and probes may come from captures of other steps: the nearest serve.
-    Of activations in their subjects' frames it follows the subject, see `Recipe.frame`.
+    It is on the CPU, and made where the SAE is. Of activations in their subjects' frames it follows the subject, see
+    `Recipe.frame`.
     labels, others: classes of the captured pictures, in the attribute and in others, by which `fit_levels` goes.
     """
     own = attribution.own(count)
@@ -46,22 +47,23 @@ def build_recipe(
             "or train the SAE longer."
         )
     member = torch.stack([torch.isin(chosen, per_class) for per_class in own])
-    encoder, bias = sae.encoder[chosen], sae.encoder_bias[chosen]
+    encoder, bias, decoder = (of[chosen.to(sae.device)].cpu() for of in (sae.encoder, sae.encoder_bias, sae.decoder))
     threshold, agreement = fit_thresholds(activations, sae, chosen)
     classes = attribution.classes
     rows = [sae.normalisation.step_at(float(at)) for at in attribution.progress]
     probe_rows = [probes.step_at(float(at)) for at in attribution.progress]
     probe_weight, probe_bias = probes.weight[probe_rows] / SOFTENING, probes.bias[probe_rows] / SOFTENING
-    normalisation = Normalisation(attribution.progress, sae.normalisation.mean[rows], sae.normalisation.scale[rows])
+    whole = sae.normalisation.to("cpu")
+    normalisation = Normalisation(attribution.progress, whole.mean[rows], whole.scale[rows])
     start, end = captured_part(attribution.progress)
-    levels = fit_levels(activations, sae.normalisation, latent_rows(sae, chosen), labels, len(classes), others, on_step)
-    frame = fit_frames(activations, sae.normalisation) if isinstance(activations, FramedActivations) else None
+    levels = fit_levels(activations, whole, latent_rows(sae, chosen), labels, len(classes), others, on_step)
+    frame = fit_frames(activations, whole) if isinstance(activations, FramedActivations) else None
     info = {
         "gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures,
         "tied": [name for name, (_, of) in others.items() if tied(labels, of)],
     }  # fmt: skip
     return Recipe(
-        attribution.attribute, classes, sae.site, model, chosen, encoder, bias, threshold, sae.decoder[chosen],
+        attribution.attribute, classes, sae.site, model, chosen, encoder, bias, threshold, decoder,
         member, levels, probe_weight, probe_bias, normalisation,
         strength=(1.0,) * len(classes), start=start, end=end,
         map=activations.full_map if sae.kernel == 1 else None, frame=frame, hold=True,
@@ -117,17 +119,17 @@ def fit_thresholds(
     evenly spread. Other SAEs have their own thresholds.
     """
     if sae.activation != "topk":
-        return sae.gate.expand(sae.latents)[features], 1.0
-    rows, active = [], []
+        return sae.gate.expand(sae.latents).cpu()[features], 1.0
+    rows, active, own = [], [], features.to(sae.device)
     some = activations.part(0, pictures)
     every = math.ceil(some.rows_in_all / sae.kernel**2 / GATED)
     for s, progress in enumerate(some.progress):
         for _, values in some.batches(s):
-            x = sae.rows(values, sae.normalisation.step_at(float(progress))).flatten(0, 1)[::every]
+            x = sae.rows(values.to(sae.device), sae.normalisation.step_at(float(progress))).flatten(0, 1)[::every]
             pre = F.linear(x, sae.encoder, sae.encoder_bias)
             kth = pre.topk(sae.k, dim=1).values[:, -1:]
-            rows.append(pre[:, features])
-            active.append((pre[:, features] >= kth) & (pre[:, features] > 0))
+            rows.append(pre[:, own].cpu())
+            active.append(((pre[:, own] >= kth) & (pre[:, own] > 0)).cpu())
     pre, order = torch.cat(rows).sort(dim=0)
     on = torch.cat(active).gather(0, order).float()
     zero = torch.zeros(1, on.shape[1])
