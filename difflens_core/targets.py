@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import lru_cache
 from random import Random
 
@@ -16,34 +17,37 @@ from torch import Tensor
 from .deal import deal_round
 from .files import DiffLensError
 
+EVEN = ("", "uniform", "equal", "even", "even mix", "balanced", "fair")
+
 
 def parse_target(text: str, classes: tuple[str, ...]) -> np.ndarray:
     """Class shares (K, sum 1) from what a user types.
 
-    "uniform"; the name of one class; shares in the order of `classes` ("0.7, 0.3" or "7 3");
-    or named shares ("young: 1, senior: 3", the others 0).
+    "uniform" or another word for it; the name of one class; shares in the order of `classes` ("0.7, 0.3", "70/30" or
+    "7:3"); or named shares ("young: 1, senior: 3" or "young 25 %, senior 75 %", the others 0).
     """
     text = text.strip().lower()
     names = [name.lower() for name in classes]
-    if text in ("", "uniform"):
+    if text in EVEN:
         return np.full(len(classes), 1 / len(classes))
     if text in names:
         return np.eye(len(classes))[names.index(text)]
+    parts = [part.strip() for part in re.split(r"[,;\n]+", text) if part.strip()]
+    named = [re.fullmatch(r"(.+?)(?:\s*[:=]\s*|\s+)([\d.]+)\s*%?", part) for part in parts]
     try:
-        if ":" in text:
-            named = dict(part.split(":") for part in re.split(r"[,;\n]+", text) if part.strip())
-            shares = {name.strip(): float(share) for name, share in named.items()}
-            if not set(shares) <= set(names):
-                raise ValueError
+        if all(match and match[1] in names for match in named):
+            shares = {match[1]: float(match[2]) for match in named if match}
             numbers = [shares.get(name, 0.0) for name in names]
         else:
-            numbers = [float(part) for part in re.split(r"[,;\s]+", text)]
+            numbers = [float(part) for part in re.split(r"[,;:/%\s]+", text.removesuffix("%").rstrip())]
         if len(numbers) != len(classes) or min(numbers) < 0 or not np.isfinite(sum(numbers)) or sum(numbers) <= 0:
             raise ValueError
     except ValueError:
+        near = get_close_matches(text, names, 1, 0.5)
         raise DiffLensError(
-            f'target "{text}" is not understood. Expected "uniform", one of the classes ({", ".join(classes)}), '
-            f'or {len(classes)} shares such as "{", ".join(["1"] * len(classes))}".'
+            f'target "{text}" is not understood. Write "uniform", one of the classes ({", ".join(classes)}), '
+            f'{len(classes)} shares in their order such as "{", ".join(["1"] * len(classes))}", or named shares such '
+            f'as "{classes[0]}: 1, {classes[-1]}: 3".' + (f" Did you mean {near[0]}?" if near else "")
         ) from None
     return np.asarray(numbers) / sum(numbers)
 

@@ -76,7 +76,7 @@ class AttributeFeatures(io.ComfyNode):
             category=CATEGORY,
             description="Ranks the SAE's latents by how much they carry each class of an attribute, and makes a "
             "recipe of the best.",
-            search_aliases=["integrated gradients", "bias features"],
+            search_aliases=["integrated gradients", "bias features", "interpretability", "stereotype"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the activations come from; its mark goes into the "
                                "recipe."),

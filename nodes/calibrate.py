@@ -44,7 +44,7 @@ class Calibrate(io.ComfyNode):
             category=CATEGORY,
             description="Finds the strengths with which a recipe meets a target mix, by drawing pictures: the "
             "weakest that show each class clearly, and the shares to ask for. Checks the result on fresh noises.",
-            search_aliases=["tune", "dose response", "strength", "fairness"],
+            search_aliases=["tune", "dose response", "strength", "fairness", "debias"],
             inputs=[
                 *experiment_inputs(),
                 RecipeSocket.Input("recipe", tooltip="From Attribute Features or Load Recipe."),

@@ -33,7 +33,18 @@ class FairnessReport(io.ComfyNode):
             category=CATEGORY,
             description="Measures how far pictures are from a target mix, before and after steering, and what else "
             "the steering changed.",
-            search_aliases=["fairness discrepancy", "bias", "LPIPS", "SSIM", "CLIP-I", "FID", "KID"],
+            search_aliases=[
+                "fairness discrepancy",
+                "bias",
+                "diversity",
+                "representation",
+                "measure",
+                "LPIPS",
+                "SSIM",
+                "CLIP-I",
+                "FID",
+                "KID",
+            ],
             inputs=[
                 Classifier.Input("classifier", tooltip="From Load Attribute Classifier or Zero-shot Classifier."),
                 io.String.Input("attribute", default="presentation", tooltip="One of the classifier's attributes."),

@@ -36,7 +36,22 @@ class Steer(io.ComfyNode):
             category=CATEGORY,
             description="Gives every picture of a run a class to show, in the shares you ask for, and steers the "
             "model there while it samples. Goes between the model and any sampler; several can be chained.",
-            search_aliases=["debias", "fairness"],
+            search_aliases=[
+                "debias",
+                "bias",
+                "fairness",
+                "fair",
+                "diversity",
+                "representation",
+                "inclusive",
+                "stereotype",
+                "gender",
+                "age",
+                "race",
+                "skin",
+                "same face",
+                "mix",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the recipe was made on."),
                 RecipeSocket.Input("recipe", tooltip="From Load Recipe, Attribute Features or Load Feature Files."),
@@ -44,7 +59,7 @@ class Steer(io.ComfyNode):
                     "target",
                     default="uniform",
                     tooltip='The mix to draw: "uniform", the name of one class, shares in the order of the classes '
-                    '("0.7, 0.3"), or named shares ("young: 1, senior: 3").',
+                    '("0.7, 0.3" or "70/30"), or named shares ("young: 1, senior: 3").',
                 ),
                 io.Float.Input(
                     "strength",

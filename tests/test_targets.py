@@ -190,6 +190,12 @@ def test_pictures_may_be_asked_for_in_any_order():
         ("1;0;3", [1, 0, 3]),
         ("young: 1, senior: 3", [1, 0, 3]),
         ("Adult:2", [0, 1, 0]),
+        ("50/30/20", [5, 3, 2]),
+        ("2:1:1", [2, 1, 1]),
+        ("70% 20 %, 10%", [7, 2, 1]),
+        ("Equal", [1, 1, 1]),
+        ("young 25 %, senior 75%", [1, 0, 3]),
+        ("senior = 1; adult=1", [0, 1, 1]),
     ],
 )
 def test_a_target_can_be_typed_in_every_documented_form(text, shares):
@@ -203,6 +209,13 @@ def test_a_target_can_be_typed_in_every_documented_form(text, shares):
 def test_a_target_that_makes_no_mix_is_refused_with_the_classes(text):
     with pytest.raises(DiffLensError, match="Young, adult, senior"):
         parse_target(text, CLASSES)
+
+
+def test_a_name_that_is_nearly_right_is_asked_about():
+    for text, meant in (("seniors", "senior"), ("yung", "young")):
+        with pytest.raises(DiffLensError, match=f'"Young: 1, senior: 3". Did you mean {meant}'):
+            parse_target(text, CLASSES)
+    assert list(parse_target("more than 70: 2, 20-29 1", ("20-29", "more than 70"))) == [1 / 3, 2 / 3]
 
 
 def test_numbers_for_each_class_are_one_for_all_or_one_each_in_order():
