@@ -19,6 +19,7 @@ import torch
 from debias import ATTRIBUTES, AVATARS, STEPS, fair_targets
 
 from difflens_core.activations import edit_site
+from difflens_core.locate import in_maps
 from difflens_core.networks import load_denoiser, sample, start_noise
 from difflens_core.sae import Normalisation
 from difflens_core.steer import Recipe, Steering, load_recipe, with_settings
@@ -70,10 +71,13 @@ def random_recipe(width: int, positions: int, classes: int = 2, features: int = 
     """A recipe of the size that a Stable Diffusion model would have."""
     torch.manual_seed(0)
     normalisation = Normalisation(torch.arange(steps) / steps, torch.zeros(steps, width), torch.ones(steps))
+    means = torch.rand(steps, classes, features, positions)
+    levels = in_maps(means, means.new_zeros(steps, classes, 0, features, positions), means.new_zeros(steps, 0, width),
+                     means.new_zeros(steps, 0), {})  # fmt: skip
     return Recipe(
         "any", tuple("ab"), "mid_block", "", torch.arange(features), torch.randn(features, width),
         torch.zeros(features), torch.zeros(features), torch.randn(features, width),
-        torch.ones(classes, features, dtype=torch.bool), torch.rand(steps, classes, features, positions),
+        torch.ones(classes, features, dtype=torch.bool), levels,
         torch.randn(steps, classes, width), torch.zeros(steps, classes), normalisation, strength=(1.0,) * classes,
     )  # fmt: skip
 
