@@ -10,7 +10,7 @@ from ..difflens_core.activations import UPDATE
 from ..difflens_core.classifiers import load_any_classifier, load_face_finder
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.sae import SparseAutoencoder, load_any_sae, load_class_features
-from ..difflens_core.steer import WITHOUT_LEVELS, Recipe, as_stored, load_recipe, recipe_from_features, save_recipe
+from ..difflens_core.steer import WITHOUT_LEVELS, Recipe, load_recipe, recipe_from_features, save_recipe
 from ..difflens_core.targets import parse_numbers
 from . import host
 from .host import HostedClassifier
@@ -153,7 +153,7 @@ class LoadFeatures(io.ComfyNode):
         counts = parse_numbers(features_per_class, features, "features_per_class", int)
         features = {name: ids[:count] for (name, ids), count in zip(features.items(), counts, strict=True)}
         strengths = tuple(parse_numbers(strength, features, "strength"))
-        recipe = as_stored(recipe_from_features(sae, attribute.strip() or path.name, features, mode, strengths))
+        recipe = recipe_from_features(sae, attribute.strip() or path.name, features, mode, strengths)
         lines = [f"{name}: {len(ids)} features, {', '.join(f'#{i}' for i in ids)}" for name, ids in features.items()]
         return io.NodeOutput(recipe, "\n".join([f"{recipe.attribute}, at {recipe.site}", *lines]))
 

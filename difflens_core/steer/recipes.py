@@ -175,7 +175,7 @@ def as_stored(recipe: Recipe) -> Recipe:
 
 
 def stored(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a recipe's file holds: tensors, and what is none."""
+    """What a recipe's file holds: tensors, and what is none. One without levels is small, and kept to the bit."""
     tensors = {name: getattr(recipe, name) for name in TENSORS}
     tensors |= {f"levels.{name}": getattr(recipe.levels, name) for name in held(recipe.levels.attributes)}
     if recipe.frame:
@@ -185,7 +185,7 @@ def stored(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors["weight"] = recipe.weight
     plain = {name: getattr(recipe, name) for name in PLAIN}
     plain["traits"] = {name: list(classes) for name, classes in recipe.levels.attributes.items()}
-    return in_bytes(tensors, LARGE), plain
+    return in_bytes(tensors, LARGE) if recipe.levels.positions else tensors, plain
 
 
 def load_recipe(path: str | Path) -> Recipe:

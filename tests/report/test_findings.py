@@ -14,11 +14,7 @@ from difflens_core.report.charts import PALETTE
 
 def ranking(scores, difference, margin, classes) -> Attribution:
     scores, difference, margin = (torch.tensor(rows) for rows in (scores, difference, margin))
-    shape = (1, *scores.shape, 1)
-    return Attribution(
-        scores, scores[None], scores[..., None], torch.zeros(shape), torch.zeros(1), None, "age", classes,
-        "contrastive", difference, margin,
-    )  # fmt: skip
+    return Attribution(scores, torch.zeros(1), None, "age", classes, "contrastive", difference, margin)
 
 
 TWO = ranking(
