@@ -4,7 +4,8 @@
     python benchmarks/cost.py --only SDXL --json FILE
 
 Random activations of the true width and map at a site of which SAEs were published, with an SAE of as many latents.
-Each stage runs on a few pictures and steps from a store on disk; seconds are scaled to 1000 pictures of 30 steps, in
+Activations are captured as the pack captures them, one position in each of at most 256 cells of a map. Each stage runs
+on a few pictures and steps from a store on disk; seconds are scaled to 1000 pictures of 30 steps, in
 which all of them are linear. Memory is the most that the process holds beyond what it held before the stage (see
 capture.py) and does not hang on the number of pictures. The steered step is one picture's edit alone; beside it stands
 the unsteered step's floating point operations over what this machine does a second in a large matrix product.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,7 +27,8 @@ import torch
 from capture import Peak, anonymous
 from torch.nn import functional as F
 
-from difflens_core.activations import SAMPLES, Activations, Index, record
+from difflens_core.activations import FINEST, SAMPLES, Activations, Index, coarse, record
+from difflens_core.activations.store import SIZE
 from difflens_core.locate import attribute_features, train_probes
 from difflens_core.sae import SparseAutoencoder, TrainingOptions, fit_normalisation, train_sae
 from difflens_core.steer import Steering, build_recipe
@@ -59,14 +62,16 @@ OTHERS = {"third": ("a", "b", "c"), "fourth": ("a", "b", "c", "d"), "second": ("
 
 def captured(shape: Shape, pictures: int, folder: Path) -> Activations:
     """Activations of a store in `folder`: noise, and what moves with the picture's class."""
-    index = Index((shape.site,), tuple(i / STEPS for i in range(STEPS)), pictures, 4, 0, "stub")
+    index = Index((shape.site,), tuple(i / STEPS for i in range(STEPS)), pictures, 4, 0, "stub", cells=FINEST)
+    size = (shape.side, shape.side)
     direction = torch.randn(shape.width, generator=torch.Generator().manual_seed(1))
 
     def draw(first: int, noise: torch.Tensor) -> dict[str, torch.Tensor]:
         draws = torch.Generator().manual_seed(first)
-        h = torch.randn(STEPS, len(noise), shape.side, shape.side, shape.width, generator=draws)
+        h = torch.randn(STEPS, len(noise), *coarse(size, FINEST), shape.width, generator=draws)
         sign = (torch.arange(first, first + len(noise)) % 2 * 2 - 1)[:, None, None, None]
-        return {shape.site: (h + 0.3 * sign * direction).half(), SAMPLES: noise}
+        told = {} if coarse(size, FINEST) == size else {f"{shape.site}{SIZE}": torch.tensor(size)}
+        return {shape.site: (h + 0.3 * sign * direction).half(), SAMPLES: noise} | told
 
     noises = (torch.zeros(len(index.pictures_of(shard)), 1) for shard in range(index.shards))
     return record(index, noises, draw, folder).activations()
@@ -95,7 +100,8 @@ def stages(shape: Shape, folder: Path) -> list[dict[str, Any]]:
         print(f"{shape.name:16} {stage:20} {peak.value - before:8.0f} MB {took:10.1f} s  {disk:8.0f} MB disk  {of}")
         return result
 
-    scale, disk = WHOLE / (PICTURES * STEPS), WHOLE * shape.width * shape.side**2 * 2 / 2**20
+    scale = WHOLE / (PICTURES * STEPS)
+    disk = WHOLE * shape.width * math.prod(coarse((shape.side, shape.side), FINEST)) * 2 / 2**20
     many = "1000 pictures x 30 steps"
     measured("capture, a quarter", lambda: captured(shape, PICTURES // 4, folder / "few"), 4 * scale, many, disk)
     activations = measured("capture", lambda: captured(shape, PICTURES, folder / "all"), scale, many, disk)
@@ -108,7 +114,7 @@ def stages(shape: Shape, folder: Path) -> list[dict[str, Any]]:
     recipe = measured(
         "recipe", lambda: build_recipe(scores, sae, probes, activations, labels, others, 120), scale, many
     )
-    steering, h = Steering(recipe, torch.Tensor.long), activations.batches(0).__next__()[1][:1].float()
+    steering, h = Steering(recipe, torch.Tensor.long), torch.randn(1, shape.width, shape.side, shape.side)
     steering(h, 0.5, torch.zeros(1))
     measured("steered step", lambda: [steering(h, 0.5, torch.ones(1)) for _ in range(20)], 1 / 20, "1 picture")
     step = shape.teraflops / speed()
