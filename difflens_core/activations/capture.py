@@ -189,13 +189,13 @@ def capture(
         return enough(latents) and drawn >= count
 
     def draw(first: int, noise: Tensor) -> Shard:
+        nonlocal asked
         images = torch.arange(first, first + len(noise))
         kept = [Kept(site, steps, DTYPES[dtype], cells, images, seed) for site in sites]
         latents = sampler.sample(noise, images, kept=kept)
         on_batch(first + len(noise))
         sizes = {f"{one.site}{SIZE}": torch.tensor(one.size) for one in kept if one.size}
         shard = {one.site: one.taken() for one in kept} | sizes | {SAMPLES: latents.cpu()}
-        nonlocal asked
         if not asked:
             asked = True
             room(sum(tensor.nbytes for tensor in shard.values()) * max(0, count - first) // len(noise))

@@ -26,15 +26,28 @@ Job = tuple[Sequence[Edit], Tensor]  # edits, and which noises (B)
 def readings(
     draw: Draw, jobs: Iterable[Job], read: Callable[[Tensor], Any], on_sampled: Callable[[int], None]
 ) -> Iterator[Any]:
-    """What read(pictures) tells of every job in turn. on_sampled is told how many pictures a job has."""
+    """What read(pictures) tells of every job in turn.
+
+    on_sampled is told how many pictures are sampled, and may raise to cancel: what is sampled by then is read first.
+    """
     waiting: list[Tensor] = []
+    done = 0
+
+    def read_waiting() -> Iterator[Any]:
+        while waiting:
+            yield read(draw.pictures(waiting.pop(0)))
+
     for edits, which in jobs:
-        waiting.append(draw.latents(edits, which))
-        on_sampled(len(which))
+        try:
+            waiting.append(draw.latents(edits, which))
+            done += len(which)
+            on_sampled(done)
+        except BaseException:
+            yield from read_waiting()
+            raise
         if sum(map(len, waiting)) >= TOGETHER:
-            yield from [read(draw.pictures(latents)) for latents in waiting]
-            waiting = []
-    yield from [read(draw.pictures(latents)) for latents in waiting]
+            yield from read_waiting()
+    yield from read_waiting()
 
 
 @dataclass
@@ -43,7 +56,7 @@ class Trials:
 
     classify(images) gives the class probabilities (B x K), as `seen`: NaN for pictures that do not count. known: by
     picture, class asked for and its strength. With `folder` they are kept there too, a file a batch: a calibration
-    that was cut off goes on where it stopped reading, at most `TOGETHER` pictures or a batch before.
+    that was cut off goes on where it stopped.
     """
 
     recipe: Recipe
@@ -68,18 +81,14 @@ class Trials:
         missing = [key for key in dict.fromkeys(keys) if key not in self.known]
         recipe = with_settings(self.recipe, strength=tuple(strength.tolist()))
         parts = [missing[first : first + self.batch] for first in range(0, len(missing), self.batch)]
-        sampled = len(self.known)
+        begun = len(self.known)
 
         def job(part: Sequence[tuple[int, int, float]]) -> Job:
             which, classes = (torch.tensor([key[i] for key in part]) for i in (0, 1))
             return [Steering(recipe, classes.__getitem__, self.sae)], which
 
-        def on_sampled(count: int) -> None:
-            nonlocal sampled
-            sampled += count
-            self.on_batch(sampled)
-
-        for part, read in zip(parts, readings(self.draw, map(job, parts), self.classify, on_sampled), strict=True):
+        found = readings(self.draw, map(job, parts), self.classify, lambda done: self.on_batch(begun + done))
+        for part, read in zip(parts, found, strict=True):
             drawn = read.cpu().double().numpy()
             self.save(part, drawn)
             self.known |= dict(zip(part, drawn, strict=True))
@@ -104,12 +113,13 @@ class Run:
 
     def draw(self, which: Tensor, edits: Callable[[Tensor], Sequence[Edit]]) -> Tensor:
         """Pictures of noises `which`; `edits(rows)` gives the edits of a batch that holds `rows` of them."""
-        jobs = ((edits(rows), which[rows]) for rows in torch.arange(len(which)).split(self.batch))
-        return torch.cat([*readings(self.sample, jobs, torch.Tensor.cpu, self.on_sampled)])
+        jobs, begun = ((edits(rows), which[rows]) for rows in torch.arange(len(which)).split(self.batch)), self.done
 
-    def on_sampled(self, count: int) -> None:
-        self.done += count
-        self.on_picture(self.done, self.total)
+        def on_sampled(done: int) -> None:
+            self.done = begun + done
+            self.on_picture(self.done, self.total)
+
+        return torch.cat([*readings(self.sample, jobs, torch.Tensor.cpu, on_sampled)])
 
 
 def shown_classes(labels: Tensor, attribute: str, classes: tuple[str, ...]) -> list[int]:

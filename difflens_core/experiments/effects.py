@@ -116,17 +116,10 @@ def causal_effect(
             "Use a recipe from Attribute Features."
         )
     jobs = torch.arange((len(recipe.features) + 1) * pictures)  # the first `pictures` are left as they are
-    done = 0
-
-    def on_sampled(count: int) -> None:
-        nonlocal done
-        done += count
-        on_picture(done, len(jobs))
-
     batches = (
         ([OneLatent(recipe, job // pictures - 1, mode, strength)], job % pictures) for job in jobs.split(batch)
     )  # fmt: skip
-    read = [of.float().cpu() for of in readings(draw, batches, classify, on_sampled)]
+    read = [of.float().cpu() for of in readings(draw, batches, classify, lambda done: on_picture(done, len(jobs)))]
     probability = torch.cat(read).unflatten(0, (-1, pictures))
     if int((~probability[0].isnan().any(dim=1)).sum()) < 2:
         raise DiffLensError(

@@ -25,6 +25,7 @@ from ...difflens_core.files import DiffLensError
 log = logging.getLogger("difflens")
 EVERY = 5.0  # seconds between two words on the time left
 _told: dict[str, str] = {}  # what stands on the nodes
+_timed: set[str] = set()  # those on which the time left stands
 
 
 @contextmanager
@@ -43,10 +44,21 @@ def clear_errors(execute: Callable) -> Callable:
     @functools.wraps(execute)
     def wrapper(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
         _told.pop(node_id() or "", None)
-        with named(cls.define_schema().display_name):
-            return execute(cls, *args, **kwargs)
+        try:
+            with named(cls.define_schema().display_name):
+                return execute(cls, *args, **kwargs)
+        finally:
+            forget_time()
 
     return wrapper
+
+
+def forget_time() -> None:
+    """Take the time left off the node that is being executed: it is done, by Cancel or an error, too."""
+    node = node_id()
+    if node in _timed:
+        _timed.remove(node)
+        show(node, _told.get(node, ""))
 
 
 def tell(node_id: str | None, text: str) -> None:
@@ -121,6 +133,7 @@ def progress_of_total() -> Callable[[int, int, Preview | None], None]:
         bar.update_absolute(done, total, preview)
         time_left = clock.told(done, total, time.monotonic())
         if node is not None and time_left is not None:
+            _timed.add(node)
             show(node, " ".join(filter(None, [_told.get(node), time_left])))
 
     return report

@@ -12,7 +12,6 @@ from toy import CLASSES, UNIFORM, Draws, Toy, recipe
 
 from difflens_core.experiments import CalibrationOptions, asked_shares, calibrate, plan_is_stale
 from difflens_core.experiments.calibration import search, weakest_clear
-from difflens_core.experiments.draw import TOGETHER
 from difflens_core.files import DiffLensError
 from difflens_core.measure import pictures_for_fd, solve_shares
 from difflens_core.report import calibration_text, dose_chart
@@ -84,7 +83,7 @@ def test_shares_make_up_for_a_class_that_partly_fails():
     assert record["rounds"][-1]["fd"] < 0.03 < record["rounds"][0]["fd"]
 
 
-def test_a_calibration_that_was_cut_off_goes_on_and_draws_again_only_what_was_not_read(tmp_path):
+def test_a_calibration_that_was_cut_off_goes_on_without_drawing_anything_twice(tmp_path):
     whole, cut = Toy(), Toy()
     expected = run(whole, recipe())
     folder, options = tmp_path / "trials", CalibrationOptions()
@@ -98,7 +97,7 @@ def test_a_calibration_that_was_cut_off_goes_on_and_draws_again_only_what_was_no
     assert len([*folder.iterdir()]) > 9 and 500 <= len(cut.drawn) < 550
     found = calibrate(recipe(), cut, cut.ages, UNIFORM, options, 50, folder)
     assert found.strength == expected.strength and found.info == expected.info
-    assert 0 <= len(cut.drawn) - len(whole.drawn) <= max(TOGETHER, 50)
+    assert len(cut.drawn) == len(whole.drawn)
 
 
 def test_the_same_seed_gives_the_same_calibration_whatever_the_batch():

@@ -37,7 +37,7 @@ def test_calibrate_finds_what_the_core_finds_and_goes_on_after_cancel(server):
     shown = graph.show(node[3])
 
     weighing = 2 * (BUDGET // 5)  # pictures before the calibration begins
-    cancel_in(server, graph, node, after=weighing + 24)
+    cancel_in(server, graph, node, after=weighing + 16)
     assert len([*(server.base / "temp").glob("difflens_calibration_*")]) == 1
 
     seen = []
