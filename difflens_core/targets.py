@@ -125,13 +125,25 @@ def deal_for_ever(
 class Log:
     """What sampling told of a deal: the pictures' numbers, run by run, and what did not come about in the last run.
 
-    first: number in the deal of the first picture of the batch that is being drawn; warned: what was said before.
+    first: number in the deal of the first picture of the batch that is being drawn; warned: what was said before;
+    of_sites: what the last run told of each of the sites that are steered.
     """
 
     first: int = 0
     warned: tuple[str, ...] = ()
     numbers: list[np.ndarray] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
+    of_sites: dict[str, list[str]] = field(default_factory=dict)
+
+    def tell(self, site: str, numbers: np.ndarray, said: Sequence[str]) -> None:
+        """Take down a run at one of the sites: the pictures' numbers, which are the same at all of them."""
+        if site == next(iter(self.of_sites), site):
+            self.numbers.append(numbers)
+        self.of_sites[site] = [*said]
+
+    @property
+    def said(self) -> list[str]:
+        """What the last run told, each sentence once."""
+        return [*dict.fromkeys(sentence for said in self.of_sites.values() for sentence in said)]
 
     def last(self, count: int) -> np.ndarray | None:
         """Numbers (n, int64) of the last `count` pictures, or None if no last runs have drawn just so many."""

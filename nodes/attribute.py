@@ -13,7 +13,7 @@ from ..difflens_core.files import DiffLensError
 from ..difflens_core.locate import METHODS, Probes, attribute_features, balancing_weights, in_frames, train_probes
 from ..difflens_core.report import CHARTED, line_chart, ranking_chart, ranking_table
 from ..difflens_core.sae import SparseAutoencoder
-from ..difflens_core.steer import as_stored, build_recipe
+from ..difflens_core.steer import Recipe, as_stored, build_recipe, joined
 from . import host
 from .sockets import CATEGORY, SAE, Activations, Labels, LabelsSocket, ProbesSocket, RecipeSocket
 
@@ -104,6 +104,12 @@ class AttributeFeatures(io.ComfyNode):
                     tooltip="For integrated gradients: where the path begins, instead of at no latents. Capture it "
                     "with the same settings and seed under another prompt, such as that of another class.",
                 ),
+                RecipeSocket.Input(
+                    "join",
+                    optional=True,
+                    tooltip="A recipe for the same attribute at other sites of this model, from another Attribute "
+                    "Features: all their sites are then steered together.",
+                ),
             ],
             outputs=[
                 RecipeSocket.Output(display_name="recipe", tooltip="The best latents with all that Steer needs."),
@@ -123,6 +129,7 @@ class AttributeFeatures(io.ComfyNode):
     def execute(
         cls, model: Any, activations: CapturedActivations, sae: SparseAutoencoder, probes: Probes, labels: Labels,
         method: str, features_per_class: int, baseline: CapturedActivations | None = None,
+        join: Recipe | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         check_sae(sae, activations)
         if (labels.attribute, labels.classes) != (probes.attribute, probes.classes):
@@ -145,11 +152,13 @@ class AttributeFeatures(io.ComfyNode):
             found, sae, probes, activations, labels.indices, labels.others, features_per_class,
             host.model_fingerprint(model), lambda step: report(steps + step),
         )  # fmt: skip
-        recipe = as_stored(recipe)  # so that it draws the same once it is saved and loaded
+        recipe = as_stored(joined(join, recipe) if join else recipe)  # draws the same once it is saved and loaded
         image = host.to_image(ranking_chart(found))
         text = ranking_table(found, features_per_class)
         if recipe.frame:
             text = f"{FOLLOWS}\n\n{text}"
+        if join:
+            text = f"The recipe steers at {', '.join(recipe.sites)} together.\n\n{text}"
         return host.drawn(cls, image, recipe, image, text, text=text)
 
 

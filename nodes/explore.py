@@ -18,6 +18,8 @@ from .inputs import guidance_inputs, sampling_inputs, schedule_inputs
 from .sockets import CATEGORY, Classifier, RecipeSocket
 from .steer import check_model
 
+TOGETHER = 3  # sites that are steered together at most, if one does not suffice
+
 
 def experiment_inputs() -> list[io.Input]:
     """What is sampled, and what reads the pictures."""
@@ -94,7 +96,7 @@ class SiteScan(io.ComfyNode):
         )  # fmt: skip
         found = scan_sites(
             names, draw, classifier.classify, attribute, classes, pictures, per_class, strength,
-            len(latent_image["samples"]), host.progress_of_total(),
+            len(latent_image["samples"]), host.progress_of_total(), together=TOGETHER,
         )  # fmt: skip
         image = host.to_image(scan_chart(found, attribute))
         text = scan_table(found, attribute, classes)

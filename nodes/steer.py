@@ -11,7 +11,7 @@ from torch import Tensor
 from ..difflens_core.experiments import asked_shares, plan_is_stale
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.sae import SparseAutoencoder
-from ..difflens_core.steer import MODES, Recipe, Steering, at_dose, with_settings
+from ..difflens_core.steer import MODES, Recipe, at_dose, steerings, with_settings
 from ..difflens_core.targets import Log, Targets, parse_target, targets_of
 from . import host
 from .inputs import seed_input
@@ -199,16 +199,16 @@ class Steer(io.ComfyNode):
                 warnings.append(STALE_PLAN.format(recipe.attribute))
         if mask is not None:
             mask = mask.reshape(-1, *mask.shape[-2:])  # some nodes put out a single mask without a batch
-        steering = Steering(recipe, dealt.of, sae, mask)
         mark = host.content_mark(host.recipe_mark(recipe), repr(dealt), conditioning, mask, sae is not None)
-        steered = host.apply_site(
-            model, recipe.site, steering, cls.define_schema().display_name, conditioning,
-            span=(recipe.start, recipe.end), run=run, deal=repr(dealt), mark=mark, log=dealt.log,
-            node_id=host.node_id(), hold=steering.holds,
-        )  # fmt: skip
+        for steering in steerings(recipe, dealt.of, sae, mask):
+            model = host.apply_site(
+                model, steering.site, steering, cls.define_schema().display_name, conditioning,
+                span=(recipe.start, recipe.end), run=run, deal=repr(dealt), mark=mark, log=dealt.log,
+                node_id=host.node_id(), hold=steering.holds,
+            )  # fmt: skip
         dealt.log.warned = tuple(warnings)
         host.warn(cls, warnings)
-        return io.NodeOutput(host.with_deal(steered, dealt), (dealt,))
+        return io.NodeOutput(host.with_deal(model, dealt), (dealt,))
 
 
 def deal(model: Any, recipe: Recipe, shares: tuple[float, ...], seed: int, first_image: int) -> Targets:
@@ -228,10 +228,11 @@ def check_model(model: Any, recipe: Recipe) -> list[str]:
 
     Raises `DiffLensError` if it cannot fit the model.
     """
-    width = host.site_width(model, recipe.site)
-    if width not in (None, recipe.channels):
-        raise DiffLensError(
-            f"the recipe for {recipe.attribute} was made on {recipe.site} with {recipe.channels} channels, this "
-            f"model's has {width}. Use a recipe made on this model."
-        )
+    for part in recipe.parts:
+        width = host.site_width(model, part.site)
+        if width not in (None, part.channels):
+            raise DiffLensError(
+                f"the recipe for {part.attribute} was made on {part.site} with {part.channels} channels, this model's "
+                f"has {width}. Use a recipe made on this model."
+            )
     return [] if host.belongs(recipe.model, model) else [OTHER_WEIGHTS.format(recipe.attribute)]

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from difflens_core.files import DiffLensError
-from difflens_core.targets import Targets, assign_targets, deal_for_ever, parse_numbers, parse_target, targets_of
+from difflens_core.targets import Log, Targets, assign_targets, deal_for_ever, parse_numbers, parse_target, targets_of
 
 CLASSES = ("Young", "adult", "senior")
 MIXES = st.lists(st.integers(0, 60), min_size=2, max_size=8).filter(any).map(lambda w: np.array(w) / sum(w))
@@ -238,3 +238,11 @@ def test_targets_are_found_by_attribute_and_classes():
     assert targets_of(parts, "look", ("a", "b")) is parts[1]
     with pytest.raises(DiffLensError, match="those of look \\(b, a\\) are needed"):
         targets_of(parts, "look", ("b", "a"))
+
+
+def test_a_run_at_several_sites_is_counted_once_and_tells_every_sentence_once():
+    log = Log()
+    for run in (np.array([0, 1]), np.array([2, 3])):
+        for site, said in (("middle", ["stretched"]), ("up", ["stretched", f"came late in run {run[0]}"])):
+            log.tell(site, run, said)
+    assert log.last(4).tolist() == [0, 1, 2, 3] and log.said == ["stretched", "came late in run 2"]

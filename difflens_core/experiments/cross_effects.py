@@ -14,7 +14,7 @@ from ..classifiers import NO_CLASS, other_attributes, seen, seen_classes
 from ..files import DiffLensError
 from ..measure import total_variation, wilson_interval
 from ..sae import SparseAutoencoder
-from ..steer import Recipe, Steering
+from ..steer import Recipe, Steering, steerings
 from ..targets import Targets
 from .draw import Run
 
@@ -74,7 +74,7 @@ def cross_effects(
 
     def read(used: Sequence[Recipe]) -> dict[str, np.ndarray]:
         def edits(which: Tensor) -> list[Steering]:
-            return [steering(recipe, dealt[recipe.attribute], which, sae) for recipe in used]
+            return [edit for recipe in used for edit in of_batch(recipe, dealt[recipe.attribute], which, sae)]
 
         readings = classify(run.draw(torch.arange(pictures), edits))
         return {name: seen_classes(seen(readings, name)).numpy() for name in attributes}
@@ -99,9 +99,9 @@ def uniform(classes: int) -> tuple[float, ...]:
     return (1 / classes,) * classes
 
 
-def steering(recipe: Recipe, targets: Targets, which: Tensor, sae: SparseAutoencoder | None) -> Steering:
+def of_batch(recipe: Recipe, targets: Targets, which: Tensor, sae: SparseAutoencoder | None) -> list[Steering]:
     """The recipe on a batch that holds pictures `which` of the run, without the SAE if it can."""
-    return Steering(recipe, lambda images: targets.of(which[images]), sae if recipe.needs_sae else None)
+    return steerings(recipe, lambda images: targets.of(which[images]), sae if recipe.needs_sae else None)
 
 
 def effect(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..activations import Activations, Draw
 from ..classifiers import faces_missing
 from ..sae import SparseAutoencoder
-from ..steer import Recipe, at_dose
+from ..steer import Recipe, at_dose, check_one_site
 from .checks import BAD, DOUBTFUL, Check, check_choice, check_dose, check_features, check_site
 from .draw import Run
 from .outcomes import DOSES, SHARES, UNSTEERED, Experiment, Read, ablation
@@ -56,6 +56,7 @@ def diagnose(
     with activations of the recipe's site and the labels (B) of their pictures it is itself checked.
     on_picture(done, total) may raise to cancel.
     """
+    check_one_site(recipe, "Diagnose")
     ranked = recipe.levels.positions > 0  # without levels nothing tells which features are best, or an edit's norm
     shares = SHARES if ranked else (1.0,)
     controls = sae if sae and ranked and sae.latents >= 2 * len(recipe.features) else None

@@ -15,7 +15,7 @@ from ..activations import Draw, Edit
 from ..classifiers import NO_CLASS, faces_missing
 from ..files import DiffLensError, load_tensors, save_tensors
 from ..sae import SparseAutoencoder
-from ..steer import Recipe, Steering, with_settings
+from ..steer import Recipe, steerings, with_settings
 from ..targets import LEFT_ALONE
 
 TOGETHER = 64  # pictures that are sampled before the first of them is decoded
@@ -85,7 +85,7 @@ class Trials:
 
         def job(part: Sequence[tuple[int, int, float]]) -> Job:
             which, classes = (torch.tensor([key[i] for key in part]) for i in (0, 1))
-            return [Steering(recipe, classes.__getitem__, self.sae)], which
+            return steerings(recipe, classes.__getitem__, self.sae), which
 
         found = readings(self.draw, map(job, parts), self.classify, lambda done: self.on_batch(begun + done))
         for part, read in zip(parts, found, strict=True):

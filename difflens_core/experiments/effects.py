@@ -13,7 +13,7 @@ from torch import Tensor
 from ..activations import Draw
 from ..files import DiffLensError
 from ..locate import contrast
-from ..steer import Recipe, Steering
+from ..steer import Recipe, Steering, check_one_site
 from .draw import readings
 
 EFFECTS = ("amplify", "ablate")
@@ -105,6 +105,7 @@ def causal_effect(
     so that the interval is that of the difference. All latents and noises form one long run, cut into batches of
     `batch`, whatever latent they belong to. on_picture(done, total) may raise to cancel.
     """
+    check_one_site(recipe, "Rank by Effect")
     if mode not in EFFECTS:
         raise DiffLensError(f"causal effect: mode {mode!r} is unknown, expected one of {', '.join(EFFECTS)}.")
     if pictures < 2:

@@ -14,7 +14,7 @@ from ..files import DiffLensError
 from ..locate import contrast
 from ..measure import pixel_change
 from ..sae import SparseAutoencoder
-from ..steer import Recipe, Steering, random_features, with_latents, with_settings
+from ..steer import Recipe, Steering, random_features, steerings, with_latents, with_settings
 from .draw import Run
 from .effects import keep_best
 
@@ -120,7 +120,7 @@ class Experiment:
         alone = with_settings(recipe, hold=False)  # what the latents do by themselves
 
         def edits(rows: Tensor) -> list[Steering]:
-            return [Steering(alone, lambda images: self.target[rows[images]], sae)]
+            return steerings(alone, lambda images: self.target[rows[images]], sae)
 
         after = self.run.draw(self.numbers, edits)
         return self.outcome(seen(self.read(after), recipe.attribute).cpu(), after)

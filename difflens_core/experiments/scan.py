@@ -16,8 +16,9 @@ from ..sae import nearest_step
 from .draw import Run, shown_classes
 
 # Part of the sampling: (start, end, sign of the strength).
+WHOLE = "whole"
 PARTS = {
-    "whole": (0.0, 1.0, 1),
+    WHOLE: (0.0, 1.0, 1),
     "first third": (0.0, 1 / 3, 1),
     "middle third": (1 / 3, 2 / 3, 1),
     "last third": (2 / 3, 1.0, 1),
@@ -88,9 +89,9 @@ class MeanShift:
     def site(self) -> str:
         return self.means.site
 
-    def of_batch(self, rows: Tensor) -> list[MeanShift]:
-        """The edits of a batch that holds `rows` of the pictures."""
-        return [replace(self, own=self.own[rows], target=self.target[rows])]
+    def of_batch(self, rows: Tensor) -> MeanShift:
+        """The edit of a batch that holds `rows` of the pictures."""
+        return replace(self, own=self.own[rows], target=self.target[rows])
 
     def __call__(self, h: Tensor, progress: float, images: Tensor) -> Tensor:
         if not self.start <= progress <= self.end:
@@ -105,6 +106,8 @@ class MeanShift:
 @dataclass(frozen=True)
 class SiteEffect:
     """What mean-difference steering at `site` in a part of the sampling does to pictures of the other classes.
+
+    Of several sites, " + " stands between their names.
 
     success: share that shows the class asked for (none did before), the mean over classes; per_class: of each class,
     None for one that was too rare to have means; kept: share that keeps its class, mean over the other attributes,
@@ -134,6 +137,7 @@ def scan_sites(
     on_picture: Callable[[int, int], None] = lambda done, total: None,
     parts: Sequence[str] = tuple(PARTS),
     unsteered: Tensor | None = None,
+    together: int = 1,
 ) -> list[SiteEffect]:
     """Try every site and part of the sampling (some of PARTS): one row each, site by site.
 
@@ -142,6 +146,9 @@ def scan_sites(
     x K x C x H x W numbers). Then up to `per_class` pictures that do not show a class are steered to it. Classes that
     fewer than two pictures show are left out, and so are pictures without a face. unsteered: the pictures of those
     noises, if they were drawn before. on_picture(done, total) may raise to cancel.
+
+    together: while no set of sites turns every picture, the two sites that do best alone over the whole sampling are
+    then steered together, the three that do, up to so many.
     """
     first_draws = (1 if unsteered is not None else 2) * pictures
     run = Run(draw, batch, first_draws + len(sites) * len(parts) * len(classes) * per_class, on_picture)
@@ -160,15 +167,23 @@ def scan_sites(
     chosen, before = torch.cat([*others.values()]), base[torch.cat([*others.values()])]
     target = torch.cat([torch.full_like(pictures, c) for c, pictures in others.items()])
     run.total = run.done + len(sites) * len(parts) * len(chosen)
-    first = before, classify(before)
-    found = []
-    for collector in collectors(numbers):
-        means = ClassMeans.of(collector)
-        for part in parts:
-            start, end, sign = PARTS[part]
-            whole = MeanShift(means, labels[chosen], target, sign * strength, start, end)
-            after = run.draw(chosen, whole.of_batch)
-            found.append(site_effect(means.site, part, first, (after, classify(after)), target, attribute, classes))
+    first, means = (before, classify(before)), [ClassMeans.of(collector) for collector in collectors(numbers)]
+
+    def steered(some: Sequence[ClassMeans], part: str) -> SiteEffect:
+        start, end, sign = PARTS[part]
+        edits = [MeanShift(of, labels[chosen], target, sign * strength, start, end) for of in some]
+        after = run.draw(chosen, lambda rows: [edit.of_batch(rows) for edit in edits])
+        name = " + ".join(of.site for of in some)
+        return site_effect(name, part, first, (after, classify(after)), target, attribute, classes)
+
+    found = [steered([of], part) for of in means for part in parts]
+    alone = sorted((row for row in found if row.part == WHOLE), key=lambda row: (-row.success, -row.change))
+    for count in range(2, min(together, len(alone)) + 1):
+        if max(row.success for row in found) == 1:
+            break
+        best = {row.site for row in alone[:count]}
+        run.total += len(chosen)
+        found.append(steered([of for of in means if of.site in best], WHOLE))
     return found
 
 

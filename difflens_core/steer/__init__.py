@@ -3,8 +3,9 @@
 from .building import build_recipe, recipe_from_features
 from .controls import mean_difference, random_features, with_latents
 from .plans import plan_in_words, plan_moves, planned_targets
-from .recipes import MODES, WITHOUT_LEVELS, Recipe, as_stored, at_dose, load_recipe, save_recipe, with_settings
-from .steering import BY_LEVELS, Steering
+from .recipe_files import as_stored, load_recipe, save_recipe
+from .recipes import MODES, WITHOUT_LEVELS, Recipe, at_dose, check_one_site, joined, with_settings
+from .steering import BY_LEVELS, Steering, steerings
 from .weighing import weigh_latents
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "as_stored",
     "at_dose",
     "build_recipe",
+    "check_one_site",
+    "joined",
     "load_recipe",
     "mean_difference",
     "plan_in_words",
@@ -24,6 +27,7 @@ __all__ = [
     "random_features",
     "recipe_from_features",
     "save_recipe",
+    "steerings",
     "weigh_latents",
     "with_latents",
     "with_settings",

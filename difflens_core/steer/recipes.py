@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isqrt
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..files import DiffLensError, in_bytes, load_tensors, out_of_bytes, refuse_whole_numbers, save_tensors
-from ..locate import FRAME, LEVELS, FrameProbes, Levels
-from ..sae import NORMALISATION, Normalisation
+from ..files import DiffLensError
+from ..locate import FrameProbes, Levels
+from ..sae import Normalisation
 
 MODES = ("reach", "shift", "add", "add own", "add fixed", "add own fixed", "move", "clamp", "scale", "ablate")
 # Modes that read how active the latents are.
@@ -22,6 +20,7 @@ READING = ("reach", "move", "clamp", "scale", "ablate")
 WITHOUT_LEVELS = ("add fixed", "add own fixed", "scale", "ablate")
 # Threshold of a latent of which only the SAE can tell where it is active.
 UNKNOWN = -1.0
+SETTINGS = ("mode", "strength", "start", "end", "hold")
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class Recipe:
     pictures, which takes twice the time. weight: F, how much of its change each latent makes, all of it if None. model:
     fingerprint of the weights it was made on. map: height and width of the map whose positions they are, None if not
     known. frame: reads where the subject is; then the map is that of its frame, wherever in the picture, see
-    `activations.into_frames`. info: provenance and figures.
+    `activations.into_frames`. further: recipes of other sites that are steered together with this one, by its settings,
+    see `joined`. info: provenance and figures.
     """
 
     attribute: str
@@ -61,6 +61,7 @@ class Recipe:
     map: tuple[int, int] | None = None
     frame: FrameProbes | None = None
     hold: bool = False
+    further: tuple[Recipe, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,11 +71,21 @@ class Recipe:
             raise DiffLensError(
                 f"recipe for {self.attribute}: {len(self.strength)} strengths for {len(self.classes)} classes."
             )
-        if not self.levels.positions and self.mode not in WITHOUT_LEVELS:
+        if self.mode not in WITHOUT_LEVELS and not all(part.levels.positions for part in (self, *self.further)):
             raise DiffLensError(
                 f"recipe for {self.attribute}: mode {self.mode!r} needs class levels, and this recipe has none. Use "
                 f"one of {', '.join(WITHOUT_LEVELS)}, or a recipe from Attribute Features."
             )
+
+    @property
+    def parts(self) -> tuple[Recipe, ...]:
+        """A recipe for each of the sites, all by the same settings."""
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        return replace(self, further=()), *(replace(part, **settings) for part in self.further)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return self.site, *(part.site for part in self.further)
 
     @property
     def width(self) -> int:
@@ -88,7 +99,7 @@ class Recipe:
     @property
     def needs_sae(self) -> bool:
         """Whether only the SAE can tell where the latents are active."""
-        return bool((self.threshold == UNKNOWN).any())
+        return any(bool((part.threshold == UNKNOWN).any()) for part in (self, *self.further))
 
     @property
     def channels(self) -> int:
@@ -128,25 +139,6 @@ class Recipe:
         return h.flatten(2) if self.kernel == 1 else h.flatten(1)[:, :, None]
 
 
-TENSORS = ("features", "encoder", "bias", "threshold", "decoder", "member", "probe_weight", "probe_bias")
-# Kept in a byte a number.
-LARGE = (
-    "encoder", "decoder", "probe_weight", "levels.maps", "levels.places", "levels.effects", "levels.weight",
-    "frame.weight",
-)  # fmt: skip
-# Features, width, classes, steps of the capture and of the normalisation, patterns over positions, positions, channels,
-# traits, maps, edges.
-AXES = {
-    "features": "F", "weight": "F", "encoder": "FW", "decoder": "FW", "bias": "F", "threshold": "F", "member": "KF",
-    "levels.maps": "RFD", "levels.places": "DP", "levels.classes": "SKR", "levels.effects": "SKGR",
-    "levels.weight": "SGW", "levels.bias": "SG", "frame.weight": "SEW", "frame.bias": "SE", "probe_weight": "SKW",
-    "probe_bias": "SK",
-    "normalisation.progress": "N", "normalisation.mean": "NC", "normalisation.scale": "N",
-}  # fmt: skip
-OPTIONAL = ("weight", "frame.weight", "frame.bias", "levels.effects", "levels.weight", "levels.bias")
-PLAIN = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "map", "hold", "info")
-
-
 def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
     """The recipe with another mode, strength, start, end or hold. A single strength serves every class."""
     if isinstance(settings.get("strength"), (int, float)):
@@ -159,92 +151,38 @@ def at_dose(recipe: Recipe, dose: float) -> Recipe:
     return with_settings(recipe, strength=tuple(dose * own for own in recipe.strength))
 
 
-def held(attributes: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the tensors of levels that go by such attributes."""
-    return LEVELS if attributes else LEVELS[:3]
+def joined(*recipes: Recipe) -> Recipe:
+    """One recipe of all their sites, which are then steered together: by the first one's mode and strength.
+
+    It acts where all of them do. It does not hold: what a later site put out in unsteered pictures lacks what the
+    earlier sites change. Raises `DiffLensError` if they do not belong together.
+    """
+    parts = [part for recipe in recipes for part in recipe.parts]
+    check_together(parts)
+    start, end = max(part.start for part in parts), min(part.end for part in parts)
+    return replace(parts[0], further=tuple(parts[1:]), start=start, end=end, hold=False)
 
 
-def save_recipe(path: str | Path, recipe: Recipe) -> None:
-    """Write a recipe (its large tensors in a byte a number, some 700 KB)."""
-    save_tensors(path, "recipe", *stored(recipe))
+def check_together(parts: Sequence[Recipe]) -> None:
+    """Raise `DiffLensError` if recipes of one site each cannot be one of several."""
+    first, sites = parts[0], [part.site for part in parts]
+    for part in parts[1:]:
+        if (part.attribute, part.classes) != (first.attribute, first.classes):
+            one, other = (f"{of.attribute} ({', '.join(of.classes)})" for of in (first, part))
+            raise DiffLensError(f"recipes for {one} and {other} cannot be joined. Join those of one attribute.")
+        if part.model != first.model:
+            raise DiffLensError(
+                f"the recipes for {first.attribute} at {first.site} and {part.site} were made on different weights. "
+                "Join recipes of one model."
+            )
+    if twice := [site for site in dict.fromkeys(sites) if sites.count(site) > 1]:
+        raise DiffLensError(f"two recipes for {first.attribute} are of {twice[0]}. Join recipes of different sites.")
 
 
-def as_stored(recipe: Recipe) -> Recipe:
-    """The recipe as a file of it would be read: so pictures are the same before it is saved and after."""
-    return restored(*stored(recipe))
-
-
-def stored(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a recipe's file holds: tensors, and what is none. One without levels is small, and kept to the bit."""
-    tensors = {name: getattr(recipe, name) for name in TENSORS}
-    tensors |= {f"levels.{name}": getattr(recipe.levels, name) for name in held(recipe.levels.attributes)}
-    if recipe.frame:
-        tensors |= {f"frame.{name}": getattr(recipe.frame, name) for name in FRAME}
-    tensors |= {f"normalisation.{name}": getattr(recipe.normalisation, name) for name in NORMALISATION}
-    if recipe.weight is not None:
-        tensors["weight"] = recipe.weight
-    plain = {name: getattr(recipe, name) for name in PLAIN}
-    plain["traits"] = {name: list(classes) for name, classes in recipe.levels.attributes.items()}
-    return in_bytes(tensors, LARGE) if recipe.levels.positions else tensors, plain
-
-
-def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe that `save_recipe` wrote. Raises `DiffLensError` if it does not fit."""
-    needs = [*TENSORS, *(f"normalisation.{name}" for name in NORMALISATION), *PLAIN]
-    needs = [name for name in needs if name not in ("map", "hold")]  # files of version 0.4 and before do not tell
-    tensors, info = load_tensors(path, "recipe", needs)
-    try:
-        return restored(tensors, info)
-    except DiffLensError as error:
-        raise DiffLensError(f"{Path(path).name}: {error}") from error
-
-
-def restored(tensors: dict[str, Tensor], info: dict[str, Any]) -> Recipe:
-    """The recipe that a file holds. Raises `DiffLensError` if its parts do not fit."""
-    info |= {"map": tuple(info.get("map") or ()) or None, "hold": bool(info.get("hold"))}
-    tensors = out_of_bytes(tensors)
-    refuse_whole_numbers(tensors, ("features", "member"))
-    with_level_maps(tensors, info)
-    check_shapes(tensors)
-    tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-    parts = {name: info[name] for name in PLAIN} | {name: tensors[name] for name in TENSORS}
-    parts["classes"], parts["strength"] = tuple(parts["classes"]), tuple(parts["strength"])
-    attributes = {name: tuple(classes) for name, classes in info["traits"].items()}
-    own = [tensors[f"levels.{name}"] for name in held(attributes)]
-    levels = Levels(*own, attributes) if attributes else Levels.plain(*own)  # type: ignore[call-arg, arg-type]
-    frame = FrameProbes(tensors["frame.weight"], tensors["frame.bias"]) if "frame.weight" in tensors else None
-    normalisation = Normalisation(*(tensors[f"normalisation.{name}"] for name in NORMALISATION))
-    return Recipe(
-        **parts, levels=levels, normalisation=normalisation, frame=frame, weight=tensors.get("weight")
-    )  # fmt: skip
-
-
-def with_level_maps(tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-    """Bring levels of files of version 0.4, one for each step, class and position, into the shape of today's."""
-    if "levels.maps" in tensors:
-        return
-    dense = tensors.pop("levels", torch.zeros(0))
-    if dense.ndim != 4:
-        raise DiffLensError("it holds no levels. The file is damaged.")
-    levels, info["traits"] = Levels.of(dense), {}
-    tensors |= {f"levels.{name}": getattr(levels, name) for name in held({})}
-
-
-def same_rows(rows: Tensor, stored: Tensor) -> bool:
-    """Whether rows (F x width) are those of a recipe's file, which rounds them (see `in_bytes`)."""
-    rounding = rows.abs().amax(dim=1, keepdim=True) / 200
-    return rows.shape == stored.shape and bool(((rows - stored).abs() <= rounding).all())
-
-
-def check_shapes(tensors: Mapping[str, Tensor]) -> None:
-    """Raise `DiffLensError` if the parts of a recipe do not belong together."""
-    sizes: dict[str, int] = {}
-    for name, axes in AXES.items():
-        if name in OPTIONAL and name not in tensors:
-            continue
-        if name not in tensors:
-            raise DiffLensError(f"it lacks {name}. The file is damaged.")
-        shape = tuple(tensors[name].shape)
-        if len(shape) != len(axes) or any(sizes.setdefault(axis, n) != n for axis, n in zip(axes, shape, strict=True)):
-            expected = " x ".join(str(sizes.get(axis, axis)) for axis in axes)
-            raise DiffLensError(f"{name} has shape {shape}, expected {expected}. The file is damaged.")
+def check_one_site(recipe: Recipe, what: str) -> None:
+    """Raise `DiffLensError` if the recipe is of several sites, for `what` looks at the latents of one."""
+    if recipe.further:
+        raise DiffLensError(
+            f"the recipe for {recipe.attribute} is of several sites ({', '.join(recipe.sites)}), and {what} looks at "
+            "the latents of one. Give it the recipe of one site, before they were joined."
+        )

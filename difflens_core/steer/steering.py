@@ -14,7 +14,8 @@ from ..files import DiffLensError
 from ..locate import FrameProbes, Levels, contrast
 from ..sae import SparseAutoencoder
 from ..targets import LEFT_ALONE
-from .recipes import READING, WITHOUT_LEVELS, Recipe, same_rows
+from .recipe_files import same_rows
+from .recipes import READING, WITHOUT_LEVELS, Recipe
 
 DEVICE_TENSORS = ("encoder", "bias", "threshold", "member", "probe_weight", "probe_bias")
 MAPPED = ("reach", "shift", "add")  # modes that add differences of levels, and these alone
@@ -68,6 +69,8 @@ class Steering:
 
     def __post_init__(self) -> None:
         recipe, sae = self.recipe, self.sae
+        if recipe.further:
+            raise ValueError("a Steering edits one site: `steerings` makes those of a recipe of several")
         if sae is None:
             if recipe.needs_sae and recipe.mode in READING:
                 raise DiffLensError(
@@ -355,6 +358,22 @@ class Steering:
                 moved |= {"sae_bias": sae.encoder_bias[order].to(device)}
             self._moved[device] = moved
         return self._moved[device]
+
+
+def steerings(
+    recipe: Recipe, target_of: Callable[[Tensor], Tensor], sae: SparseAutoencoder | None = None,
+    mask: Tensor | None = None,
+) -> list[Steering]:  # fmt: skip
+    """The edits of a recipe, one for each of its sites. sae: that of one of them, told by its site."""
+    if sae and recipe.further and sae.site not in recipe.sites:
+        raise DiffLensError(
+            f"recipe for {recipe.attribute}: the SAE is of {sae.site}, the recipe of {', '.join(recipe.sites)}. Give "
+            "one that it was made from, or none."
+        )
+    return [
+        Steering(part, target_of, sae if sae and (not recipe.further or sae.site == part.site) else None, mask)
+        for part in recipe.parts
+    ]
 
 
 def resized(mask: Tensor, h: Tensor, images: Tensor) -> Tensor:

@@ -84,6 +84,8 @@ class Products:
 
 def nothing_to_spare(recipe: Recipe, classifier: ImageClassifier) -> str:
     """Why the latents cannot be weighed, or ""."""
+    if recipe.further:
+        return f"the recipe is of {len(recipe.sites)} sites"
     if recipe.mode not in BY_LEVELS:
         return f"mode {recipe.mode} does not go by levels"
     if not hasattr(classifier, "log_probabilities"):

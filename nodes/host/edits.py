@@ -155,15 +155,15 @@ class SiteEdit:
         with named(self.node):
             check_account(run.account, self.site)
         told = self.settings.log
-        told.numbers.append((run.numbers + run.first).numpy())
         elsewhere = begun.elsewhere(self.site, self.settings.rows) if begun and self.settings.hold else ""
         short = shortfall(run.account, self.site, self.settings.span)
         held = begun and self.settings.hold and not elsewhere
         missed = ""
         if isinstance(self.edit, Steering) and self.edit.recipe.frame:
             missed = self.edit.missed(begun.rehearsal.last if held else run.last, bool(held))
-        told.said[:] = [*filter(None, [run.said, run.stretched, short, elsewhere, missed])]
-        for sentence in told.said:
+        said = [*filter(None, [run.said, run.stretched, short, elsewhere, missed])]
+        told.tell(self.site, (run.numbers + run.first).numpy(), said)
+        for sentence in said:
             log.warning("%s: %s", self.node, sentence)
         if told.said:
             tell(self.settings.node_id, " ".join([*told.warned, *told.said]))

@@ -13,7 +13,7 @@ from difflens_core.measure.fairness import kept_share
 from difflens_core.networks import load_denoiser, sample, start_noise
 from difflens_core.sae import load_sae
 from difflens_core.steer import Steering, load_recipe, mean_difference, with_settings
-from difflens_core.steer.recipes import same_rows
+from difflens_core.steer.recipe_files import same_rows
 from difflens_core.targets import Targets
 
 AVATARS = Path(__file__).resolve().parents[2] / "models" / "avatars"

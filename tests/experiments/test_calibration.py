@@ -16,7 +16,7 @@ from difflens_core.files import DiffLensError
 from difflens_core.measure import pictures_for_fd, solve_shares
 from difflens_core.report import calibration_text, dose_chart
 from difflens_core.sae import SparseAutoencoder
-from difflens_core.steer import Recipe, at_dose, load_recipe, save_recipe, with_settings
+from difflens_core.steer import Recipe, at_dose, joined, load_recipe, save_recipe, with_settings
 from difflens_core.steer.recipes import UNKNOWN
 
 
@@ -49,6 +49,15 @@ def test_a_faint_recipe_gets_more_strength_and_a_loud_one_less():
     strengths = [run(Toy(), recipe(power)).strength for power in (0.5, 2.0)]
     for faint, loud in zip(*strengths, strict=True):
         assert faint > 1.0 > loud
+
+
+def test_of_several_sites_each_does_its_part():
+    """Two that hold half of what is needed take less strength together than one alone, and are told as they are."""
+    half = recipe(0.5)
+    alone, both = run(Toy(), half), run(Toy(), joined(half, replace(half, site="another")))
+    assert both.info["calibration"]["reached"] and both.sites == ("site", "another")
+    assert all(one > together for one, together in zip(alone.strength, both.strength, strict=True))
+    assert all(part.strength == both.strength for part in both.parts)
 
 
 def test_the_weakest_clear_strength_is_taken():

@@ -113,6 +113,31 @@ def test_only_the_deciding_site_and_third_succeed(found):
         assert row.success == 0 and row.change == 0 and row.kept == 1
 
 
+def test_sites_that_decide_only_together_are_found_together():
+    """A picture is the mean of three sites: one cannot turn it, two can. The best two alone are tried first."""
+
+    @Draws
+    def draw_mean(edits, which):
+        rows, code, total = torch.arange(len(which)), codes()[which], 0
+        for site in ("idle", "a", "b", "c"):
+            h = code
+            for edit in edits:
+                h = edit(h, 0.0, rows) if edit.site == site else h
+            total = total + {"idle": 0.0, "a": 0.3, "b": 0.4, "c": 0.3}[site] * h
+        return (total.movedim(1, -1) / 8 + 0.5).clamp(0, 1)
+
+    rows = scan_sites(["idle", "a", "b"], draw_mean, classify, "tone", CLASSES, 40, 6, 1.0, 16, together=3)
+    assert [row.site for row in rows[15:]] == ["a + b"] and rows[15].part == "whole"
+    assert max(row.success for row in rows[:15]) == 0 and rows[15].success == 1
+    told = []
+    rows = scan_sites(
+        ["a", "idle"], draw_mean, classify, "tone", CLASSES, 40, 6, 1.0, 16, lambda *x: told.append(x), ("whole",),
+        together=3,
+    )  # fmt: skip
+    assert [row.site for row in rows] == ["a", "idle", "a + idle"] and told[-1][0] == told[-1][1]
+    assert "a + idle" in scan_table(rows, "tone", CLASSES)
+
+
 def test_class_means_are_the_means_of_the_pictures_of_each_class():
     labels, sums, counts = torch.tensor([0, 1, 1, 0, 1]), {}, {}
     h = torch.randn(2, 5, 3, 2, 2, generator=torch.Generator().manual_seed(1))  # two steps

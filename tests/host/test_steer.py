@@ -13,7 +13,7 @@ from small_graphs import AVATARS, Avatars, latents, text_of
 
 from difflens_core.classifiers import load_classifier
 from difflens_core.sae import load_sae
-from difflens_core.steer import save_recipe
+from difflens_core.steer import joined, save_recipe
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,21 @@ def test_recipes_compose_in_node_order_at_one_site_and_at_two(server, other_site
     torch.testing.assert_close(found, sampled(recipes, 4), atol=2e-3, rtol=0)
     for fewer in (recipes[:2], recipes[1:]):
         assert float((found - sampled(fewer, 4)).abs().max()) > 0.1
+
+
+def test_a_recipe_of_two_sites_steers_at_both_and_its_pictures_are_counted_once(server):
+    folder = server.base / "models" / "difflens_recipes"
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [shipped("age", site=site, mode="add", hold=False) for site in ("middle_block", "after_middle.0")]
+    save_recipe(folder / "both_sites.safetensors", joined(*parts))
+    graph = Avatars(pictures=4)
+    steered = graph.steer(graph.recipe("both_sites"))
+    drawn = graph.draw(steered[0])
+    saved, pictures = graph.save(drawn), graph.pictures(drawn)
+    shown = graph.show(graph.report(pictures, pictures, "age", targets=steered[1])[1])
+    entry = server.run(to_api(graph))
+    torch.testing.assert_close(latents(server, entry, saved).clamp(-1, 1), sampled(parts, 4), atol=2e-3, rtol=0)
+    assert "Steer: " not in text_of(entry, shown)
 
 
 def test_the_sae_and_a_mask_on_steer_do_what_the_core_does(server):

@@ -10,7 +10,7 @@ import torch
 from difflens_core.files import DiffLensError
 from difflens_core.sae import NORMALISATION
 from difflens_core.steer import Steering, load_recipe, save_recipe, with_settings
-from difflens_core.steer.recipes import LARGE, PLAIN, TENSORS, as_stored
+from difflens_core.steer.recipe_files import LARGE, PLAIN, TENSORS, as_stored
 
 
 def test_settings_change_a_copy(toys):

@@ -1,0 +1,150 @@
+"""Recipes in files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import DiffLensError, in_bytes, load_tensors, out_of_bytes, refuse_whole_numbers, save_tensors
+from ..locate import FRAME, LEVELS, FrameProbes, Levels
+from ..sae import NORMALISATION, Normalisation
+from .recipes import Recipe, check_together
+
+TENSORS = ("features", "encoder", "bias", "threshold", "decoder", "member", "probe_weight", "probe_bias")
+# Kept in a byte a number.
+LARGE = (
+    "encoder", "decoder", "probe_weight", "levels.maps", "levels.places", "levels.effects", "levels.weight",
+    "frame.weight",
+)  # fmt: skip
+# Features, width, classes, steps of the capture and of the normalisation, patterns over positions, positions, channels,
+# traits, maps, edges.
+AXES = {
+    "features": "F", "weight": "F", "encoder": "FW", "decoder": "FW", "bias": "F", "threshold": "F", "member": "KF",
+    "levels.maps": "RFD", "levels.places": "DP", "levels.classes": "SKR", "levels.effects": "SKGR",
+    "levels.weight": "SGW", "levels.bias": "SG", "frame.weight": "SEW", "frame.bias": "SE", "probe_weight": "SKW",
+    "probe_bias": "SK",
+    "normalisation.progress": "N", "normalisation.mean": "NC", "normalisation.scale": "N",
+}  # fmt: skip
+OPTIONAL = ("weight", "frame.weight", "frame.bias", "levels.effects", "levels.weight", "levels.bias")
+PLAIN = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "map", "hold", "info")
+
+
+def held(attributes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the tensors of levels that go by such attributes."""
+    return LEVELS if attributes else LEVELS[:3]
+
+
+def save_recipe(path: str | Path, recipe: Recipe) -> None:
+    """Write a recipe (its large tensors in a byte a number, some 700 KB)."""
+    save_tensors(path, "recipe", *stored(recipe))
+
+
+def as_stored(recipe: Recipe) -> Recipe:
+    """The recipe as a file of it would be read: so pictures are the same before it is saved and after."""
+    return restored(*stored(recipe))
+
+
+def stored(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a recipe's file holds: tensors, and what is none. Those of further sites have numbers before their names."""
+    (tensors, plain), *further = map(stored_part, (recipe, *recipe.further))
+    for number, (own, _) in enumerate(further, 1):
+        tensors |= {f"{number}/{name}": tensor for name, tensor in own.items()}
+    return tensors, plain | {"further": [own for _, own in further]}
+
+
+def stored_part(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The same of one site. A recipe without levels is small, and kept to the bit."""
+    tensors = {name: getattr(recipe, name) for name in TENSORS}
+    tensors |= {f"levels.{name}": getattr(recipe.levels, name) for name in held(recipe.levels.attributes)}
+    if recipe.frame:
+        tensors |= {f"frame.{name}": getattr(recipe.frame, name) for name in FRAME}
+    tensors |= {f"normalisation.{name}": getattr(recipe.normalisation, name) for name in NORMALISATION}
+    if recipe.weight is not None:
+        tensors["weight"] = recipe.weight
+    plain = {name: getattr(recipe, name) for name in PLAIN}
+    plain["traits"] = {name: list(classes) for name, classes in recipe.levels.attributes.items()}
+    return in_bytes(tensors, LARGE) if recipe.levels.positions else tensors, plain
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe that `save_recipe` wrote. Raises `DiffLensError` if it does not fit."""
+    needs = [*TENSORS, *(f"normalisation.{name}" for name in NORMALISATION), *PLAIN]
+    needs = [name for name in needs if name not in ("map", "hold")]  # files of version 0.4 and before do not tell
+    tensors, info = load_tensors(path, "recipe", needs)
+    try:
+        return restored(tensors, info)
+    except DiffLensError as error:
+        raise DiffLensError(f"{Path(path).name}: {error}") from error
+
+
+def restored(tensors: dict[str, Tensor], info: dict[str, Any]) -> Recipe:
+    """The recipe that a file holds. Raises `DiffLensError` if its parts do not fit."""
+    first, *further = (
+        restored_part({name.removeprefix(prefix): t for name, t in tensors.items() if prefix_of(name) == prefix}, own)
+        for prefix, own in (("", info), *((f"{number}/", own) for number, own in enumerate(info.get("further", []), 1)))
+    )
+    check_together([first, *further])
+    return replace(first, further=tuple(further))
+
+
+def prefix_of(name: str) -> str:
+    """What `stored` put before a tensor's name."""
+    return name[: name.find("/") + 1]
+
+
+def restored_part(tensors: dict[str, Tensor], info: dict[str, Any]) -> Recipe:
+    """The recipe of one site."""
+    info |= {"map": tuple(info.get("map") or ()) or None, "hold": bool(info.get("hold"))}
+    if missing := [name for name in PLAIN if name not in info]:
+        raise DiffLensError(f"it does not tell {missing[0]} of one of its sites. The file is damaged.")
+    tensors = out_of_bytes(tensors)
+    refuse_whole_numbers(tensors, ("features", "member"))
+    with_level_maps(tensors, info)
+    check_shapes(tensors)
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    parts = {name: info[name] for name in PLAIN} | {name: tensors[name] for name in TENSORS}
+    parts["classes"], parts["strength"] = tuple(parts["classes"]), tuple(parts["strength"])
+    attributes = {name: tuple(classes) for name, classes in info["traits"].items()}
+    own = [tensors[f"levels.{name}"] for name in held(attributes)]
+    levels = Levels(*own, attributes) if attributes else Levels.plain(*own)  # type: ignore[call-arg, arg-type]
+    frame = FrameProbes(tensors["frame.weight"], tensors["frame.bias"]) if "frame.weight" in tensors else None
+    normalisation = Normalisation(*(tensors[f"normalisation.{name}"] for name in NORMALISATION))
+    return Recipe(
+        **parts, levels=levels, normalisation=normalisation, frame=frame, weight=tensors.get("weight")
+    )  # fmt: skip
+
+
+def with_level_maps(tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+    """Bring levels of files of version 0.4, one for each step, class and position, into the shape of today's."""
+    if "levels.maps" in tensors:
+        return
+    dense = tensors.pop("levels", torch.zeros(0))
+    if dense.ndim != 4:
+        raise DiffLensError("it holds no levels. The file is damaged.")
+    levels, info["traits"] = Levels.of(dense), {}
+    tensors |= {f"levels.{name}": getattr(levels, name) for name in held({})}
+
+
+def same_rows(rows: Tensor, stored: Tensor) -> bool:
+    """Whether rows (F x width) are those of a recipe's file, which rounds them (see `in_bytes`)."""
+    rounding = rows.abs().amax(dim=1, keepdim=True) / 200
+    return rows.shape == stored.shape and bool(((rows - stored).abs() <= rounding).all())
+
+
+def check_shapes(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `DiffLensError` if the parts of a recipe do not belong together."""
+    sizes: dict[str, int] = {}
+    for name, axes in AXES.items():
+        if name in OPTIONAL and name not in tensors:
+            continue
+        if name not in tensors:
+            raise DiffLensError(f"it lacks {name}. The file is damaged.")
+        shape = tuple(tensors[name].shape)
+        if len(shape) != len(axes) or any(sizes.setdefault(axis, n) != n for axis, n in zip(axes, shape, strict=True)):
+            expected = " x ".join(str(sizes.get(axis, axis)) for axis in axes)
+            raise DiffLensError(f"{name} has shape {shape}, expected {expected}. The file is damaged.")
