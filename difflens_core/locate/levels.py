@@ -118,7 +118,7 @@ def latent_rows(sae: SparseAutoencoder, features: Tensor) -> RowsOf:
 
     def rows_of(values: Tensor, step: int) -> tuple[Tensor, Tensor]:
         rows = sae.rows(values.to(sae.device), step)
-        latents = sae.encode_rows(rows)
+        latents = sae.encode_rows(rows, step)
         dense = latents.values.new_zeros(*latents.values.shape[:2], len(features) + 1)
         dense.scatter_(2, place[latents.indices], latents.values)
         return dense[..., :-1].transpose(1, 2).cpu(), rows.mean(dim=1).cpu()

@@ -73,7 +73,7 @@ def pooled(
         step = sae.normalisation.step_at(float(activations.progress[s]))
         for first, values in activations.batches(s):
             rows = sae.rows(values, step)
-            active = sae.encode_rows(rows)
+            active = sae.encode_rows(rows, step)
             own = slice(first, first + len(values))
             raw[own] += rows.mean(dim=1) / len(steps)
             share = active.values.flatten(1) / (rows.shape[1] * len(steps))

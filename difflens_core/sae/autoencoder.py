@@ -49,12 +49,14 @@ class Normalisation:
     """Per-step mean and scale of a site's activations.
 
     progress: S, increasing, the share of the sampling that lies behind each step (0 is pure noise, 1 the picture);
-    mean: S x C; scale: S. A sampling step uses the row whose progress is nearest.
+    mean: S x C; scale: S. A sampling step uses the row whose progress is nearest. modulation: S x 2 x C, of an encoder
+    that is told the time: the gain and the offset of what it reads.
     """
 
     progress: Tensor
     mean: Tensor
     scale: Tensor
+    modulation: Tensor | None = None
 
     def step_at(self, progress: float) -> int:
         """Row that serves a sampling step at `progress`."""
@@ -65,8 +67,22 @@ class Normalisation:
         rows = h.flatten(2).transpose(1, 2).float()
         return (rows - self.mean[step]) / self.scale[step]
 
+    def modulated(self, rows: Tensor, step: int) -> Tensor:
+        """Normalised rows (... x C) as the encoder reads them."""
+        if self.modulation is None:
+            return rows
+        gain, offset = self.modulation[step]
+        return rows * (1 + gain) + offset
+
+    def at(self, progress: Tensor) -> Normalisation:
+        """The rows nearest to steps at `progress`, for these steps."""
+        rows = [self.step_at(float(step)) for step in progress]
+        modulation = None if self.modulation is None else self.modulation[rows]
+        return Normalisation(progress, self.mean[rows], self.scale[rows], modulation)
+
     def to(self, device: torch.device | str) -> Normalisation:
-        return Normalisation(self.progress, self.mean.to(device), self.scale.to(device))
+        modulation = None if self.modulation is None else self.modulation.to(device)
+        return Normalisation(self.progress, self.mean.to(device), self.scale.to(device), modulation)
 
 
 def nearest_step(grid: Tensor, progress: float) -> int:
@@ -131,6 +147,9 @@ class SparseAutoencoder:
         found = {name: tuple(getattr(self, name).shape) for name in expected}
         expected |= {"normalisation.mean": (steps, self.channels), "normalisation.scale": (steps,)}
         found |= {f"normalisation.{name}": tuple(getattr(self.normalisation, name).shape) for name in ("mean", "scale")}
+        if self.normalisation.modulation is not None:
+            expected["normalisation.modulation"] = (steps, 2, width)
+            found["normalisation.modulation"] = tuple(self.normalisation.modulation.shape)
         if self.threshold is not None and self.threshold.ndim:
             expected["threshold"], found["threshold"] = (n,), tuple(self.threshold.shape)
         for name, shape in expected.items():
@@ -180,15 +199,19 @@ class SparseAutoencoder:
 
     def encode(self, h: Tensor, step: int) -> Latents:
         """Latents (B x P x k) of activations B x C x H x W taken at row `step` of the normalisation."""
-        return self.encode_rows(self.rows(h, step))
+        return self.encode_rows(self.rows(h, step), step)
 
-    def encode_rows(self, rows: Tensor) -> Latents:
-        """Latents (B x P x k) of normalised rows B x P x width."""
-        pre = F.linear(rows, self.encoder, self.encoder_bias)
+    def encode_rows(self, rows: Tensor, step: int) -> Latents:
+        """Latents (B x P x k) of normalised rows B x P x width, taken at row `step` of the normalisation."""
+        pre = self.pre_activations(rows, step)
         if self.activation == "topk":
             return top_k(pre, self.k)
         active = pre > self.gate
         return top_k(torch.where(active, pre, 0.0), max(1, int(active.sum(dim=-1).max())))
+
+    def pre_activations(self, rows: Tensor, step: int) -> Tensor:
+        """What goes into the activation function: ... x N, of normalised rows ... x width."""
+        return F.linear(self.normalisation.modulated(rows, step), self.encoder, self.encoder_bias)
 
     def decode(self, latents: Latents) -> Tensor:
         """Reconstruction in normalised units, B x P x width."""
@@ -233,6 +256,8 @@ def save_sae(path: str | Path, sae: SparseAutoencoder, dtype: torch.dtype = torc
     convert = as_half if dtype == torch.float16 else lambda tensor: tensor.to(dtype)
     tensors = {name: convert(getattr(sae, name)) for name in TENSORS}
     tensors |= {f"normalisation.{name}": getattr(sae.normalisation, name) for name in NORMALISATION}
+    if sae.normalisation.modulation is not None:
+        tensors["normalisation.modulation"] = sae.normalisation.modulation
     if sae.threshold is not None:
         tensors["threshold"] = sae.threshold
     save_tensors(path, "sae", tensors, {name: getattr(sae, name) for name in SETTINGS} | {"info": dict(sae.info)})
@@ -249,6 +274,9 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
     parts |= {name: tensors[name].float() for name in TENSORS}
     try:
         refuse_whole_numbers(tensors)
-        return SparseAutoencoder(**parts, normalisation=Normalisation(*(tensors[name].float() for name in statistics)))
+        modulation = tensors.get("normalisation.modulation")
+        progress, mean, scale = (tensors[name].float() for name in statistics)
+        normalisation = Normalisation(progress, mean, scale, modulation)
+        return SparseAutoencoder(**parts, normalisation=normalisation)
     except DiffLensError as error:
         raise DiffLensError(f"{Path(path).name}: {error}") from error

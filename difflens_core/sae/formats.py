@@ -20,7 +20,7 @@ from torch import Tensor
 from ..activations import UPDATE, reads_update
 from ..files import DiffLensError, finite, read_tensors, refuse_whole_numbers
 from .autoencoder import SparseAutoencoder, load_sae
-from .readers import COUNTS, FORMATS, Config, Tensors, dict_class
+from .readers import COUNTS, DIFFRACT, FORMATS, Config, Tensors, dict_class
 
 WEIGHTS = (".safetensors", ".pt", ".pth")
 CONFIGS = ("cfg.json", "config.json")
@@ -45,6 +45,8 @@ def load_any_sae(path: str | Path, site: str = "") -> tuple[SparseAutoencoder, s
         except DiffLensError as error:
             raise DiffLensError(f"{weights.name}: {error}") from error
         sae = replace(sae, info={"format": name})
+        if name == DIFFRACT:
+            sae = replace(sae, site=site_of_diffract(weights))
     module = site.strip() or sae.site.removesuffix(UPDATE) or site_in_names(weights, notes)
     if reads_update(sae.site) and not reads_update(module):  # whoever names the module need not know that
         module += UPDATE
@@ -126,16 +128,39 @@ def read_config(folder: Path) -> Config:
     return {}
 
 
-SITE = re.compile(r"(?:(?:down|up|input|output)_blocks|mid_block|middle_block)(?:\.(?:\d+|[a-z][a-z0-9_]*))*")
+SITE = re.compile(
+    r"(?:(?:down|up|input|output|(?:single_)?transformer)_blocks|mid_block|middle_block)"
+    r"(?:\.(?:\d+|[a-z][a-z0-9_]*))*"
+)
 
 
 def site_in_names(weights: Path, notes: list[str]) -> str:
-    """Site that the folders around a file are named after, as sparsify and sdxl-unbox name them; "" if none."""
+    """Site that the folders around a file are named after, as sparsify, sdxl-unbox and Krea name them; "" if none.
+
+    Krea's names of blocks with two streams end in the stream's number, 0 for the text's.
+    """
     for name in (weights.parent.name, weights.parent.parent.name):
         if found := SITE.search(name):
+            if found[0].startswith("transformer_blocks") and name[found.end() :] == "-0":
+                raise DiffLensError(
+                    f"{name}: the folder's name says that this SAE reads the text's tokens at {found[0]}, which are no "
+                    "part of the picture. Use the one that ends in -1."
+                )
             notes.append(f"the site was read off the folder's name, {name}")
             return found[0]
     return ""
+
+
+def site_of_diffract(weights: Path) -> str:
+    """Site of an SAE of DifFRACT, which only the file's name tells, and whether it is one at all."""
+    found = re.fullmatch(r"(sae|transcoder)_(img|txt)_(\d+)", weights.stem)
+    if not found or found[1] == "transcoder" or found[2] == "txt":
+        what = {"transcoder": "a transcoder", "sae": "an SAE of the text's tokens"}[found[1]] if found else "not known"
+        raise DiffLensError(
+            f"{weights.name}: only its name tells what a {DIFFRACT} file is: sae_img_ and the block's number, for "
+            f"an SAE of the picture's tokens. By its name this is {what}. Use one that is, under its own name."
+        )
+    return f"double_blocks.{found[3]}.img_mlp"
 
 
 def load_class_features(folder: str | Path, latents: int, classes: Sequence[str] = ()) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ def measure_sae(sae: SparseAutoencoder, activations: Activations) -> Quality:
         total = torch.zeros(sae.width, dtype=exact, device=sae.device)
         for _, values in activations.batches(s):
             rows = sae.rows(values.to(sae.device), step)
-            latents = sae.encode_rows(rows)
+            latents = sae.encode_rows(rows, step)
             error += float((rows - sae.decode(latents)).to(exact).square().sum())
             variance += float(rows.to(exact).square().sum())
             total += rows.to(exact).sum(dim=(0, 1))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..activations import UPDATE
 from ..files import DiffLensError
@@ -250,6 +251,56 @@ def read_saelens(tensors: Tensors, config: Config, notes: list[str]) -> SparseAu
     return agree(config, sae, "d_in", "d_sae")
 
 
+def is_finebooru(config: Config) -> bool:
+    return {"features", "pages"} <= config.keys()
+
+
+def read_finebooru(tensors: Tensors, config: Config, notes: list[str]) -> SparseAutoencoder:
+    """finebooru, which trained the Flux SAEs of Krea. Without a k the latents take on the lengths of their rows."""
+    refuse_unknown(config, ("features", "pages", "k", "bandwidth", "jumpthreshold"), "finebooru")
+    parts = tensors["encoder.weight"], tensors["encoder.bias"], tensors["decoder.weight"].T, tensors["bias"]
+    if "logthres" in tensors:
+        sae = build(*parts, activation="jumprelu", threshold=tensors["logthres"].exp())
+    elif config.get("k"):
+        sae = build(*parts, k=whole(config, "k"))
+    else:
+        sae = unit_decoder(build(*parts, activation="relu"))
+    return agree(config, sae, "features", "pages")
+
+
+TIMES = 33  # steps for which an encoder that is told the time is worked out
+
+
+def read_diffract(tensors: Tensors, config: Config, notes: list[str]) -> SparseAutoencoder:
+    """DifFRACT: what the encoder reads is modulated by the time, from 1 at pure noise to 0 at the picture.
+
+    Its transcoders have the same tensors, and only the file's name tells: see `formats.site_of_diffract`.
+    """
+    width, size = tensors["encoder.weight"].shape[1], tensors["time_mlp.0.weight"].shape[1]
+    sizes = dict(zip(TOLD, (size, size, 2 * width), strict=True))
+    if size % 2 or any(
+        (tensors[f"{of}.weight"].shape, tensors[f"{of}.bias"].shape) != ((n, size), (n,)) for of, n in sizes.items()
+    ):
+        raise DiffLensError(f"the layers that the time goes through do not fit {width} channels. The file is damaged.")
+    progress = torch.linspace(0, 1, TIMES)
+    waves = (1 - progress)[:, None] * torch.logspace(0, -4, size // 2)
+    x = torch.cat([waves.sin(), waves.cos()], dim=1)
+    for layer in ("time_mlp.0", "time_mlp.2"):
+        x = F.silu(F.linear(x, tensors[f"{layer}.weight"], tensors[f"{layer}.bias"]))
+    modulation = F.linear(x, tensors["mod_linear.weight"], tensors["mod_linear.bias"]).unflatten(1, (2, width))
+    notes.append(
+        "its encoder is told the time, which is taken to be the share of the sampling that lies ahead, as in FLUX.1 "
+        "schnell; other models of Flux shift it"
+    )
+    sae = build(
+        tensors["encoder.weight"], tensors["encoder.bias"], tensors["decoder.weight"].T,
+        decoder_bias=tensors["decoder.bias"], activation="relu",
+    )  # fmt: skip
+    return replace(
+        sae, normalisation=Normalisation(progress, torch.zeros(TIMES, width), torch.ones(TIMES), modulation)
+    )  # fmt: skip
+
+
 def of_classes(*names: str) -> Callable[[Config], bool]:
     return lambda config: dict_class(config) in names
 
@@ -257,6 +308,8 @@ def of_classes(*names: str) -> Callable[[Config], bool]:
 LINEAR = {"encoder.weight": 2, "encoder.bias": 1, "decoder.weight": 2}
 MATRICES = {"W_enc": 2, "b_enc": 1, "W_dec": 2, "b_dec": 1}
 DICTIONARY = "dictionary_learning"
+DIFFRACT = "DifFRACT"
+TOLD = ("time_mlp.0", "time_mlp.2", "mod_linear")  # layers that the time goes through
 FORMATS = (
     Format(
         "the reference DiffLens", {"encoder.weight": 4, "encoder.bias": 1, "decoder.weight": 4, "decoder.bias": 1},
@@ -279,6 +332,12 @@ FORMATS = (
         frozenset({"threshold"}),
     ),
     Format(DICTIONARY, LINEAR | {"bias": 1}, of_classes("AutoEncoder"), read_dictionary),
+    Format("finebooru", LINEAR | {"bias": 1}, is_finebooru, read_finebooru, frozenset({"logthres"})),
+    Format(
+        DIFFRACT,
+        LINEAR | {"decoder.bias": 1} | {f"{of}.weight": 2 for of in TOLD} | {f"{of}.bias": 1 for of in TOLD},
+        lambda config: True, read_diffract,
+    ),
     Format(DICTIONARY, LINEAR | {"decoder.bias": 1}, of_classes("AutoEncoderNew"), read_dictionary),
     Format(DICTIONARY, MATRICES | {"threshold": 1}, of_classes("JumpReluAutoEncoder"), read_dictionary),
     Format(

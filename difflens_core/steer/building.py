@@ -8,12 +8,11 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..activations import Activations, FramedActivations
 from ..files import DiffLensError
 from ..locate import Attribution, Labelled, Levels, Probes, fit_frames, fit_levels, latent_rows, tied
-from ..sae import Normalisation, SparseAutoencoder
+from ..sae import SparseAutoencoder
 from .recipes import UNKNOWN, Recipe, with_settings
 
 # Probes are surer of their class than right. Divided by this, a picture near the border is still pushed a little.
@@ -50,11 +49,9 @@ def build_recipe(
     encoder, bias, decoder = (of[chosen.to(sae.device)].cpu() for of in (sae.encoder, sae.encoder_bias, sae.decoder))
     threshold, agreement = fit_thresholds(activations, sae, chosen)
     classes = attribution.classes
-    rows = [sae.normalisation.step_at(float(at)) for at in attribution.progress]
     probe_rows = [probes.step_at(float(at)) for at in attribution.progress]
     probe_weight, probe_bias = probes.weight[probe_rows] / SOFTENING, probes.bias[probe_rows] / SOFTENING
     whole = sae.normalisation.to("cpu")
-    normalisation = Normalisation(attribution.progress, whole.mean[rows], whole.scale[rows])
     start, end = captured_part(attribution.progress)
     levels = fit_levels(activations, whole, latent_rows(sae, chosen), labels, len(classes), others, on_step)
     frame = fit_frames(activations, whole) if isinstance(activations, FramedActivations) else None
@@ -64,7 +61,7 @@ def build_recipe(
     }  # fmt: skip
     return Recipe(
         attribution.attribute, classes, sae.site, model, chosen, encoder, bias, threshold, decoder,
-        member, levels, probe_weight, probe_bias, normalisation,
+        member, levels, probe_weight, probe_bias, whole.at(attribution.progress),
         strength=(1.0,) * len(classes), start=start, end=end,
         map=activations.full_map if sae.kernel == 1 else None, frame=frame, hold=True,
         info=info,
@@ -125,8 +122,9 @@ def fit_thresholds(
     every = math.ceil(some.rows_in_all / sae.kernel**2 / GATED)
     for s, progress in enumerate(some.progress):
         for _, values in some.batches(s):
-            x = sae.rows(values.to(sae.device), sae.normalisation.step_at(float(progress))).flatten(0, 1)[::every]
-            pre = F.linear(x, sae.encoder, sae.encoder_bias)
+            step = sae.normalisation.step_at(float(progress))
+            x = sae.rows(values.to(sae.device), step).flatten(0, 1)[::every]
+            pre = sae.pre_activations(x, step)
             kth = pre.topk(sae.k, dim=1).values[:, -1:]
             rows.append(pre[:, own].cpu())
             active.append(((pre[:, own] >= kth) & (pre[:, own] > 0)).cpu())

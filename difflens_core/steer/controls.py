@@ -34,6 +34,7 @@ def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, ot
         member=torch.ones(classes, recipe.width, dtype=torch.bool),
         levels=levels,
         weight=None,
+        normalisation=replace(recipe.normalisation, modulation=None),
         info={name: recipe.info[name] for name in ("tied",) if name in recipe.info}
         | {"control": "mean difference of the raw activations"},
     )

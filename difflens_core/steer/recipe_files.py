@@ -29,8 +29,12 @@ AXES = {
     "levels.weight": "SGW", "levels.bias": "SG", "frame.weight": "SEW", "frame.bias": "SE", "probe_weight": "SKW",
     "probe_bias": "SK",
     "normalisation.progress": "N", "normalisation.mean": "NC", "normalisation.scale": "N",
+    "normalisation.modulation": "NTC",
 }  # fmt: skip
-OPTIONAL = ("weight", "frame.weight", "frame.bias", "levels.effects", "levels.weight", "levels.bias")
+OPTIONAL = (
+    "weight", "frame.weight", "frame.bias", "levels.effects", "levels.weight", "levels.bias",
+    "normalisation.modulation",
+)  # fmt: skip
 PLAIN = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "map", "hold", "info")
 
 
@@ -66,6 +70,8 @@ def stored_part(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors |= {f"normalisation.{name}": getattr(recipe.normalisation, name) for name in NORMALISATION}
     if recipe.weight is not None:
         tensors["weight"] = recipe.weight
+    if recipe.normalisation.modulation is not None:
+        tensors["normalisation.modulation"] = recipe.normalisation.modulation
     plain = {name: getattr(recipe, name) for name in PLAIN}
     plain["traits"] = {name: list(classes) for name, classes in recipe.levels.attributes.items()}
     return in_bytes(tensors, LARGE) if recipe.levels.positions else tensors, plain
@@ -113,7 +119,8 @@ def restored_part(tensors: dict[str, Tensor], info: dict[str, Any]) -> Recipe:
     own = [tensors[f"levels.{name}"] for name in held(attributes)]
     levels = Levels(*own, attributes) if attributes else Levels.plain(*own)  # type: ignore[call-arg, arg-type]
     frame = FrameProbes(tensors["frame.weight"], tensors["frame.bias"]) if "frame.weight" in tensors else None
-    normalisation = Normalisation(*(tensors[f"normalisation.{name}"] for name in NORMALISATION))
+    progress, mean, scale = (tensors[f"normalisation.{name}"] for name in NORMALISATION)
+    normalisation = Normalisation(progress, mean, scale, tensors.get("normalisation.modulation"))
     return Recipe(
         **parts, levels=levels, normalisation=normalisation, frame=frame, weight=tensors.get("weight")
     )  # fmt: skip
@@ -138,7 +145,7 @@ def same_rows(rows: Tensor, stored: Tensor) -> bool:
 
 def check_shapes(tensors: Mapping[str, Tensor]) -> None:
     """Raise `DiffLensError` if the parts of a recipe do not belong together."""
-    sizes: dict[str, int] = {}
+    sizes = {"T": 2}  # gain and offset
     for name, axes in AXES.items():
         if name in OPTIONAL and name not in tensors:
             continue

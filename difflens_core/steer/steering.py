@@ -286,6 +286,9 @@ class Steering:
     def read(self, rows: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
         """Activity of the recipe's latents (B x F x P) in such rows (B x width x P)."""
         x = (rows.float() - t["mean"][step][:, None]) / t["scale"][step]
+        if "modulation" in t:
+            gain, offset = t["modulation"][step][..., None]
+            x = x * (1 + gain) + offset
         sae = self.rivals
         if not sae:
             pre = torch.matmul(t["encoder"], x) + t["bias"][:, None]
@@ -349,6 +352,8 @@ class Steering:
             moved |= {"mean": self.recipe.means.to(device)}
             moved |= {"scale": self.recipe.normalisation.scale.to(device)}
             moved |= {"strength": torch.tensor(self.recipe.strength, device=device)}
+            if self.recipe.normalisation.modulation is not None:
+                moved |= {"modulation": self.recipe.normalisation.modulation.to(device)}
             if sae := self.rivals:
                 # The recipe's latents first, so that one product gives them and their rivals for the k places.
                 others = torch.ones(sae.latents, dtype=torch.bool)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
@@ -68,6 +69,15 @@ def make(toys, case: str):
         tensors = {"encoder.weight": encoder, "decoder.weight": decoder.T, "pre_bias": b_dec, "latent_bias": bias}
         tensors["stats_last_nonzero"] = torch.zeros(N, dtype=torch.int64)
         return tensors, UNBOX, linear(encoder, bias, decoder, largest, **centred)
+    if case.startswith("finebooru"):
+        tensors, config = layers | {"bias": b_dec}, {"features": C, "pages": N}
+        if case == "finebooru topk":
+            return tensors, config | {"k": K}, linear(encoder, bias, decoder, largest, **centred)
+        if case == "finebooru jumprelu":
+            tensors |= {"logthres": thresholds.log()}
+            return tensors, config | {"bandwidth": 0.001}, linear(encoder, bias, decoder, above(thresholds), **centred)
+        wide, unit = lengths[:, None] * encoder, decoder / lengths[:, None]
+        return tensors, config, linear(wide, lengths * bias, unit, torch.relu, **centred)
     if case == "AutoEncoderTopK":
         tensors = layers | {"b_dec": b_dec, "k": k, "threshold": torch.tensor(-1.0)}
         return tensors, dictionary(case, k=K), linear(encoder, bias, decoder, largest, **centred)
@@ -105,6 +115,7 @@ def make(toys, case: str):
 
 CASES = {
     "sparsify": "topk, k 4", "sdxl-unbox": "topk, k 4", "AutoEncoderTopK": "topk, k 4",
+    "finebooru topk": "topk, k 4", "finebooru jumprelu": "jumprelu, threshold", "finebooru relu": "relu",
     "BatchTopKSAE": "batchtopk, k 4, threshold 0.7", "MatryoshkaBatchTopKSAE": "batchtopk, k 4, threshold -1",
     "JumpReluAutoEncoder": "jumprelu, threshold", "AutoEncoderNew": "relu", "AutoEncoder": "relu",
     "SAELens topk": "topk, k 4", "SAELens topk by decoder norm": "topk, k 4", "SAELens jumprelu": "jumprelu, threshold",
@@ -237,6 +248,72 @@ def test_the_site_comes_from_the_caller_the_file_or_the_folder(toys, tmp_path):
     assert sae.site == UPDATE and "the update of a site that the file does not name" in text
     deep = write(tmp_path / "up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0", tensors, config)
     assert load_any_sae(deep)[0].site == deep.name + UPDATE
+
+
+def test_of_a_block_of_two_streams_only_the_pictures_is_read(toys, tmp_path):
+    tensors, config, _ = make(toys, "finebooru topk")
+    for name, site in {
+        "cc3m-single_transformer_blocks.9": "single_transformer_blocks.9",
+        "cc3m-transformer_blocks.18-1": "transformer_blocks.18",
+    }.items():
+        assert load_any_sae(write(tmp_path / name, tensors, config))[0].site == site
+    with pytest.raises(DiffLensError, match="reads the text's tokens at transformer_blocks.18, .* ends in -1"):
+        load_any_sae(write(tmp_path / "cc3m-transformer_blocks.18-0", tensors, config))
+
+
+# --- DifFRACT, whose encoder is told the time ---
+
+
+def told_the_time(toys, size: int = 8) -> dict[str, torch.Tensor]:
+    draw = toys.random(11)
+    tensors = {"time_mlp.0.weight": draw(size, size), "time_mlp.2.weight": draw(size, size)}
+    tensors |= {"mod_linear.weight": draw(2 * C, size), "encoder.weight": draw(N, C), "decoder.weight": draw(C, N)}
+    biases = {name.replace("weight", "bias"): draw(tensor.shape[0]) for name, tensor in tensors.items()}
+    return tensors | biases
+
+
+def at_time(tensors: dict, x: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encoding and reconstruction of rows x (... x C) as the program does it."""
+    wave = get_timestep_embedding(torch.tensor([t]), len(tensors["time_mlp.0.bias"]))
+    for layer in ("time_mlp.0", "time_mlp.2"):
+        wave = F.silu(wave @ tensors[f"{layer}.weight"].T + tensors[f"{layer}.bias"])
+    scale, shift = (wave @ tensors["mod_linear.weight"].T + tensors["mod_linear.bias"]).chunk(2, dim=-1)
+    z = torch.relu((x * (1 + scale) + shift) @ tensors["encoder.weight"].T + tensors["encoder.bias"])
+    return z, z @ tensors["decoder.weight"].T + tensors["decoder.bias"]
+
+
+def test_an_encoder_that_is_told_the_time_encodes_as_its_program_does(toys, tmp_path):
+    tensors, h = told_the_time(toys), toys.random(8)(5, C, 3, 2) * 2
+    torch.save(tensors, tmp_path / "sae_img_6.pt")
+    sae, text = load_any_sae(tmp_path / "sae_img_6.pt")
+    assert sae.site == "double_blocks.6.img_mlp" and "told the time" in text and "format: DifFRACT" in text
+    save_sae(tmp_path / "own.safetensors", sae)
+    for own in (sae, load_any_sae(tmp_path / "own.safetensors")[0], sae.to("cpu")):
+        for progress in (0.0, 0.25, 0.5, 0.75):
+            step = own.normalisation.step_at(progress)
+            z, rows = at_time(tensors, rows_of(h), 1 - progress)
+            latents = own.encode(h, step)
+            found = torch.zeros(5, 6, N).scatter_add(-1, latents.indices, latents.values)
+            torch.testing.assert_close(found, z, rtol=1e-4, atol=1e-4)
+            again = own.reconstruct(h, step)
+            torch.testing.assert_close(again, rows.transpose(1, 2).reshape(h.shape), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_of_the_time_that_do_not_fit_are_refused(toys, tmp_path):
+    for name in ("time_mlp.0.bias", "time_mlp.2.weight", "mod_linear.weight", "mod_linear.bias"):
+        tensors = told_the_time(toys)
+        torch.save(tensors | {name: tensors[name][:-1]}, tmp_path / "sae_img_6.pt")
+        with pytest.raises(DiffLensError, match="do not fit 6 channels"):
+            load_any_sae(tmp_path / "sae_img_6.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("transcoder_img_6", "a transcoder"), ("sae_txt_6", "text's tokens"), ("mine", "not known")]
+)
+def test_what_reads_something_else_with_the_same_tensors_is_refused(toys, tmp_path, name, what):
+    torch.save(told_the_time(toys), tmp_path / f"{name}.pt")
+    with pytest.raises(DiffLensError, match=f"By its name this is .*{what}"):
+        load_any_sae(tmp_path / f"{name}.pt")
 
 
 def test_other_files_beside_the_weights_do_not_matter(toys, tmp_path):

@@ -46,6 +46,20 @@ def gates(toys, sae, pictures: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(pre), torch.cat(on)
 
 
+def test_of_an_encoder_that_is_told_the_time_the_recipe_keeps_what_it_is_told(toys):
+    sae, modulation = toys.sae(), toys.random(21)(3, 2, 6)
+    told = replace(sae, normalisation=replace(sae.normalisation, modulation=modulation))
+    activations, probes = toys.activations(), toys.probes()
+    attribution = attribute_features(activations, told, probes, LABELS)
+    recipe = build_recipe(attribution, told, probes, activations, LABELS, count=4)
+    assert torch.equal(recipe.normalisation.modulation, modulation)
+    for step, (gain, offset) in enumerate(modulation):
+        own = replace(sae, encoder=sae.encoder * (1 + gain), encoder_bias=sae.encoder_bias + sae.encoder @ offset)
+        found, expected = (one.encode(activations.values[step], step) for one in (told, own))
+        torch.testing.assert_close(found.values, expected.values)
+        assert torch.equal(found.indices, expected.indices)
+
+
 @pytest.mark.parametrize("k", [1, 4, 20])
 def test_no_threshold_agrees_better_with_top_k(toys, k):
     sae, features = toys.sae(k=k), torch.tensor([0, 3, 7, 19])

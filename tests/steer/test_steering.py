@@ -472,3 +472,17 @@ def test_recipes_at_one_site_and_at_two_compose_in_order(toys):
     torch.testing.assert_close(found, x0, atol=1e-5, rtol=0)
     for fewer in ([second, first, later], [first, later], [first, second]):
         assert not torch.allclose(sample(model, noise, 1, fewer), found, atol=1e-3)
+
+
+def test_an_encoder_that_is_told_the_time_reads_what_one_of_that_step_would(toys, tmp_path):
+    recipe, h = toys.recipe(mode="scale"), toys.activations(pictures=8).values[1]
+    modulation = toys.random(21)(3, 2, 6)
+    told = replace(recipe, normalisation=replace(recipe.normalisation, modulation=modulation))
+    save_recipe(tmp_path / "r.safetensors", told)
+    for step, progress in enumerate(recipe.normalisation.progress.tolist()):
+        gain, offset = modulation[step]
+        own = replace(recipe, encoder=recipe.encoder * (1 + gain), bias=recipe.bias + recipe.encoder @ offset)
+        expected = steer(own, h, progress)
+        torch.testing.assert_close(steer(told, h, progress), expected, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(expected, steer(recipe, h, progress), atol=1e-3)
+    assert torch.equal(load_recipe(tmp_path / "r.safetensors").normalisation.modulation, modulation)
