@@ -31,7 +31,7 @@ class Collector:
     """Edit that changes nothing and sums what the site puts out, by progress and by the picture's class.
 
     labels: B, the classes of the batch's pictures; those of NO_CLASS are left out. sums: K x C x H x W and counts: K
-    for every progress met.
+    for every progress met, in main memory.
     """
 
     site: str
@@ -44,9 +44,10 @@ class Collector:
         if h.ndim != 4:
             raise DiffLensError(f"{self.site} puts out {h.ndim} dimensions, expected 4. Leave this site out.")
         own = self.labels[images]
-        total = self.sums.setdefault(progress, h.new_zeros(self.classes, *h.shape[1:], dtype=torch.float32))
+        if progress not in self.sums:
+            self.sums[progress] = torch.zeros(self.classes, *h.shape[1:])
         known = own != NO_CLASS
-        total.index_add_(0, own[known].to(h.device), h[known.to(h.device)].float())
+        self.sums[progress].index_add_(0, own[known], h.cpu()[known].float())
         self.counts[progress] = self.counts.get(progress, 0) + torch.bincount(own[known], minlength=self.classes)
         return h
 
@@ -64,9 +65,7 @@ class ClassMeans:
         """From a finished collection."""
         if not collector.sums:
             raise DiffLensError(f"{collector.site} was never run while the model sampled. Leave this site out.")
-        means = [
-            total / collector.counts[at].to(total.device)[:, None, None, None] for at, total in collector.sums.items()
-        ]
+        means = [total / collector.counts[at][:, None, None, None] for at, total in collector.sums.items()]
         return cls(collector.site, torch.tensor([*collector.sums]), means)
 
 
@@ -97,9 +96,9 @@ class MeanShift:
         if not self.start <= progress <= self.end:
             return h
         means = self.means.means[nearest_step(self.means.progress, progress)]
-        target, own = (classes[images].to(h.device) for classes in (self.target, self.own))
-        step = means[target] - means[own]
-        way = ((h.float() - means[own]) * step).flatten(1).sum(dim=1) / step.square().flatten(1).sum(dim=1).clamp(1e-12)
+        start = means[self.own[images]].to(h.device)
+        step = means[self.target[images]].to(h.device) - start
+        way = ((h.float() - start) * step).flatten(1).sum(dim=1) / step.square().flatten(1).sum(dim=1).clamp(1e-12)
         return h + (self.strength * (1 - way.clamp(0, 1))[:, None, None, None] * step).to(h.dtype)
 
 

@@ -343,6 +343,14 @@ class Steering:
             self._sized[size] = replace(self, recipe=recipe, _moved={}, _levels={}, _frames={}, _decoded={}, _sized={})
         return self._sized[size]
 
+    def release(self) -> None:
+        """Give back what is held outside main memory. It is moved there again when it is needed."""
+        for kept in (self._moved, self._levels, self._frames, self._decoded):
+            for device in [device for device in kept if device.type != "cpu"]:
+                del kept[device]
+        for sized in self._sized.values():
+            sized.release()
+
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """The recipe's tensors on `device`, moved once."""
         if device not in self._moved:

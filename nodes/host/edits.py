@@ -25,7 +25,7 @@ from ...difflens_core.activations import edit_site as hooked
 from ...difflens_core.files import DiffLensError
 from ...difflens_core.steer import Steering
 from ...difflens_core.targets import Log
-from .progress import log, named, tell
+from .progress import log, make_room, named, tell
 from .runs import Account, Run, begin_run, part_of
 from .sites import Picture, own_name, run_name, site_width
 
@@ -133,6 +133,8 @@ class SiteEdit:
                 return run, executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
             finally:
                 self.runs.remove(run)
+                if isinstance(self.edit, Steering):
+                    self.edit.release()
 
         edit, begun = self.edit, getattr(guider, HOLDING, None)
         if begun and begun.rehearsing:
@@ -223,6 +225,8 @@ class SiteEdit:
             return h
         run.count("chosen")
         parts = part_of(h, chosen, numbers, self.site)
+        if isinstance(run.edit, Rehearsal) and run.evaluations == 1:
+            make_room(h.nbytes * len(run.steps), h.device)
         if isinstance(self.edit, Steering):
             run.stretched = run.stretched or self.edit.stretch(h)
             if self.edit.recipe.frame:

@@ -175,3 +175,9 @@ def training_device(needed: int) -> torch.device:
     device = comfy.model_management.get_torch_device()
     comfy.model_management.free_memory(needed, device)
     return device
+
+
+def make_room(needed: int, device: torch.device) -> None:
+    """Free `needed` bytes of models that are not in use: for what is held while others are."""
+    in_use = [loaded for loaded in comfy.model_management.current_loaded_models if loaded.currently_used]
+    comfy.model_management.free_memory(needed, device, keep_loaded=in_use)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from difflens_core.activations import Shown
 from difflens_core.experiments import causal_effect
@@ -486,3 +487,18 @@ def test_an_encoder_that_is_told_the_time_reads_what_one_of_that_step_would(toys
         torch.testing.assert_close(steer(told, h, progress), expected, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(expected, steer(recipe, h, progress), atol=1e-3)
     assert torch.equal(load_recipe(tmp_path / "r.safetensors").normalisation.modulation, modulation)
+
+
+def test_what_is_held_outside_main_memory_is_given_back(toys):
+    steering, away = Steering(toys.recipe(), lambda i: TARGETS[i]), torch.device("meta")
+    h = toys.activations(pictures=8).values[1]
+    before = steering(h, 0.4, IMAGES)
+    larger = steering.sized(F.interpolate(h, scale_factor=2))
+    for one in (steering, larger):
+        t = one.tensors(away)
+        one.levels(away), one.decoded_maps(t)
+        assert away in one._moved and away in one._levels and away in one._decoded
+    steering.release()
+    for one in (steering, larger):
+        assert away not in {*one._moved, *one._levels, *one._decoded}
+    assert torch.device("cpu") in steering._moved and torch.equal(steering(h, 0.4, IMAGES), before)
