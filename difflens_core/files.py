@@ -280,13 +280,19 @@ def load_tensors(path: str | Path, kind: str, needs: Iterable[str] = ()) -> tupl
     return tensors, info
 
 
-def difflens_kind(path: str | Path) -> str | None:
-    """Kind of a file that `save_tensors` wrote ("denoiser", "sae", ...), None of any other file or a damaged one."""
+def difflens_info(path: str | Path) -> dict[str, Any]:
+    """What `save_tensors` wrote beside the tensors, with the kind; nothing of any other file or a damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})[METADATA_KEY])["kind"]
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError):
-        return None
+            info = json.loads((file.metadata() or {})[METADATA_KEY])
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
+def difflens_kind(path: str | Path) -> str | None:
+    """Kind of a file that `save_tensors` wrote ("denoiser", "sae", ...), None of any other file or a damaged one."""
+    return difflens_info(path).get("kind")
 
 
 def read_content(path: str | Path) -> Any:

@@ -176,7 +176,7 @@ class LoadClassifier(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "face_detector",
-                    options=[NO_DETECTOR, *host.list_files(host.CLASSIFIERS)],
+                    options=[NO_DETECTOR, *host.list_detectors()],
                     default=NO_DETECTOR,
                     optional=True,
                     tooltip="Weights of kornia's face detector YuNet, in the same folder: the largest face is cut out, "

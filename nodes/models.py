@@ -88,7 +88,7 @@ class LoadModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name: str | None = None) -> bool | str:
-        return host.check_name(model_name, host.list_models())
+        return host.check_name(model_name, [*host.list_models(), *host.list_prompted()])
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str | None = None, **_: Any) -> str:
@@ -119,7 +119,7 @@ class LoadPromptedModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=host.list_files(host.MODELS),
+                    options=host.list_prompted(),
                     tooltip="A file in models/difflens_models, or the prompted avatars that come with the pack.",
                 )
             ],

@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import folder_paths
 
 from ...difflens_core import networks, sae
 from ...difflens_core.activations import INDEX
-from ...difflens_core.files import DiffLensError
+from ...difflens_core.files import DiffLensError, difflens_info
 
 MODELS, SAES, CLASSIFIERS, RECIPES = "difflens_models", "difflens_saes", "difflens_classifiers", "difflens_recipes"
 
@@ -219,9 +221,34 @@ register_folders()
 
 
 def list_models() -> list[str]:
-    """Names that `find_model` takes: folders with a configuration, and the files that lie in none of those."""
+    """Names that `find_model` takes: folders with a configuration, and the files that lie in none of those.
+
+    Without those that draw by prompt.
+    """
     folders, files = folders_and_files(MODELS, (networks.CONFIG,), networks.WEIGHTS)
-    return sorted(map(str, folders | files))
+    return sorted({*map(str, folders | files)} - {*list_prompted()})
+
+
+def list_prompted() -> list[str]:
+    """Files of models that draw by prompt."""
+    return [name for name in list_files(MODELS) if "text" in info_of(MODELS, name)]
+
+
+def list_detectors() -> list[str]:
+    """Files that may be a face detector's: those that are no classifier of ours."""
+    return [name for name in list_files(CLASSIFIERS) if not info_of(CLASSIFIERS, name)]
+
+
+def info_of(kind: str, name: str) -> dict[str, Any]:
+    """What a listed file of ours tells beside its tensors, nothing of another's."""
+    path = full_path(kind, name)
+    return read_info(path, state_of(path)) if path else {}
+
+
+@lru_cache(maxsize=4096)
+def read_info(path: Path, state: str) -> dict[str, Any]:
+    """`difflens_info` of a file in this state: ComfyUI asks for all lists whenever a page is opened."""
+    return difflens_info(path)
 
 
 def find_model(name: str) -> str:

@@ -20,9 +20,11 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
-from ...difflens_core.files import DiffLensError
+from ...difflens_core.files import DiffLensError, NotWritten
 
 log = logging.getLogger("difflens")
+for kind in (DiffLensError, NotWritten):
+    kind.__module__ = "builtins"  # so that the page shows the error's name alone, not where the pack lies on the disk
 EVERY = 5.0  # seconds between two words on the time left
 _told: dict[str, str] = {}  # what stands on the nodes
 _timed: set[str] = set()  # those on which the time left stands

@@ -150,3 +150,4 @@ def test_bad_input_gives_one_clear_sentence(server, bad_files, case):
     spoil(graph)
     message = refusal(server, graph)
     assert all(phrase in message for phrase in phrases), message
+    assert "difflens_core" not in message, "the page shows where the pack lies on the disk"

@@ -135,3 +135,12 @@ def test_a_graph_from_windows_runs_here(server):
     server.run(to_api(graph))
     options = server.object_info()["DiffLensLoadRecipe"]["input"]["required"]["recipe_name"][1]["options"]
     assert "controls/presentation_random.safetensors" in options and "from_windows.safetensors" in options
+
+
+def test_a_list_holds_only_what_its_node_can_load(inside):
+    host = inside.host
+    models, prompted = host.list_models(), host.list_prompted()
+    assert "avatars.safetensors" in models and "prompted_avatars.safetensors" in prompted
+    assert not {*models} & {*prompted} and {*models} | {*prompted} >= {*host.list_files(host.MODELS)}
+    assert "avatars.safetensors" in host.list_files(host.CLASSIFIERS)
+    assert "avatars.safetensors" not in host.list_detectors()

@@ -59,8 +59,8 @@ class Hosted:
         if x.shape[1] != 3 or x.shape[2] % multiple or x.shape[3] % multiple:
             found = " x ".join(map(str, x.shape[1:]))
             raise DiffLensError(
-                f"Load Unconditional Model: this model draws pictures whose sides are multiples of {multiple} pixels "
-                f"(latents of 3 channels), got a latent of {found}. Set Empty Latent Image to such a size."
+                f"this model draws pictures whose sides are multiples of {multiple} pixels (latents of 3 channels), "
+                f"got a latent of {found}. Set Empty Latent Image to such a size."
             )
 
 
