@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "models" / "making")]
+sys.path[:0] = [str(ROOT), str(ROOT / "models" / "making"), str(ROOT / "scripts")]
 
 from precision import PRECISION, at_precision  # noqa: E402
 

@@ -18,8 +18,8 @@ import json
 import time
 from pathlib import Path
 
-import make_scenes as making  # found by the path that debias sets
 from debias import Read, measured, outcome, run
+from make_scenes import CFG, CLASSIFIER_FILE, DENOISER_FILE, everywhere, ways  # found by the path that debias sets
 from PIL import Image
 from precision import PRECISION, at_precision
 from prompted_portraits import phrase
@@ -47,20 +47,20 @@ def main() -> None:
     parser.add_argument("--grids", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    model, text = load_prompted(making.DENOISER_FILE)
-    model, classifier = at_precision(model), load_classifier(making.CLASSIFIER_FILE)
-    began, rows, ways = time.time(), [], making.ways(options.controls)
-    print(f"n = {options.pictures} a prompt and size, cfg {making.CFG:g}, seeds from {SEED}, {PRECISION}; shares in %")
+    model, text = load_prompted(DENOISER_FILE)
+    model, classifier = at_precision(model), load_classifier(CLASSIFIER_FILE)
+    began, rows, recipes = time.time(), [], ways(options.controls)
+    print(f"n = {options.pictures} a prompt and size, cfg {CFG:g}, seeds from {SEED}, {PRECISION}; shares in %")
     for number, job in enumerate(options.prompts):
         for size in SIZES:
-            guidance = making.everywhere(text, phrase([], job), size, options.pictures)
+            guidance = everywhere(text, phrase([], job), size, options.pictures)
             seed = SEED + number
             before = Read.of(run(model, options.pictures, None, seed, guidance, size)[0], classifier)
-            for attribute, recipes in ways.items():
+            for attribute, of_attribute in recipes.items():
                 print(f"\n{job}, {size[0]} x {size[1]}, {attribute}")
                 shown = [name for name in SHOWN if name != attribute]
                 print(f"  {'':18s} FD [95 % interval] hard          success  {' '.join(n[:10] for n in shown)}  change")
-                for way, recipe in {"before": None, **recipes}.items():
+                for way, recipe in {"before": None, **of_attribute}.items():
                     after, targets = before, None
                     if recipe:
                         drawn, targets = run(model, options.pictures, recipe, seed, guidance, size)
