@@ -144,7 +144,7 @@ class AttributeFeatures(io.ComfyNode):
         steps = len(activations.progress)
         report = host.progress_bar(2 * steps)
         weights = balancing_weights(labels.indices, [indices for _, indices in labels.others.values()])
-        sae = sae.to(host.training_device(locating_bytes(sae)))
+        sae = sae.to(host.training_device(locating_bytes(sae), SMALLER_SAE))
         found = attribute_features(
             activations, sae, probes, labels.indices, method, weights, baseline=baseline, on_step=report
         )
@@ -166,6 +166,9 @@ FOLLOWS = (
     "The subjects are at different places, or of different sizes: the recipe finds the subject of each picture and "
     "steers there, at any size of picture."
 )
+
+
+SMALLER_SAE = "Close other programs, or use an SAE of fewer latents."
 
 
 def locating_bytes(sae: SparseAutoencoder) -> int:

@@ -255,7 +255,8 @@ def what_changed(
     networks, reasons = {}, []
     if perceptual != "none":
         try:
-            networks[perceptual] = perceptual_network(perceptual).to(host.training_device(NETWORK_MEMORY))
+            device = host.training_device(NETWORK_MEMORY, "Set perceptual to none.")
+            networks[perceptual] = perceptual_network(perceptual).to(device)
         except DiffLensError as error:
             reasons.append(str(error))
     found = measure_changes(before, after, networks, report)

@@ -27,6 +27,7 @@ from .sockets import CATEGORY, SAE, Activations
 
 CHART_EVERY = 50  # steps
 VALIDATION_PICTURES = 32  # of those held out, for the curve drawn during training
+SMALLER = "Take fewer latents, or a smaller batch_size."
 
 
 class TrainSAE(io.ComfyNode):
@@ -120,7 +121,7 @@ class TrainSAE(io.ComfyNode):
 
         with host.training():
             some = held_out.part(0, VALIDATION_PICTURES)
-            device = host.training_device(training_bytes(options, activations.width))
+            device = host.training_device(training_bytes(options, activations.width), SMALLER)
             sae = train_sae(train, options, on_step, checkpoint, some, device)
         quality = measure_sae(sae.to(device), held_out)
         sae = replace(sae, info={**sae.info, "held_out": asdict(quality)})

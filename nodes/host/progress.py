@@ -172,11 +172,21 @@ def training() -> Iterator[None]:
         yield
 
 
-def training_device(needed: int) -> torch.device:
-    """The device that ComfyUI computes on, with `needed` bytes freed of models that can be loaded again."""
-    device = comfy.model_management.get_torch_device()
+def training_device(needed: int, advice: str) -> torch.device:
+    """The device that ComfyUI computes on, with `needed` bytes freed of models that can be loaded again.
+
+    The processor where the device has no room for it, which is told. Raises `DiffLensError` with `advice` if it has
+    none, either.
+    """
+    device, processor = comfy.model_management.get_torch_device(), torch.device("cpu")
     comfy.model_management.free_memory(needed, device)
-    return device
+    if needed <= comfy.model_management.get_free_memory(device):
+        return device
+    free = comfy.model_management.get_free_memory(processor)
+    if needed > free:
+        raise DiffLensError(f"it takes {needed / 1e9:.1f} GB of memory, where {free / 1e9:.1f} GB are free. {advice}")
+    tell(node_id(), f"takes {needed / 1e9:.1f} GB, more than are free on {device}, so the processor computes it.")
+    return processor
 
 
 def make_room(needed: int, device: torch.device) -> None:

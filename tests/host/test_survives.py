@@ -172,3 +172,9 @@ def test_with_weights_that_are_brought_in_one_by_one(inside, toys, family, site)
     assert not torch.equal(
         expected, draw(inside, steered(inside, toys, inside.model(family), family, site, 1.0), family)
     )
+
+
+def test_what_has_no_room_in_memory_is_refused_with_advice(inside):
+    assert inside.host.training_device(10**6, "Take less.").type == "cpu"
+    with pytest.raises(inside.DiffLensError, match=r"takes 1000000.0 GB of memory, where .* are free. Take less."):
+        inside.host.training_device(10**15, "Take less.")

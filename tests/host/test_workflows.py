@@ -15,6 +15,8 @@ from expected import shipped
 from host import HostError
 from small_graphs import NAMES, api_file, find, image_of, text_of
 
+from difflens_core.steer import load_recipe
+
 LONG = (NAMES[1], NAMES[8])
 
 
@@ -83,10 +85,37 @@ def test_a_workflow_makes_its_pictures(server, ran, name, whole):
     assert {report["n"]} == batches(prompt) and sum(report["before"]["shares"]) == pytest.approx(1)
 
 
-def test_the_workflows_of_the_paper_name_what_is_missing(server):
-    for name, missing in (("05 paper unconditional", "celebahq_p2.pt"), ("06 paper Stable Diffusion", "v1-5-pruned")):
+def test_the_workflows_for_files_that_are_not_shipped_name_what_is_missing(server):
+    for name, missing in ((NAMES[4], "celebahq_p2.pt"), (NAMES[5], "v1-5-pruned"), (NAMES[10], "v1-5-pruned")):
         with pytest.raises(HostError, match=missing):
             server.run(api_file(name))
+
+
+def test_the_way_to_a_recipe_for_ones_own_model_is_that_of_any(server):
+    """The workflow for a checkpoint of one's own, with the avatars at work and their classifier in its place."""
+    prompt, own = smaller(api_file(NAMES[10])), "prompted_avatars.safetensors"
+    for node in prompt.values():
+        inputs = node["inputs"]
+        if node["class_type"] == "CheckpointLoaderSimple":
+            node |= {
+                "class_type": "DiffLensLoadPromptedModel",
+                "inputs": {"model_name": "prompted_avatars.safetensors"},
+            }
+        elif node["class_type"] == "EmptyLatentImage":
+            inputs |= {"width": 64, "height": 64}
+        elif node["class_type"] == "DiffLensLoadClassifier":
+            inputs |= {"classifier_name": own, "face_detector": "none"}
+        elif inputs.get("text"):
+            inputs["text"] = "portrait of a person"
+        elif node["class_type"] == "DiffLensTrainSAE":
+            inputs["latents"] = 256
+        inputs |= {"attribute": "presentation"} if "attribute" in inputs else {}
+        inputs |= {"cfg": 2.0} if "cfg" in inputs else {}
+    entry = server.run(prompt, timeout=1200)
+    report = read_report(prompt, entry)
+    assert report["n"] == 4 and report["after"]["success"] is not None
+    saved = server.base / "models" / "difflens_recipes" / "my_model_gender.safetensors"
+    assert load_recipe(saved).site == "middle_block" and "calibration" in load_recipe(saved).info
 
 
 def test_debiasing_brings_the_mix_to_the_target(ran):
