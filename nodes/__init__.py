@@ -10,6 +10,7 @@ from .diagnose import Diagnose
 from .explore import RankByEffect, SiteScan
 from .load import LoadClassifier, LoadFeatures, LoadRecipe, LoadSAE, SaveRecipe
 from .models import LoadModel, LoadPromptedModel
+from .prompts import PromptList
 from .report import CompareImages, FairnessReport
 from .sampling import DDIMSigmas, ReferenceSampler
 from .steer import Steer
@@ -20,7 +21,7 @@ NODES: list[type[io.ComfyNode]] = [
     CaptureActivations, LoadActivations, TrainSAE, ClassifyImages, TrainProbes, AttributeFeatures,
     SiteScan, RankByEffect, Diagnose, ZeroShot,
     Calibrate, PlanTargets, CrossEffects, Steer, FairnessReport, CompareImages,
-    DDIMSigmas, ReferenceSampler,
+    DDIMSigmas, ReferenceSampler, PromptList,
 ]  # fmt: skip
 
 

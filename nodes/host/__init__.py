@@ -57,6 +57,7 @@ from .progress import (
     training_device,
     warn,
 )
+from .prompts import encode_prompts
 from .runs import progress_of
 from .sampling import SAMPLERS, SCHEDULERS, HostSampler, capture, drawer, experiment_noise, run_mark
 from .sites import own_name, site_width, some_sites
@@ -85,6 +86,7 @@ __all__ = [
     "content_mark",
     "ddim_sigmas",
     "drawer",
+    "encode_prompts",
     "experiment_noise",
     "drawn",
     "find_features",

@@ -39,6 +39,7 @@ from ...difflens_core.steer import Steering
 from .edits import Settings, apply_site, edit_site, follows_first
 from .marks import belongs, conditioning_content, content, model_fingerprint, patches_mark
 from .progress import log, node_id, progress_of_total, tell
+from .prompts import of_pictures
 from .runs import progress_of
 
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
@@ -158,11 +159,17 @@ class HostSampler:
         for edit in edits:
             edited = functools.partial(self.edited, edit, images)
             model = apply_site(model, edit.site, edited, self.node, numbered=False)
+        positive, negative = self.prompts(images)
         return comfy.sample.sample(
-            model, noise.to(self.start.dtype), self.steps, self.cfg, self.sampler_name, self.scheduler, self.positive,
-            self.negative or self.positive, self.start[images % len(self.start)], disable_pbar=True,
+            model, noise.to(self.start.dtype), self.steps, self.cfg, self.sampler_name, self.scheduler, positive,
+            negative, self.start[images % len(self.start)], disable_pbar=True,
             callback=functools.partial(self.on_step, images), seed=(self.seed + int(images[0])) % 2**64,
         )  # fmt: skip
+
+    def prompts(self, images: Tensor) -> tuple[list, list]:
+        """The positive and the negative of these pictures."""
+        positive = of_pictures(self.positive, images)
+        return positive, of_pictures(self.negative, images) if self.negative else positive
 
     def edited(self, edit: Edit, images: Tensor, rows: Tensor, progress: float, places: Tensor) -> Tensor:
         """`numbered`, with a word once if a recipe is stretched."""
@@ -216,10 +223,11 @@ class HostSampler:
                 self.on_step(images, step, x0, x, len(sigmas) - 1)
             return x
 
+        positive, negative = self.prompts(images)
         with training(), differentiable(inner.diffusion_model, self.vae.first_stage_model):
             comfy.sample.sample_custom(
                 model, noise.to(self.start.dtype, copy=True), self.cfg, comfy.samplers.KSAMPLER(euler), self.sigmas,
-                self.positive, self.negative or self.positive, self.start[images % len(self.start)].clone(),
+                positive, negative, self.start[images % len(self.start)].clone(),
                 disable_pbar=True, seed=(self.seed + int(images[0])) % 2**64,
             )  # fmt: skip
 

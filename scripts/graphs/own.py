@@ -17,9 +17,9 @@ def your_own_model() -> Graph:
         "- your checkpoint, in `models/checkpoints/`; here SD 1.5\n"
         "- `models/difflens_classifiers/res34_fair_align_multi_7_20190809.pt` (FairFace)\n"
         "- `models/difflens_classifiers/yunet_final.pth` (YuNet, which finds the faces)\n\n"
-        "Choose your checkpoint, write the prompt whose pictures you want fair, and press **Run**. It takes an evening "
-        "on a small card. What is captured and trained is kept: cancel when you like, and go on later.\n\n"
-        "1. **Capture** draws pictures of the prompt until both classes have 100, and records them\n"
+        "Choose your checkpoint, write the prompts whose pictures you want fair, and press **Run**. It takes an "
+        "evening on a small card. What is captured and trained is kept: cancel when you like, and go on later.\n\n"
+        "1. **Capture** draws pictures of the prompts until both classes have 100, and records them\n"
         "2. **Train SAE** takes the records apart into features\n"
         "3. **Attribute Features** finds those that decide the attribute\n"
         "4. **Calibrate** finds the strength, on pictures\n"
@@ -34,7 +34,8 @@ def your_own_model() -> Graph:
         "DiffLensLoadClassifier", None, classifier_name="res34_fair_align_multi_7_20190809.pt",
         face_detector="yunet_final.pth",
     )  # fmt: skip
-    positive = graph.add("CLIPTextEncode", "Your prompt", text="a photo of the face of a doctor", clip=model[1])
+    prompts = "a photo of the face of a doctor\na photo of the face of a nurse"
+    positive = graph.add("DiffLensPrompts", "Your prompts, one a line", text=prompts, clip=model[1])
     negative = graph.add("CLIPTextEncode", "What to guide away from", text="", clip=model[1])
     batch = graph.add("EmptyLatentImage", "Size, and pictures at once", width=512, height=512, batch_size=4)
     graph.column()
