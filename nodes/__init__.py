@@ -6,6 +6,7 @@ from .attribute import AttributeFeatures, TrainProbes
 from .calibrate import Calibrate, CrossEffects, PlanTargets
 from .capture import CaptureActivations, LoadActivations
 from .classify import ClassifyImages, ZeroShot
+from .debias import Debias
 from .diagnose import Diagnose
 from .explore import RankByEffect, SiteScan
 from .load import LoadClassifier, LoadFeatures, LoadRecipe, LoadSAE, SaveRecipe
@@ -17,7 +18,7 @@ from .steer import Steer
 from .train import TrainSAE
 
 NODES: list[type[io.ComfyNode]] = [
-    LoadModel, LoadPromptedModel, LoadSAE, LoadFeatures, LoadClassifier, LoadRecipe, SaveRecipe,
+    Debias, LoadModel, LoadPromptedModel, LoadSAE, LoadFeatures, LoadClassifier, LoadRecipe, SaveRecipe,
     CaptureActivations, LoadActivations, TrainSAE, ClassifyImages, TrainProbes, AttributeFeatures,
     SiteScan, RankByEffect, Diagnose, ZeroShot,
     Calibrate, PlanTargets, CrossEffects, Steer, FairnessReport, CompareImages,

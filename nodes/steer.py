@@ -21,6 +21,7 @@ AS_RECIPE = "from recipe"
 HOLD = {"on": True, "off": False}
 OFFERED = ("shift", "reach", "scale", "add own fixed", "ablate")  # the other modes serve old recipes and graphs
 OTHER_WEIGHTS = "The recipe for {} was made on other weights than this model's; it may steer badly."
+FITTING = " Made on this model are: {}."
 STALE_PLAN = (
     "Plan Targets asks for shares of {} that make up for what the recipe misses as it was calibrated, but it is used "
     "with other settings here. Set them back, or calibrate it with these."
@@ -176,39 +177,52 @@ class Steer(io.ComfyNode):
         sae: SparseAutoencoder | None = None, targets: tuple[Targets, ...] | None = None, run: int = -1,
         hold: str = AS_RECIPE,
     ) -> io.NodeOutput:  # fmt: skip
-        warnings, as_loaded = check_model(model, recipe), recipe
-        if start_percent > end_percent:
-            raise DiffLensError(f"start_percent ({start_percent:g}) lies after end_percent ({end_percent:g}).")
-        recipe = with_settings(
-            at_dose(recipe, strength),
-            mode=recipe.mode if mode == AS_RECIPE else mode,
-            start=max(recipe.start, start_percent),
-            end=min(recipe.end, end_percent),
-            hold=HOLD.get(hold, recipe.hold),
-        )
-        as_calibrated = mask is None and conditioning == "positive"
-        if targets is None:
-            shares = parse_target(target, recipe.classes)
-            if as_calibrated:
-                shares = asked_shares(recipe, shares)
-            dealt = deal(model, recipe, tuple(shares.tolist()), seed, first_image)
-        else:
-            dealt = replace(targets_of(targets, recipe.attribute, recipe.classes), first_image=first_image, log=Log())
-            run = max(run, 0)  # a plan is for the pictures that it was made from
-            if plan_is_stale(as_loaded, recipe if as_calibrated else None, dealt.shares):
-                warnings.append(STALE_PLAN.format(recipe.attribute))
-        if mask is not None:
-            mask = mask.reshape(-1, *mask.shape[-2:])  # some nodes put out a single mask without a batch
-        mark = host.content_mark(host.recipe_mark(recipe), repr(dealt), conditioning, mask, sae is not None)
-        for steering in steerings(recipe, dealt.of, sae, mask):
-            model = host.apply_site(
-                model, steering.site, steering, cls.define_schema().display_name, conditioning,
-                span=(recipe.start, recipe.end), run=run, deal=repr(dealt), mark=mark, log=dealt.log,
-                node_id=host.node_id(), hold=steering.holds,
-            )  # fmt: skip
-        dealt.log.warned = tuple(warnings)
-        host.warn(cls, warnings)
-        return io.NodeOutput(host.with_deal(model, dealt), (dealt,))
+        return steer(
+            cls, model, recipe, target, strength, mode, start_percent, end_percent, seed, first_image, conditioning,
+            mask, sae, targets, run, hold,
+        )  # fmt: skip
+
+
+def steer(
+    node: type[io.ComfyNode], model: Any, recipe: Recipe, target: str, strength: float = 1.0, mode: str = AS_RECIPE,
+    start_percent: float = 0.0, end_percent: float = 1.0, seed: int = 0, first_image: int = 0,
+    conditioning: str = "positive", mask: Tensor | None = None, sae: SparseAutoencoder | None = None,
+    targets: tuple[Targets, ...] | None = None, run: int = -1, hold: str = AS_RECIPE,
+) -> io.NodeOutput:  # fmt: skip
+    """What `node` puts out: the steered model, and the targets. The rest are the inputs of Steer."""
+    warnings, as_loaded = check_model(model, recipe), recipe
+    if start_percent > end_percent:
+        raise DiffLensError(f"start_percent ({start_percent:g}) lies after end_percent ({end_percent:g}).")
+    recipe = with_settings(
+        at_dose(recipe, strength),
+        mode=recipe.mode if mode == AS_RECIPE else mode,
+        start=max(recipe.start, start_percent),
+        end=min(recipe.end, end_percent),
+        hold=HOLD.get(hold, recipe.hold),
+    )
+    as_calibrated = mask is None and conditioning == "positive"
+    if targets is None:
+        shares = parse_target(target, recipe.classes)
+        if as_calibrated:
+            shares = asked_shares(recipe, shares)
+        dealt = deal(model, recipe, tuple(shares.tolist()), seed, first_image)
+    else:
+        dealt = replace(targets_of(targets, recipe.attribute, recipe.classes), first_image=first_image, log=Log())
+        run = max(run, 0)  # a plan is for the pictures that it was made from
+        if plan_is_stale(as_loaded, recipe if as_calibrated else None, dealt.shares):
+            warnings.append(STALE_PLAN.format(recipe.attribute))
+    if mask is not None:
+        mask = mask.reshape(-1, *mask.shape[-2:])  # some nodes put out a single mask without a batch
+    mark = host.content_mark(host.recipe_mark(recipe), repr(dealt), conditioning, mask, sae is not None)
+    for steering in steerings(recipe, dealt.of, sae, mask):
+        model = host.apply_site(
+            model, steering.site, steering, node.define_schema().display_name, conditioning,
+            span=(recipe.start, recipe.end), run=run, deal=repr(dealt), mark=mark, log=dealt.log,
+            node_id=host.node_id(), hold=steering.holds,
+        )  # fmt: skip
+    dealt.log.warned = tuple(warnings)
+    host.warn(node, warnings)
+    return io.NodeOutput(host.with_deal(model, dealt), (dealt,))
 
 
 def deal(model: Any, recipe: Recipe, shares: tuple[float, ...], seed: int, first_image: int) -> Targets:
@@ -235,4 +249,7 @@ def check_model(model: Any, recipe: Recipe) -> list[str]:
                 f"the recipe for {part.attribute} was made on {part.site} with {part.channels} channels, this model's "
                 f"has {width}. Use a recipe made on this model."
             )
-    return [] if host.belongs(recipe.model, model) else [OTHER_WEIGHTS.format(recipe.attribute)]
+    if host.belongs(recipe.model, model):
+        return []
+    fitting = ", ".join(host.recipes_of(model))
+    return [OTHER_WEIGHTS.format(recipe.attribute) + (FITTING.format(fitting) if fitting else "")]

@@ -239,6 +239,12 @@ def list_detectors() -> list[str]:
     return [name for name in list_files(CLASSIFIERS) if not info_of(CLASSIFIERS, name)]
 
 
+def list_classes() -> dict[str, list[str]]:
+    """The listed recipes, with the names of their classes."""
+    found = {name: info_of(RECIPES, name).get("classes") for name in list_files(RECIPES)}
+    return {name: classes for name, classes in found.items() if isinstance(classes, list) and len(classes) > 1}
+
+
 def info_of(kind: str, name: str) -> dict[str, Any]:
     """What a listed file of ours tells beside its tensors, nothing of another's."""
     path = full_path(kind, name)

@@ -22,6 +22,7 @@ from ...difflens_core.networks import Denoiser
 from ...difflens_core.sae import TrainingOptions
 from ...difflens_core.steer import Recipe
 from ...difflens_core.targets import Targets
+from .files import RECIPES, info_of, list_files
 from .progress import log
 
 FINGERPRINT = "difflens_fingerprint"  # attachment of a MODEL: `marks_of` its file
@@ -197,6 +198,12 @@ def conditioning_content(conditioning: list) -> list[Tensor | str]:
         if (text := described(settings)) != "{}":
             parts.append(text)
     return parts
+
+
+def recipes_of(model: ModelPatcher) -> list[str]:
+    """The listed recipes that were made on the model."""
+    marks = {name: info_of(RECIPES, name).get("model") for name in list_files(RECIPES)}
+    return [name for name, mark in marks.items() if mark and belongs(mark, model)]
 
 
 def recipe_mark(recipe: Recipe) -> str:
