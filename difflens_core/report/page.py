@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from .rows import Row, change_rows, columns_of, fairness_rows, joint_tables, paired_rows
-from .text import LIMITS, findings, left_open, settings
+from .text import LIMITS, findings, in_short, left_open, settings
 
 SHOWN = 8  # pairs of pictures on the page
 SMALL_PRINT = "In small print: 95 % intervals, which hold the true value 95 times in 100."
@@ -59,7 +59,7 @@ def report_page(
     rows, changes, paired = fairness_rows(numbers), change_rows(numbers), paired_rows(numbers)
     chart_shown = picture(chart, "chart", "Share of each class", "Whiskers: 95 % intervals.")
     parts = [
-        section("In short", paragraphs(findings(numbers))),
+        section("In short", paragraphs([in_short(numbers), *findings(numbers)])),
         section("What was measured", settings_table(settings(numbers))),
         section("Fairness", table(["", *columns_of(numbers)], rows, SMALL_PRINT) + chart_shown),
     ]

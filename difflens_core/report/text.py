@@ -57,6 +57,24 @@ def settings(numbers: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*rows, ("Notes", numbers["notes"] or "CFG scale, seed and sampler were not stated.")]
 
 
+def in_short(numbers: Mapping[str, Any]) -> str:
+    """How many pictures show what, before and now, and whether the rest stayed: for those who want no more."""
+
+    def mix(side: Mapping[str, Any]) -> str:
+        shares = zip(numbers["classes"], side["shares"], strict=True)
+        return ", ".join(f"{round(share * side['n'])} {name}" for name, share in shares)
+
+    told = f"Before: {mix(numbers['before'])}."
+    if numbers["after"]:
+        told += f" Now: {mix(numbers['after'])}."
+    if kept := numbers["kept"]:
+        worst = min(kept, key=lambda name: kept[name])
+        pairs = sum(map(sum, numbers["paired"]["table"]))
+        most = f"{round(kept[worst] * pairs)} of {pairs} pictures or more ({worst.replace('_', ' ')} changed most)"
+        told += f" Everything else stayed in {most if kept[worst] < 1 else f'all {pairs} pictures'}."
+    return told
+
+
 def findings(numbers: Mapping[str, Any]) -> list[str]:
     """The outcome in a few sentences."""
     found = [side_finding(numbers, name) for name in ("before", "after") if numbers[name]]
@@ -137,7 +155,7 @@ def text_table(heads: Sequence[str], rows: Sequence[Row]) -> list[str]:
 
 def report_text(numbers: Mapping[str, Any]) -> str:
     """The report as text of about 66 columns."""
-    lines = [f"{numbers['attribute']}, {numbers['n']} pictures", *findings(numbers), ""]
+    lines = [in_short(numbers), f"{numbers['attribute']}, {numbers['n']} pictures", *findings(numbers), ""]
     lines += text_table(columns_of(numbers), fairness_rows(numbers))
     for title, heads, rows in joint_tables(numbers):
         lines += ["", title, *text_table(heads[1:], rows)]

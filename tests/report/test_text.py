@@ -27,7 +27,8 @@ def test_chance_is_named_only_where_it_is_a_poor_explanation():
     fair = torch.eye(3)[[0, 0, 1, 2] * 10]
     skewed = torch.eye(3)[[2] * 40]
     text = report_text(numbers_of({"age": skewed}, {"age": fair}, attributes={"age": ATTRIBUTES["age"]}))
-    first, second = text.splitlines()[1:3]
+    short, _, first, second = text.splitlines()[:4]
+    assert short == "Before: 0 young, 0 adult, 40 senior. Now: 20 young, 10 adult, 10 senior."
     assert first.startswith("Before, 100.0% of 40 pictures show senior") and "poor explanation" in first
     assert second.startswith("After, ") and "not excluded (p = 1.000), but 40 pictures are too few to tell" in second
     assert f"It takes {pictures_for_fd(0.05, np.array([0.5, 0.25, 0.25]))} pictures" in text
@@ -40,7 +41,7 @@ def test_the_target_is_reached_only_where_the_interval_is_narrow_enough():
     assert "The target is reached: the counted discrepancy is at most 0.0" in text
     asked = np.array([0, 0, 1, 2] * 50)
     dealt = {"age": torch.eye(3)[np.where(np.arange(200) % 20 == 0, 2, asked)]}
-    after = report_text(numbers_of(dealt, dealt, asked, attributes=attributes)).splitlines()[2]
+    after = report_text(numbers_of(dealt, dealt, asked, attributes=attributes)).splitlines()[3]
     assert after.startswith("After, ") and "The target is missed: the counted discrepancy is at least 0.0" in after
 
 
@@ -48,3 +49,14 @@ def test_of_a_single_class_no_number_of_pictures_is_told():
     question = Question("age", {"age": ATTRIBUTES["age"]}, np.array([0.0, 1.0, 0.0]))
     found = summary(question, {"age": torch.eye(3)[[1] * 8]})
     assert found["resolution"]["pictures"] is None and found["before"]["outcome"] == OPEN
+
+
+def test_it_begins_with_what_an_artist_wants_to_know():
+    before, after = torch.eye(3)[[2] * 8], torch.eye(3)[[0, 1] * 4]
+    tones, glasses = torch.eye(2)[[0] * 8], torch.eye(2)[[1] * 7 + [0]]
+    first = {"age": before, "tone": tones, "glasses": torch.eye(2)[[1] * 8]}
+    found = numbers_of(first, {"age": after, "tone": tones, "glasses": glasses})
+    told = "Before: 0 young, 0 adult, 8 senior. Now: 4 young, 4 adult, 0 senior. Everything else stayed in "
+    assert report_text(found).splitlines()[0] == told + "7 of 8 pictures or more (glasses changed most)."
+    same = numbers_of(first, {"age": after, "tone": tones, "glasses": first["glasses"]})
+    assert report_text(same).splitlines()[0] == told + "all 8 pictures."
