@@ -88,14 +88,17 @@ def findings(numbers: Mapping[str, Any]) -> list[str]:
         )
     fd, pictures = numbers["resolution"]["fd"], numbers["resolution"]["pictures"]
     if pictures:
-        found.append(f"It takes {pictures} pictures to tell a discrepancy of {fd} from chance.")
+        found.append(f"It takes {pictures} picture{'s' * (pictures > 1)} to tell a discrepancy of {fd} from chance.")
     return found
 
 
 def side_finding(numbers: Mapping[str, Any], name: str) -> str:
-    """The class that is farthest from its target, and whether the target is reached, missed or neither is known."""
+    """The class that is farthest from its target, and whether the target is reached, missed or neither is known.
+
+    Of classes as far from it, the one that was asked for most.
+    """
     side, target = numbers[name], numbers["target"]
-    worst = max(range(len(target)), key=lambda i: abs(side["shares"][i] - target[i]))
+    worst = max(range(len(target)), key=lambda i: (abs(side["shares"][i] - target[i]), target[i]))
     p, (low, high) = side["p_value"], side["fd_hard_ci"]
     if side["outcome"] == REACHED:
         verdict = f"The target is reached: the counted discrepancy is at most {high:.3f} (95 %)."

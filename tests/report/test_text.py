@@ -60,3 +60,9 @@ def test_it_begins_with_what_an_artist_wants_to_know():
     assert report_text(found).splitlines()[0] == told + "7 of 8 pictures or more (glasses changed most)."
     same = numbers_of(first, {"age": after, "tone": tones, "glasses": first["glasses"]})
     assert report_text(same).splitlines()[0] == told + "all 8 pictures."
+
+
+def test_where_the_target_is_met_the_class_that_was_asked_for_is_named():
+    alone = Question("age", {"age": ATTRIBUTES["age"]}, np.array([0.0, 0.0, 1.0]))
+    found = summary(alone, {"age": torch.eye(3)[[2] * 8]}) | {"size": (64, 64), "notes": "", "not_measured": []}
+    assert "100.0% of 8 pictures show senior" in report_text(found) and "1 pictures" not in report_text(found)
