@@ -252,6 +252,19 @@ def not_readable(path: Path, wanted: str, error: Exception) -> DiffLensError:
     )
 
 
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Let the `DiffLensError`s raised inside begin with the file's name, and settings that are none become such."""
+    name = Path(path).name
+    try:
+        yield
+    except DiffLensError as error:
+        raise DiffLensError(f"{name}: {error}") from error
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DiffLensError(f"{name}: its settings are damaged ({reason}). Copy or download it again.") from error
+
+
 def load_tensors(path: str | Path, kind: str, needs: Iterable[str] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and info that `save_tensors` wrote under `kind`.
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..files import DiffLensError, as_half, load_tensors, refuse_whole_numbers, save_tensors
+from ..files import DiffLensError, as_half, load_tensors, reading, refuse_whole_numbers, save_tensors
 from .text import TextEncoder
 
 
@@ -230,19 +230,13 @@ def load_denoiser_weights(path: str | Path) -> tuple[DenoiserConfig, dict[str, T
     Raises `DiffLensError` if the file does not fit.
     """
     tensors, info = load_tensors(path, "denoiser", needs=["config"])
-    try:
+    with reading(path):
         refuse_whole_numbers(tensors)
         with torch.device("meta"):
             config = DenoiserConfig(**info["config"])
             expected = {name: tensor.shape for name, tensor in Denoiser(config).state_dict().items()}
             if config.context_width:
                 expected |= {f"{TEXT}{n}": t.shape for n, t in TextEncoder(**info["text"]).state_dict().items()}
-    except DiffLensError as error:
-        raise DiffLensError(f"{Path(path).name}: {error}") from error
-    except (TypeError, ValueError, KeyError, RuntimeError, ArithmeticError) as error:  # sizes that are none
-        raise DiffLensError(
-            f"{Path(path).name}: its sizes are damaged ({error}). Copy or download it again."
-        ) from error
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != expected:
         wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..activations import UPDATE, Activations
-from ..files import DiffLensError, as_half, load_tensors, refuse_whole_numbers, save_tensors
+from ..files import DiffLensError, as_half, load_tensors, reading, refuse_whole_numbers, save_tensors
 
 TENSORS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
 NORMALISATION = ("progress", "mean", "scale")
@@ -267,16 +267,15 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
     """Read an SAE that `save_sae` wrote; weights come back in fp32. Raises `DiffLensError` if it does not fit."""
     statistics = [f"normalisation.{name}" for name in NORMALISATION]
     tensors, info = load_tensors(path, "sae", needs=[*TENSORS, *statistics, "k", "site"])
-    parts = {name: info[name] for name in SETTINGS if name in info}  # files of version 0.1 hold k and site alone
-    if info.get("reads") == "update":  # how version 0.2 told it
-        parts["site"] += UPDATE
-    parts |= {"info": info.get("info", {}), "threshold": tensors.get("threshold")}
-    parts |= {name: tensors[name].float() for name in TENSORS}
-    try:
+    with reading(path):
+        parts = {name: info[name] for name in SETTINGS if name in info}  # files of version 0.1 hold k and site alone
+        parts |= {name: int(parts[name]) for name in ("k", "kernel") if name in parts}
+        update = info.get("reads") == "update"  # how version 0.2 told it
+        parts["site"] = str(parts["site"]) + (UPDATE if update else "")
+        parts |= {"info": dict(info.get("info", {})), "threshold": tensors.get("threshold")}
+        parts |= {name: tensors[name].float() for name in TENSORS}
         refuse_whole_numbers(tensors)
         modulation = tensors.get("normalisation.modulation")
         progress, mean, scale = (tensors[name].float() for name in statistics)
         normalisation = Normalisation(progress, mean, scale, modulation)
         return SparseAutoencoder(**parts, normalisation=normalisation)
-    except DiffLensError as error:
-        raise DiffLensError(f"{Path(path).name}: {error}") from error

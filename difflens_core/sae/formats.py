@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..activations import UPDATE, reads_update
-from ..files import DiffLensError, finite, read_tensors, refuse_whole_numbers
+from ..files import DiffLensError, finite, read_tensors, reading, refuse_whole_numbers
 from .autoencoder import SparseAutoencoder, load_sae
 from .readers import COUNTS, DIFFRACT, FORMATS, Config, Tensors, dict_class
 
@@ -40,10 +40,8 @@ def load_any_sae(path: str | Path, site: str = "") -> tuple[SparseAutoencoder, s
     if "normalisation.mean" in tensors:
         sae, name = load_sae(weights), "DiffLens"
     else:
-        try:
+        with reading(weights):
             sae, name = convert(tensors, read_config(weights.parent), notes)
-        except DiffLensError as error:
-            raise DiffLensError(f"{weights.name}: {error}") from error
         sae = replace(sae, info={"format": name})
         if name == DIFFRACT:
             sae = replace(sae, site=site_of_diffract(weights))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..files import DiffLensError, in_bytes, load_tensors, out_of_bytes, refuse_whole_numbers, save_tensors
+from ..files import DiffLensError, in_bytes, load_tensors, out_of_bytes, reading, refuse_whole_numbers, save_tensors
 from ..locate import FRAME, LEVELS, FrameProbes, Levels
 from ..sae import NORMALISATION, Normalisation
 from .recipes import Recipe, check_together
@@ -82,10 +83,8 @@ def load_recipe(path: str | Path) -> Recipe:
     needs = [*TENSORS, *(f"normalisation.{name}" for name in NORMALISATION), *PLAIN]
     needs = [name for name in needs if name not in ("map", "hold")]  # files of version 0.4 and before do not tell
     tensors, info = load_tensors(path, "recipe", needs)
-    try:
+    with reading(path):
         return restored(tensors, info)
-    except DiffLensError as error:
-        raise DiffLensError(f"{Path(path).name}: {error}") from error
 
 
 def restored(tensors: dict[str, Tensor], info: dict[str, Any]) -> Recipe:
@@ -114,7 +113,10 @@ def restored_part(tensors: dict[str, Tensor], info: dict[str, Any]) -> Recipe:
     check_shapes(tensors)
     tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     parts = {name: info[name] for name in PLAIN} | {name: tensors[name] for name in TENSORS}
-    parts["classes"], parts["strength"] = tuple(parts["classes"]), tuple(parts["strength"])
+    parts |= {"classes": tuple(map(str, parts["classes"])), "strength": tuple(map(float, parts["strength"]))}
+    parts |= {"start": float(parts["start"]), "end": float(parts["end"]), "info": dict(parts["info"])}
+    if not all(map(isfinite, (*parts["strength"], parts["start"], parts["end"]))):
+        raise DiffLensError("a strength, or its start or end, is no number. The file is damaged.")
     attributes = {name: tuple(classes) for name, classes in info["traits"].items()}
     own = [tensors[f"levels.{name}"] for name in held(attributes)]
     levels = Levels(*own, attributes) if attributes else Levels.plain(*own)  # type: ignore[call-arg, arg-type]

@@ -225,3 +225,18 @@ def test_steering_by_a_kind_with_a_threshold_changes_what_exceeds_it(toys, kind)
                 Steering(recipe, torch.zeros_like)
             continue
         torch.testing.assert_close(Steering(recipe, torch.zeros_like, given)(h, 0.0, torch.arange(3)), h + change)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"k": "many"}, {"k": None}, {"activation": 5}, {"kernel": "x"}, {"info": 3}],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_another_kind_are_refused_in_one_sentence(toys, tmp_path, damage):
+    path = tmp_path / "s.safetensors"
+    save_sae(path, toys.sae())
+    tensors, info = load_tensors(path, "sae")
+    save_tensors(path, "sae", tensors, info | damage)
+    with pytest.raises(DiffLensError, match="s.safetensors: ") as caught:
+        load_sae(path)
+    assert "\n" not in str(caught.value)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from difflens_core.files import DiffLensError
+from difflens_core.files import DiffLensError, load_tensors, save_tensors
 from difflens_core.sae import NORMALISATION
 from difflens_core.steer import Steering, load_recipe, save_recipe, with_settings
 from difflens_core.steer.recipe_files import LARGE, PLAIN, TENSORS, as_stored
@@ -50,3 +50,23 @@ def test_round_trip(toys, tmp_path):
     for name in PLAIN:
         assert getattr(found, name) == getattr(recipe, name)
     assert all(torch.equal(getattr(found.normalisation, n), getattr(recipe.normalisation, n)) for n in NORMALISATION)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"classes": None}, {"classes": 3}, {"strength": "abc"}, {"strength": [None] * 3},
+        {"strength": [float("nan")] * 3},
+        {"start": "soon"}, {"end": None}, {"mode": ["shift"]}, {"map": 7}, {"traits": [1]}, {"info": "much"},
+        {"further": 5}, {"further": [3]}, {"further": "site"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_another_kind_are_refused_in_one_sentence(toys, tmp_path, damage):
+    path = tmp_path / "r.safetensors"
+    save_recipe(path, toys.recipe())
+    tensors, info = load_tensors(path, "recipe")
+    save_tensors(path, "recipe", tensors, info | damage)
+    with pytest.raises(DiffLensError, match="r.safetensors: .*(damaged|unknown|cannot)") as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
