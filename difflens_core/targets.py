@@ -125,11 +125,13 @@ def deal_for_ever(
 class Log:
     """What sampling told of a deal: the pictures' numbers, run by run, and what did not come about in the last run.
 
-    first: number in the deal of the first picture of the batch that is being drawn; warned: what was said before;
-    of_sites: what the last run told of each of the sites that are steered.
+    first: number in the deal of the first picture of the batch that is being drawn; prompts: how many prompts the
+    pictures have in turn; warned: what was said before; of_sites: what the last run told of each of the sites that are
+    steered.
     """
 
     first: int = 0
+    prompts: int = 1
     warned: tuple[str, ...] = ()
     numbers: list[np.ndarray] = field(default_factory=list)
     of_sites: dict[str, list[str]] = field(default_factory=dict)
@@ -161,7 +163,8 @@ class Targets:
 
     Picture i of the run is number first_image + i of the deal, so that a run can go on where another ended.
     beside: the targets of another attribute that the run already has, with those beside them. This deal is then
-    independent of theirs, which stay as they are. Give both the same first_image.
+    independent of theirs, which stay as they are. Give both the same first_image. Pictures that have several prompts in
+    turn are dealt out so that the pictures of each prompt are as close to the shares as those of all.
     log: what sampling told. asked: the classes of all pictures (n), if they were planned one by one (`plan_moves`)
     instead of dealt; moved: n, bool, which of them need steering at all.
     """
@@ -196,6 +199,8 @@ class Targets:
         numbers = images.astype(np.int64) + self.first_image
         if self.asked is None:
             rounds, start = deal_for_ever(*self.deal)
+            # Each prompt begins a step later: its own pictures go on in a row, and so, nearly, do all of them.
+            numbers = numbers // self.log.prompts + numbers % self.log.prompts
             return rounds[-1][(numbers + start) % len(rounds[-1])]
         if len(numbers) and (needed := int(numbers.max()) + 1) > len(self.asked):
             raise DiffLensError(

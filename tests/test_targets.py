@@ -246,3 +246,14 @@ def test_a_run_at_several_sites_is_counted_once_and_tells_every_sentence_once():
         for site, said in (("middle", ["stretched"]), ("up", ["stretched", f"came late in run {run[0]}"])):
             log.tell(site, run, said)
     assert log.last(4).tolist() == [0, 1, 2, 3] and log.said == ["stretched", "came late in run 2"]
+
+
+@pytest.mark.parametrize("prompts", [2, 3, 4, 5])
+@pytest.mark.parametrize("shares", [(1, 1), (1, 1, 1), (1, 1, 1, 1), (7, 3), (5, 3, 2)])
+def test_pictures_that_have_prompts_in_turn_are_balanced_for_each_prompt(shares, prompts):
+    for seed in range(5):
+        targets = mixed(shares, seed, log=Log(prompts=prompts))
+        asked = targets.first(20 * prompts)
+        for classes in (asked, *(asked[k::prompts] for k in range(prompts))):
+            counts = np.bincount(classes, minlength=len(shares))
+            assert np.abs(counts - len(classes) * np.array(shares) / sum(shares)).max() <= 2

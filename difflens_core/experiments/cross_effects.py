@@ -65,7 +65,7 @@ def cross_effects(
         )
     sets = [[recipe] for recipe in recipes] + ([list(recipes)] if len(recipes) > 1 else [])
     run = Run(draw, batch, pictures * (1 + len(sets)), on_picture)
-
+    order = shuffled(pictures)
     dealt: dict[str, Targets] = {}
     beside = None
     for recipe in recipes:
@@ -74,13 +74,13 @@ def cross_effects(
 
     def read(used: Sequence[Recipe]) -> dict[str, np.ndarray]:
         def edits(which: Tensor) -> list[Steering]:
-            return [edit for recipe in used for edit in of_batch(recipe, dealt[recipe.attribute], which, sae)]
+            return [edit for recipe in used for edit in of_batch(recipe, dealt[recipe.attribute], order[which], sae)]
 
         readings = classify(run.draw(torch.arange(pictures), edits))
         return {name: seen_classes(seen(readings, name)).numpy() for name in attributes}
 
     before, found = read([]), []
-    asked = {name: targets.first(pictures) for name, targets in dealt.items()}
+    asked = {name: targets.first(pictures)[order] for name, targets in dealt.items()}
     for used in sets:
         after = read(used)
         title = used[0].attribute if len(used) == 1 else TOGETHER
@@ -95,12 +95,17 @@ def cross_effects(
     return found
 
 
+def shuffled(pictures: int) -> Tensor:
+    """Which number of the deal each picture has: classes come nearly in turn there, and so may prompts of pictures."""
+    return torch.randperm(pictures, generator=torch.Generator().manual_seed(0))
+
+
 def uniform(classes: int) -> tuple[float, ...]:
     return (1 / classes,) * classes
 
 
 def of_batch(recipe: Recipe, targets: Targets, which: Tensor, sae: SparseAutoencoder | None) -> list[Steering]:
-    """The recipe on a batch that holds pictures `which` of the run, without the SAE if it can."""
+    """The recipe on a batch that holds pictures `which` of the deal, without the SAE if it can."""
     return steerings(recipe, lambda images: targets.of(which[images]), sae if recipe.needs_sae else None)
 
 

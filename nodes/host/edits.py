@@ -201,7 +201,7 @@ class SiteEdit:
             if run.evaluations == 1:
                 drawn_again = run.edit is unchanged or isinstance(run.edit, Rehearsal)  # only then do classes matter
                 run.number(options, kwargs, 0 if drawn_again else self.settings.run, self.settings.deal)
-            self.settings.log.first = run.first
+            self.settings.log.first, self.settings.log.prompts = run.first, run.prompts
             numbers = run.rows(x, options)
         network, visited = executor.class_obj.diffusion_model, []
         site = run_name(network, self.site)

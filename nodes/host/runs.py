@@ -177,6 +177,12 @@ class Run:
         else:
             self.first, self.said = DEALS.setdefault(deal, Deal()).first(self.seed, count, self.start, prompt_id())
 
+    @property
+    def prompts(self) -> int:
+        """How many prompts the pictures have in turn: rows of the positive conditioning."""
+        texts = [cond.get("cross_attn") for cond in self.guider.conds.get("positive") or ()]
+        return max((len(text) for text in texts if isinstance(text, Tensor)), default=1)
+
     def begin_prediction(self, sigma: float) -> None:
         """The guider is about to predict at this noise level."""
         self.progress, self.counted = self.progress_at(sigma), set()

@@ -8,7 +8,7 @@ from toy import CLASSES, UNIFORM, Toy, recipe
 
 from difflens_core.classifiers.readings import NO_FACE
 from difflens_core.experiments import cross_effects
-from difflens_core.experiments.cross_effects import TOGETHER
+from difflens_core.experiments.cross_effects import TOGETHER, shuffled
 from difflens_core.files import DiffLensError
 from difflens_core.report import cross_chart, cross_table
 from difflens_core.steer import Steering
@@ -40,11 +40,13 @@ def test_cross_effects_count_as_by_hand_and_tell_their_progress():
     )
     assert seen[-1] == (100, 100) and len(seen) == 6
     base = toy([], torch.arange(50))
-    targets = Targets("age", CLASSES, tuple(UNIFORM))
-    after = toy([Steering(recipe(leak=0.9), targets.of)], torch.arange(50))
+    targets, order = Targets("age", CLASSES, tuple(UNIFORM)), shuffled(50)
+    after = toy([Steering(recipe(leak=0.9), lambda images: targets.of(order[images]))], torch.arange(50))
     ages, tones = ([toy.classify(p)[name].argmax(1) for p in (base, after)] for name in ("age", "tone"))
-    moved = ages[0] != torch.from_numpy(targets.first(50))
-    assert own.share == pytest.approx(float((ages[1] == torch.from_numpy(targets.first(50)))[moved].float().mean()))
+    moved = ages[0] != torch.from_numpy(targets.first(50))[order]
+    assert own.share == pytest.approx(
+        float((ages[1] == torch.from_numpy(targets.first(50))[order])[moved].float().mean())
+    )
     assert other.share == pytest.approx(float((tones[0] != tones[1])[moved].float().mean()))
     mixes = [torch.bincount(labels, minlength=3) / 50 for labels in tones]
     assert other.drift == pytest.approx(float((mixes[1] - mixes[0]).abs().sum() / 2))
@@ -62,11 +64,11 @@ def test_pictures_without_a_face_before_or_after_do_not_count():
 
     toy = Toy()
     own, other = cross_effects([recipe(leak=0.9)], toy, classify, attributes, 50, 50)
-    targets = Targets("age", CLASSES, tuple(UNIFORM))
+    targets, order = Targets("age", CLASSES, tuple(UNIFORM)), shuffled(50)
     before = toy([], torch.arange(50))
-    after = toy([Steering(recipe(leak=0.9), targets.of)], torch.arange(50))
+    after = toy([Steering(recipe(leak=0.9), lambda images: targets.of(order[images]))], torch.arange(50))
     ages, tones = ([toy.classify(p)[name].argmax(1)[5:47] for p in (before, after)] for name in ("age", "tone"))
-    asked = torch.from_numpy(targets.first(50))[5:47]
+    asked = torch.from_numpy(targets.first(50))[order][5:47]
     moved = ages[0] != asked
     assert own.uncounted == other.uncounted == 8 and own.pictures == other.pictures == int(moved.sum())
     assert own.share == pytest.approx(float((ages[1] == asked)[moved].float().mean()))

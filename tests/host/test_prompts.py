@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,6 +48,22 @@ def test_a_stock_ksampler_gives_them_in_turn(inside):
     for number, prompt in enumerate(alone):
         own = inside.sample(model, prompt, inside.prompt("SD1.5", 9), 3.0, latent, STEPS)
         torch.testing.assert_close(found[number::2], own[number::2], atol=4e-3 * float(own.std()), rtol=4e-3)
+
+
+def test_steer_gives_every_prompt_the_mix(inside, toys):
+    """Prompts come in turn, and so do classes: each prompt must have its share of both."""
+    together, _ = prompts(inside, "SD1.5", 2)
+    recipe = toys.recipe(width=64, positions=4, steps=4, mode="add")
+    recipe = replace(recipe, site="middle_block", model="", classes=("a", "b", "c"))
+    steered, (dealt,) = inside.pack_module("nodes.steer").Steer.execute(
+        inside.model("SD1.5"), recipe, "1, 1, 0", 1.0, "from recipe", 0.0, 1.0, 0, 0
+    ).result  # fmt: skip
+    for seed in range(3):
+        inside.sample(steered, together, latent=inside.latent("SD1.5", 4), seed=seed)
+    asked = dealt.shown_last(12)
+    assert dealt.log.prompts == 2 and dealt.log.said == []
+    for mine in (asked, asked[0::2], asked[1::2]):
+        assert abs((mine == 0).sum() - len(mine) / 2) <= 1
 
 
 @pytest.mark.parametrize("kind", ["SD1", "SDXL"])
