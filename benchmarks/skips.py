@@ -62,7 +62,7 @@ def trained(scheduler: DDIMScheduler, checkpoint: Path) -> UNet2DModel:
     x0 = F.avg_pool2d(to_tensor(images), SIZE // SIDE)
     model, last = network(), scheduler.config.num_train_timesteps
 
-    def loss_at() -> Tensor:
+    def loss_at(step: int) -> Tensor:
         clean = x0[torch.randint(len(x0), (NETWORK["batch"],))]
         noise, at = torch.randn_like(clean), torch.randint(last, (len(clean),))
         return F.mse_loss(model(scheduler.add_noise(clean, noise, at), at).sample, noise)

@@ -80,7 +80,7 @@ def train_denoiser() -> None:
     torch.manual_seed(c["seed"])
     model = Denoiser()
 
-    def loss_at() -> torch.Tensor:
+    def loss_at(step: int) -> torch.Tensor:
         return denoiser_loss(model, to_tensor(images[torch.randint(len(images), (c["batch"],)).numpy()]))
 
     save_denoiser(DENOISER_FILE, train_network(model, loss_at, c, WORK / "denoiser.pt"), {"training": c})

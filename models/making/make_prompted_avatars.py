@@ -117,7 +117,7 @@ def train_denoiser() -> None:
     model = Prompted()
     tokens = model.text.tokens(prompts)
 
-    def loss_at() -> torch.Tensor:
+    def loss_at(step: int) -> torch.Tensor:
         picks = torch.randint(len(images), (c["batch"],))
         context = model.context(tokens[picks], c)
         x0 = to_tensor(images[picks.numpy()])

@@ -60,8 +60,8 @@ def denoiser_loss(
     return (error / (sigma.square() + 0.02)).mean()
 
 
-def train_network(model: nn.Module, loss_at: Callable[[], Tensor], c: Options, checkpoint: Path) -> nn.Module:
-    """Train `model` by the options `c`; `loss_at()` draws a batch. Returns the average of its weights (EMA)."""
+def train_network(model: nn.Module, loss_at: Callable[[int], Tensor], c: Options, checkpoint: Path) -> nn.Module:
+    """Train `model` by the options `c`; loss_at(step) draws a batch. Returns the average of its weights (EMA)."""
     ema = copy.deepcopy(model).requires_grad_(False)
     optimiser = torch.optim.AdamW(model.parameters(), lr=c["lr"], betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     parts = {"model": model, "ema": ema, "optimiser": optimiser}
@@ -76,7 +76,7 @@ def train_network(model: nn.Module, loss_at: Callable[[], Tensor], c: Options, c
         torch.manual_seed(c["seed"] * 1_000_003 + step)  # a resumed run sees the same batches and noise
         for group in optimiser.param_groups:
             group["lr"] = c["lr"] * learning_rate_share(step, c["steps"])
-        loss = loss_at()
+        loss = loss_at(step)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
