@@ -15,14 +15,19 @@ from .steer import steer
 EVEN, ONLY, OWN = "even mix", "only", "own shares"
 
 
+def slider(name: str) -> str:
+    """The widget for a class's share: the page shows its name, in which a dot would begin another."""
+    return f"{name.replace('.', ' ')} %"
+
+
 def mix_of(classes: list[str]) -> io.Input:
     """What may be asked for of such classes, by their names."""
     shares = [
         io.Int.Input(
-            f"share{number}", default=round(100 / len(classes)), min=0, max=100, display_name=name,
-            display_mode=io.NumberDisplay.slider, tooltip=f"How many pictures are to show {name}, beside the others.",
+            slider(name), default=round(100 / len(classes)), min=0, max=100, display_mode=io.NumberDisplay.slider,
+            tooltip=f"How many pictures are to show {name}, beside the others.",
         )
-        for number, name in enumerate(classes)
+        for name in classes
     ]  # fmt: skip
     choices = [EVEN, *(f"{ONLY} {name}" for name in classes)]
     options = [io.DynamicCombo.Option(choice, []) for choice in choices] + [io.DynamicCombo.Option(OWN, shares)]
@@ -98,7 +103,7 @@ def target_of(mix: dict, classes: tuple[str, ...]) -> str:
         return "uniform"
     if choice != OWN:
         return choice.removeprefix(f"{ONLY} ")
-    shares = [mix[f"share{number}"] for number in range(len(classes))]
+    shares = [mix[slider(name)] for name in classes]
     if not any(shares):
         raise DiffLensError("all shares are 0, so no picture could be drawn. Raise one of them.")
     return ", ".join(str(share / sum(shares)) for share in shares)
