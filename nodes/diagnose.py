@@ -14,7 +14,7 @@ from ..difflens_core.experiments import UNSTEERED, diagnose
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.report import diagnosis_chart, diagnosis_text
 from ..difflens_core.sae import SparseAutoencoder
-from ..difflens_core.steer import Recipe, check_one_site
+from ..difflens_core.steer import Recipe
 from . import host
 from .attribute import check_model_of, check_sae
 from .classify import check_classes
@@ -89,7 +89,6 @@ class Diagnose(io.ComfyNode):
         sae: SparseAutoencoder | None = None, activations: CapturedActivations | None = None,
         labels: Labels | None = None, negative: list | None = None, cfg: float = 1.0,
     ) -> io.NodeOutput:  # fmt: skip
-        check_one_site(recipe, "Diagnose")
         check_classes(classifier, recipe)
         host.warn(cls, check_model(model, recipe))
         check_captured(model, recipe, sae, activations, labels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .graph import Graph
-from .pieces import before_and_after, experiment, load_classifier, load_model, measure, sampler, steer
+from .pieces import before_and_after, experiment, find_features, load_classifier, load_model, measure, sampler, steer
 
 
 def find_the_bias_features() -> Graph:
@@ -39,21 +39,7 @@ def find_the_bias_features() -> Graph:
         attribute="presentation", per_class=100,
     )  # fmt: skip
     labels = graph.add("DiffLensClassify", None, images=captured[1], classifier=classifier[0], attribute="presentation")
-    graph.group("2 Learn the features")
-    sae = graph.add(
-        "DiffLensTrainSAE", None, activations=captured[0], latents=1024, k=32, steps=1500, batch_size=2048,
-        learning_rate=0.001, seed=0, save_as="", activation="topk", precision="fp32",
-    )  # fmt: skip
-    graph.add("PreviewAny", "Quality of the SAE", source=sae[2])
-    graph.group("3 Find those that decide the attribute")
-    probes = graph.add("DiffLensTrainProbes", None, activations=captured[0], sae=sae[0], labels=labels[0])
-    graph.add("PreviewAny", "Accuracy of the probes", source=probes[2])
-    graph.column()
-    found = graph.add(
-        "DiffLensAttribute", None, model=model[0], activations=captured[0], sae=sae[0], probes=probes[0],
-        labels=labels[0], method="class mean difference", features_per_class=120,
-    )  # fmt: skip
-    graph.add("PreviewAny", "Ranking", source=found[2])
+    found = find_features(graph, model, captured, labels, latents=1024, steps=1500, batch_size=2048, save_as="")
     graph.group("4 Find the strengths")
     calibrated = graph.add(
         "DiffLensCalibrate", None, model=model[0], positive=model[1], latent_image=batch[0], vae=model[2],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .graph import Graph
-from .pieces import measure, sampler, steer
+from .pieces import find_features, measure, sampler, steer
 
 ATTRIBUTE = "gender"  # of FairFace
 
@@ -49,21 +49,7 @@ def your_own_model() -> Graph:
         per_class=100,
     )  # fmt: skip
     labels = graph.add("DiffLensClassify", None, images=captured[1], classifier=classifier[0], attribute=ATTRIBUTE)
-    graph.group("2 Learn the features")
-    sae = graph.add(
-        "DiffLensTrainSAE", None, activations=captured[0], latents=5120, k=32, steps=4000, batch_size=4096,
-        learning_rate=0.001, seed=0, save_as="my_model", activation="topk", precision="fp32",
-    )  # fmt: skip
-    graph.add("PreviewAny", "Quality of the SAE", source=sae[2])
-    graph.group("3 Find those that decide the attribute")
-    probes = graph.add("DiffLensTrainProbes", None, activations=captured[0], sae=sae[0], labels=labels[0])
-    graph.add("PreviewAny", "Accuracy of the probes", source=probes[2])
-    graph.column()
-    found = graph.add(
-        "DiffLensAttribute", None, model=model[0], activations=captured[0], sae=sae[0], probes=probes[0],
-        labels=labels[0], method="class mean difference", features_per_class=120,
-    )  # fmt: skip
-    graph.add("PreviewAny", "Ranking", source=found[2])
+    found = find_features(graph, model, captured, labels, latents=5120, steps=4000, batch_size=4096, save_as="my_model")
     graph.group("4 Find the strength")
     calibrated = graph.add(
         "DiffLensCalibrate", None, **drawn, classifier=classifier[0], recipe=found[0], target="uniform", budget=640,

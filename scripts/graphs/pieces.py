@@ -35,6 +35,28 @@ def steer(graph: Graph, title: str, model: Link, recipe: Link, target: str = "un
     )  # fmt: skip
 
 
+def find_features(
+    graph: Graph, model: Node, captured: Node, labels: Node, latents: int, steps: int, batch_size: int, save_as: str
+) -> Node:  # fmt: skip
+    """From what was captured to the recipe, in two groups; the rest is how the SAE is trained."""
+    graph.group("2 Learn the features")
+    sae = graph.add(
+        "DiffLensTrainSAE", None, activations=captured[0], latents=latents, k=32, steps=steps, batch_size=batch_size,
+        learning_rate=0.001, seed=0, save_as=save_as, activation="topk", precision="fp32",
+    )  # fmt: skip
+    graph.add("PreviewAny", "Quality of the SAE", source=sae[2])
+    graph.group("3 Find those that decide the attribute")
+    probes = graph.add("DiffLensTrainProbes", None, activations=captured[0], sae=sae[0], labels=labels[0])
+    graph.add("PreviewAny", "Accuracy of the probes", source=probes[2])
+    graph.column()
+    found = graph.add(
+        "DiffLensAttribute", None, model=model[0], activations=captured[0], sae=sae[0], probes=probes[0],
+        labels=labels[0], method="class mean difference", features_per_class=120,
+    )  # fmt: skip
+    graph.add("PreviewAny", "Ranking", source=found[2])
+    return found
+
+
 def report_on(
     graph: Graph, title: str | None, classifier: Link, attribute: str, target: str, before: Node, after: Node,
     targets: Link, save_as: str = "difflens/report",
