@@ -41,6 +41,8 @@ TORCH_COMPANIONS = ("torchvision==0.28.0", "torchaudio==2.11.0")
 LIBRARIES = ("sae-lens==6.54.12", "eai-sparsify==1.3.3", "python-socketio", "pytest>=8", "hypothesis>=6")
 LIBRARIES_ALONE = ("dictionary-learning==0.1.0", "nnsight==0.3.7")
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # any of them shows ComfyUI's page to the tests
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -121,6 +123,17 @@ def ensure_comfyui() -> Path:
             if not target.exists():  # otherwise another process was faster, and its copy is as good
                 raise
     return target
+
+
+def ensure_browser() -> Path:
+    """Return a Chromium for the tests of the page; on Debian, as root, it is installed where there is none."""
+    if not any(map(shutil.which, BROWSERS)) and shutil.which("apt-get"):
+        _stage("package lists", ["apt-get", "update"])
+        _stage("Chromium", ["apt-get", "install", "-y", "--no-install-recommends", "chromium"])
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        raise HostError("There is no Chromium on this machine, in which the tests could open ComfyUI's page.")
+    return Path(found)
 
 
 def has_accelerator(python: Path) -> bool:

@@ -11,16 +11,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-from environment import REPOSITORY, HostError, cache_folder, ensure_comfyui, ensure_environment, ensure_libraries
+from environment import (
+    REPOSITORY,
+    HostError,
+    cache_folder,
+    ensure_browser,
+    ensure_comfyui,
+    ensure_environment,
+    ensure_libraries,
+)
 
 PACKAGES = (
     "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.9", "mypy>=1.15", "diffusers>=0.42",
-    "torchmetrics>=1.8", "kornia>=0.7.1", "transformers>=4.50",
+    "torchmetrics>=1.8", "kornia>=0.7.1", "transformers>=4.50", "playwright>=1.50",
 )  # fmt: skip
 WORKERS = 2  # processes that share the test files; each starts a ComfyUI of its own
 HELP = """
   python scripts/test.py               style, format, types, and all tests that are not slow; the first run makes an
-                                       environment in .cache (about 3 GB)
+                                       environment in .cache (about 3 GB), and on Debian, as root, installs Chromium
   python scripts/test.py --unit        without the tests in ComfyUI, and without getting a ComfyUI
   python scripts/test.py --slow        also the slow tests, and SAEs read by the programs that write such files; the
                                        first run makes a second environment for those (about 2 GB)
@@ -45,6 +53,16 @@ def checks(python: Path, libraries: Path | None, pytest_arguments: list[str]) ->
     return found
 
 
+def without_browser() -> list[str]:
+    """What pytest is to leave out because this machine has no browser and can get none: said, not an error."""
+    try:
+        ensure_browser()
+    except HostError as error:
+        print(f"{error} Those tests are left out.", file=sys.stderr)
+        return ["--ignore=tests/host/page"]
+    return []
+
+
 def main() -> int:
     """Make the environments, run the checks; returns 0, or the exit code of the last that failed."""
     parser = argparse.ArgumentParser(
@@ -63,10 +81,11 @@ def main() -> int:
     except HostError as error:
         print(error, file=sys.stderr)
         return 1
+    left_out = ["--ignore=tests/host"] if options.unit else without_browser()
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))  # or they wait for one another
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(cache_folder() / "hypothesis")
-    chosen = ["--ignore=tests/host"] * options.unit + ["-m", ""] * options.slow
+    chosen = left_out + ["-m", ""] * options.slow
     failed = 0
     for name, command in checks(python, libraries, chosen + further).items():
         print(f"--- {name}", flush=True)
