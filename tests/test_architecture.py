@@ -12,10 +12,22 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 HOST = {"comfy", "comfy_extras", "comfy_execution", "comfy_api_nodes", "folder_paths", "server", "execution"}
 HOST |= {"latent_preview", "node_helpers"}
-LIBRARIES = {"torch", "numpy", "scipy", "safetensors", "PIL", "torchvision", "kornia", "diffusers", "torchmetrics"}
+LIBRARIES = {
+    "torch",
+    "numpy",
+    "scipy",
+    "safetensors",
+    "PIL",
+    "torchvision",
+    "kornia",
+    "diffusers",
+    "torchmetrics",
+    "tqdm",
+    "tomli",
+}
 # The rooms of the core from the top down: each may import from those below it, and from the files beside them.
 ROOMS = [
-    "report", "experiments", "steer", "locate", "measure", "classifiers", "sae", "networks", "activations",
+    "commands", "report", "experiments", "steer", "locate", "measure", "classifiers", "sae", "networks", "activations",
 ]  # fmt: skip
 SHARED = ["targets", "deal", "files"]  # from the top down, too
 CORE = sorted(path for path in (ROOT / "difflens_core").rglob("*.py"))

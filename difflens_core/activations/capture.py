@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..files import DiffLensError
 from .cells import FINEST, one_of_each
 from .differentiable import OnPrediction
-from .sites import edit_site
+from .sites import Whole, edit_site
 from .store import DTYPES, INDEX, MOST, SAMPLES, SIZE, Index, Shard, Store, read_index, record
 
 
@@ -124,9 +124,18 @@ class Sampler(Protocol):
 
 @contextmanager
 def at_step(
-    model: nn.Module, step: int, progress: float, images: Tensor, edits: Sequence[Edit], kept: Sequence[Kept]
+    model: nn.Module,
+    step: int,
+    progress: float,
+    images: Tensor,
+    edits: Sequence[Edit],
+    kept: Sequence[Kept],
+    part: Whole | None = None,
 ) -> Iterator[None]:
-    """While open, `kept` keep what their sites put out, and then the edits change what theirs do."""
+    """While open, `kept` keep what their sites put out, and then the edits change what theirs do.
+
+    part: see `edit_site`.
+    """
     with ExitStack() as stack:
         for one in kept:
 
@@ -134,9 +143,9 @@ def at_step(
                 one.keep(step, h)
                 return h
 
-            stack.enter_context(edit_site(model, one.site, keep))
+            stack.enter_context(edit_site(model, one.site, keep, part))
         for edit in edits:
-            stack.enter_context(edit_site(model, edit.site, partial(edit, progress=progress, images=images)))
+            stack.enter_context(edit_site(model, edit.site, partial(edit, progress=progress, images=images), part))
         yield
 
 

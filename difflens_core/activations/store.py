@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -124,12 +125,18 @@ def record(
     noises: the noise of every shard in turn; draw(first, noise): a shard, the first picture of which has number
     `first`, that is S x b x H x W x C for every site and the samples. Shards that the folder holds already are not
     drawn again; beside them one shard at a time is in memory. enough(samples) is told the samples of every shard in
-    turn; where it says so, the capture ends and its index says how many pictures it has. Raises `DiffLensError` if the
-    folder was begun with another index, if a shard does not fit, holds NaN or infinite numbers, or cannot be written.
+    turn; where it says so, the capture ends and its index says how many pictures it has. Under torchrun (an initialised
+    process group) the processes draw the shards of one folder in turn. Raises `DiffLensError` if the folder was begun
+    with another index, if a shard does not fit, holds NaN or infinite numbers, or cannot be written.
     """
     kept: list[Shard] = []
-    finished = set() if folder is None else begin(Path(folder), index)
+    rank, processes = process()
+    if processes > 1 and (folder is None or MOST in index.info):
+        raise DiffLensError("several processes can only capture into one folder, and a number of pictures set before.")
+    finished = set() if folder is None else begun_together(Path(folder), index)
     for number, noise in zip(range(index.shards), noises, strict=True):
+        if number % processes != rank:
+            continue
         if number in finished:
             if MOST not in index.info:
                 continue
@@ -147,10 +154,26 @@ def record(
             break
     if folder is None:
         return Store(index, tuple(kept))
+    if processes > 1:
+        dist.barrier()
     if index != read_index(Path(folder)):
         write_index(Path(folder), index)
     # Opened only now: whatever stayed in memory between two large shards would keep the allocator from reusing them.
     return open_store(folder)
+
+
+def process() -> tuple[int, int]:
+    """This process's number and how many there are, under torchrun; else 0 and 1."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def begun_together(folder: Path, index: Index) -> set[int]:
+    """What `begin` tells, where one process has made the folder before the others look."""
+    rank, processes = process()
+    finished = begin(folder, index) if rank == 0 else set()
+    if processes > 1:
+        dist.barrier()
+    return finished if rank == 0 else begin(folder, index)
 
 
 def check_drawn(shard: Shard, index: Index, number: int) -> None:
@@ -179,8 +202,9 @@ def begin(folder: Path, index: Index) -> set[int]:
             )
     else:
         write_index(folder, index)
-    for leftover in folder.glob(".*.tmp"):  # of a capture that was killed while it wrote
-        leftover.unlink()
+    if process()[0] == 0:
+        for leftover in folder.glob(".*.tmp"):  # of a capture that was killed while it wrote
+            leftover.unlink()
     finished = {number for number in range(index.shards) if shard_path(folder, number).exists()}
     for number in finished:
         read_shard(folder, index, number)

@@ -12,7 +12,7 @@ from .denoiser import (
     load_prompted,
     save_denoiser,
 )
-from .diffusers import DiffusersSampler
+from .diffusers import DiffusersSampler, FlowSampler
 from .sampling import DenoiserSampler, Guidance, sample, start_noise
 from .schedules import BETAS, PREDICTIONS, SPACINGS, Schedule, ddim_step, ddim_timesteps, read_scheduler
 from .text import END, UNKNOWN, TextEncoder, tokenize
@@ -30,6 +30,7 @@ __all__ = [
     "DenoiserSampler",
     "DiffusersSampler",
     "END",
+    "FlowSampler",
     "Guidance",
     "PREDICTIONS",
     "ResBlock",

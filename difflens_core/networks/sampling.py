@@ -27,16 +27,16 @@ def start_noise(count: int, seed: int, height: int = 64, width: int = 0) -> Tens
 class Guidance:
     """Classifier-free guidance (Ho & Salimans 2022): x0 = x0(empty) + cfg (x0(context) - x0(empty)).
 
-    context: B x T x D of the pictures' prompts, or 1 x T x D if all have the same; empty: 1 x T x D of no prompt.
+    context: P x T x D of prompts, or those of the pictures at hand; empty: 1 x T x D of no prompt.
     """
 
     context: Tensor
     empty: Tensor
     cfg: float = 1.0
 
-    def of(self, pictures: slice | Tensor) -> Guidance:
-        """Guidance of some of the pictures."""
-        return self if len(self.context) == 1 else replace(self, context=self.context[pictures])
+    def of(self, images: Tensor) -> Guidance:
+        """Guidance of those pictures (B, their numbers): picture i is of prompt i modulo the number of prompts."""
+        return replace(self, context=self.context[images % len(self.context)])
 
 
 @torch.inference_mode()
@@ -96,7 +96,7 @@ def euler(
 
 @dataclass(frozen=True)
 class DenoiserSampler:
-    """The avatars' denoiser as a `Sampler`; under guidance picture i has row i of the context.
+    """The avatars' denoiser as a `Sampler`; under guidance picture i has row i of the context, modulo their number.
 
     size: height and width of the pictures, the model's own if not given.
     """

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,14 +16,20 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 
 from difflens_core.activations import Kept, Sampler, capture, noise_batches
 from difflens_core.files import DiffLensError
-from difflens_core.networks import DiffusersSampler
+from difflens_core.networks import DiffusersSampler, FlowSampler
 from difflens_core.sae import TrainingOptions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,3 +229,154 @@ def test_the_page_runs_on_stable_diffusion(tmp_path, capsys):
 def test_the_page_runs_on_an_unconditional_network(toys, tmp_path, capsys):
     names = {"sampler": DiffusersSampler(toys.unet2d(), DDIMScheduler(), STEPS), "classifier": Sides()}
     check(follow(names, tmp_path), capsys.readouterr().out, tmp_path)
+
+
+def flux(guided: bool = True) -> FlowSampler:
+    torch.manual_seed(3)
+    network = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=8, guidance_embeds=guided, axes_dims_rope=(4, 4, 8),
+    ).eval().requires_grad_(False)  # fmt: skip
+    draw = torch.Generator().manual_seed(4)
+    given = {
+        "encoder_hidden_states": torch.randn(1, 5, 16, generator=draw),
+        "pooled_projections": torch.randn(1, 8, generator=draw),
+    }
+    given |= {"guidance": torch.tensor([3.5])} if guided else {}
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return FlowSampler(network, scheduler, STEPS, given, vae=autoencoder(), size=(4, 6))
+
+
+def sd3() -> FlowSampler:
+    torch.manual_seed(5)
+    network = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=32, pooled_projection_dim=8, out_channels=4,
+    ).eval().requires_grad_(False)  # fmt: skip
+    draw = torch.Generator().manual_seed(6)
+    prompts = [
+        {"encoder_hidden_states": torch.randn(1, 5, 16, generator=draw),
+         "pooled_projections": torch.randn(1, 8, generator=draw)} for _ in range(2)
+    ]  # fmt: skip
+    return FlowSampler(network, FlowMatchEulerDiscreteScheduler(shift=3.0), STEPS, *prompts, 4.0, autoencoder())
+
+
+def drawn_by(pipe, noise: torch.Tensor, **settings) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(latents=noise, num_inference_steps=STEPS, output_type="latent", **settings).images
+
+
+def test_sampling_flux_is_that_of_its_pipeline():
+    sampler = flux()
+    pipe = FluxPipeline(sampler.scheduler, autoencoder(), None, None, None, None, sampler.network)
+    noise = noise_of(sampler, 2)
+    assert noise.shape == (2, 4, 4, 6)
+    given = sampler.positive
+    height, width = (side * pipe.vae_scale_factor for side in sampler.size)
+    found = drawn_by(
+        pipe, pipe._pack_latents(noise, 2, 4, 4, 6), height=height, width=width, guidance_scale=3.5,
+        prompt_embeds=given["encoder_hidden_states"].expand(2, -1, -1),
+        pooled_prompt_embeds=given["pooled_projections"].expand(2, -1),
+    )  # fmt: skip
+    expected = pipe._unpack_latents(found, height, width, pipe.vae_scale_factor)
+    torch.testing.assert_close(sampler.sample(noise, torch.arange(2)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_sampling_stable_diffusion_3_is_that_of_its_pipeline():
+    sampler = sd3()
+    pipe = StableDiffusion3Pipeline(
+        sampler.network, sampler.scheduler, autoencoder(), None, None, None, None, None, None
+    )
+    noise, (positive, negative) = noise_of(sampler, 2), (sampler.positive, sampler.negative)
+    height = sampler.shape[1] * pipe.vae_scale_factor
+    expected = drawn_by(
+        pipe, noise, height=height, width=height, guidance_scale=sampler.cfg,
+        prompt_embeds=positive["encoder_hidden_states"].expand(2, -1, -1),
+        pooled_prompt_embeds=positive["pooled_projections"].expand(2, -1),
+        negative_prompt_embeds=negative["encoder_hidden_states"].expand(2, -1, -1),
+        negative_pooled_prompt_embeds=negative["pooled_projections"].expand(2, -1),
+    )  # fmt: skip
+    torch.testing.assert_close(sampler.sample(noise, torch.arange(2)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_sampling_sdxl_is_that_of_its_pipeline():
+    torch.manual_seed(7)
+    network = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=16, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 12,
+    ).eval().requires_grad_(False)  # fmt: skip
+    draw, times = torch.Generator().manual_seed(8), torch.tensor([[16.0, 16, 0, 0, 16, 16]])
+    positive, negative = (
+        {"encoder_hidden_states": torch.randn(1, 5, 16, generator=draw),
+         "added_cond_kwargs": {"text_embeds": torch.randn(1, 12, generator=draw), "time_ids": times}} for _ in range(2)
+    )  # fmt: skip
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+    sampler = DiffusersSampler(network, scheduler, STEPS, positive, negative, 4.0, autoencoder())
+    pipe = StableDiffusionXLPipeline(autoencoder(), None, None, None, None, network, scheduler)
+    pipe.text_encoder_2 = SimpleNamespace(dtype=torch.float32, config=SimpleNamespace(projection_dim=12))
+    noise, size = noise_of(sampler, 2), {"height": 8 * pipe.vae_scale_factor, "width": 8 * pipe.vae_scale_factor}
+    expected = drawn_by(
+        pipe, noise, **size, guidance_scale=4.0, original_size=(16, 16), target_size=(16, 16),
+        prompt_embeds=positive["encoder_hidden_states"].expand(2, -1, -1),
+        pooled_prompt_embeds=positive["added_cond_kwargs"]["text_embeds"].expand(2, -1),
+        negative_prompt_embeds=negative["encoder_hidden_states"].expand(2, -1, -1),
+        negative_pooled_prompt_embeds=negative["added_cond_kwargs"]["text_embeds"].expand(2, -1),
+    )  # fmt: skip
+    torch.testing.assert_close(sampler.sample(noise, torch.arange(2)), expected, atol=1e-4, rtol=1e-4)
+    other = replace(sampler, positive=positive | {"added_cond_kwargs": {"text_embeds": torch.ones(1, 12)}})
+    assert other.info["prompts"] != sampler.info["prompts"]
+
+
+@dataclass
+class OneToken:
+    """An edit of the second token of the first row."""
+
+    site: str
+
+    def __call__(self, h, progress, images):
+        changed = h.clone()
+        changed[:, ::2, 0, 1] += 9  # not all channels, whose mean the next layer takes away
+        return changed
+
+
+@pytest.mark.parametrize("make", [flux, sd3])
+def test_blocks_show_the_picture_of_a_transformer_as_a_map(make):
+    """Where an edit writes there only the picture changes: one token there is four latents here."""
+    sampler = make()
+    noise, images = noise_of(sampler, 2), torch.arange(2)
+    blocks = [name for name, _ in sampler.network.named_modules() if name.endswith("transformer_blocks.0")]
+    for site in (*blocks, f"{blocks[0]} update"):
+        kept = Kept(site, [0, STEPS - 1], torch.float32)
+        steered = sampler.sample(noise, images, [OneToken(site)], [kept])
+        grid = (sampler.shape[1] // 2, sampler.shape[2] // 2)
+        assert kept.taken().shape == (2, 2, *grid, 32)
+        moved = (steered - sampler.sample(noise, images)).abs().amax((0, 1))
+        assert moved[0:2, 2:4].min() > 3 * moved[2:].median()
+
+
+@pytest.mark.parametrize("make", [flux, sd3])
+def test_transformers_tell_what_they_predict(make):
+    sampler, told = make(), {}
+    sampler.predict(
+        noise_of(sampler, 2), torch.arange(2), "transformer_blocks.0", [0, STEPS - 1],
+        lambda step, h, pictures: told.__setitem__(step, (h, pictures)),
+    )  # fmt: skip
+    assert sorted(told) == [0, STEPS - 1]
+    h, pictures = told[0]
+    (gradient,) = torch.autograd.grad(pictures.sum(), h)
+    assert gradient.abs().max() > 0
+    last = sampler.decode(sampler.sample(noise_of(sampler, 2), torch.arange(2)))
+    torch.testing.assert_close(told[STEPS - 1][1].detach(), last, atol=1e-4, rtol=1e-4)
+
+
+def test_a_part_of_a_block_with_tokens_of_text_is_refused():
+    sampler = flux()
+    kept = Kept("single_transformer_blocks.0.proj_out", [0])
+    with pytest.raises(DiffLensError, match="11 tokens, the picture has 6.*Use a whole block"):
+        sampler.sample(noise_of(sampler, 1), torch.arange(1), kept=[kept])
+
+
+def test_flux_wants_a_size():
+    with pytest.raises(DiffLensError, match="128 x 128 latents for 1024 pixels"):
+        replace(flux(), size=None).shape  # noqa: B018

@@ -1,0 +1,87 @@
+"""difflens: capture, train, attribute, calibrate, steer and report one study after the other."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..files import DiffLensError
+from .console import Console
+from .fairness import run_report, run_steer
+from .finding import run_attribute, run_calibrate, run_capture, run_train
+from .study import Study, read_study
+
+COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "capture": run_capture, "train": run_train, "attribute": run_attribute, "calibrate": run_calibrate,
+    "steer": run_steer, "report": run_report,
+}  # fmt: skip
+DONE, FAILED, MISSED, CUT_OFF = 0, 1, 3, 130  # exit codes; 2 is argparse's own, for a command that is misspelt
+HELP = """
+A study is a TOML file; all that is made of it lies in a folder of its name beside it. Run the commands in this order.
+Each can be cut off with Ctrl+C and goes on where it stopped when it is run again. capture and train may run under
+torchrun, in several processes. Exit codes: 0 done, 1 something does not fit (one sentence says what), 2 the command is
+misspelt, 3 calibrate has missed the target, 130 cut off.
+"""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("difflens", description=__doc__, epilog=HELP)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run in COMMANDS.items():
+        about = str(run.__doc__).splitlines()[0]
+        command = commands.add_parser(name, help=about, description=about)
+        command.add_argument("study", type=Path, help="the study's TOML file")
+        command.add_argument("--json", action="store_true", help="print the figures as JSON, all else to stderr")
+        if name == "report":
+            command.add_argument(
+                "before", type=Path, nargs="?", help="a folder of pictures, instead of the study's own"
+            )
+            command.add_argument("after", type=Path, nargs="?", help="as many pictures to compare with")
+    return parser.parse_args(arguments)
+
+
+@contextmanager
+def together(study: Study) -> Iterator[bool]:
+    """Join the other processes if torchrun started this one; tells whether this is the one that speaks."""
+    if "RANK" not in os.environ:
+        yield True
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() and study.device != "cpu" else "gloo")
+    try:
+        yield dist.get_rank() == 0
+        gc.collect()  # DistributedDataParallel must be gone before its process group, and
+        dist.barrier()  # nobody may leave while another still works.
+    finally:
+        dist.destroy_process_group()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    given = vars(parse(arguments))
+    command, as_json = given.pop("command"), given.pop("json")
+    try:
+        study = read_study(given.pop("study"))
+        with together(study) as leads:
+            console = Console(as_json, leads)
+            found = COMMANDS[command](study, console, **given)
+            console.figures(found)
+    except DiffLensError as error:
+        print(f"difflens {command}: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"difflens {command}: cut off. Run the same command again, and it goes on.", file=sys.stderr)
+        return CUT_OFF
+    return MISSED if command == "calibrate" and not found["reached"] else DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

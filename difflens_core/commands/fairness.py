@@ -1,0 +1,96 @@
+"""The commands that turn a recipe into pictures and pictures into figures: steer and report."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..activations import noise_batches
+from ..experiments import asked_shares
+from ..files import DiffLensError, digest, write_whole
+from ..measure import measure_changes
+from ..report import SHOWN, Question, report_page, report_text, share_chart, summary
+from ..steer import at_dose, load_recipe, steerings
+from ..targets import Targets, parse_target
+from .console import Console
+from .finding import RECIPE
+from .models import open_classifier, open_model
+from .pictures import batches, begin_folder, pictures_in, read_classes, read_picture, save_picture
+from .study import Study
+
+BEFORE, AFTER, ASKED = "before", "after", "asked.json"
+
+
+def run_steer(study: Study, console: Console) -> dict[str, Any]:
+    """Draw pictures as the model draws them and steered, from the same noises."""
+    options, model = study.steer, open_model(study)
+    recipe = at_dose(load_recipe(study.made(RECIPE, "attribute")), options.strength)
+    if not model.owns(recipe.model):
+        console.say(f"the recipe was made on other weights than those of {study.model}; it may do anything.")
+    shares = asked_shares(recipe, parse_target(study.target, recipe.classes))
+    targets = Targets(recipe.attribute, recipe.classes, tuple(shares.tolist()), options.seed)
+    edits = {BEFORE: [], AFTER: steerings(recipe, targets.of)}
+    settings = {"pictures": options.pictures, "seed": options.seed, "shape": list(model.shape), **model.info}
+    steered = {"recipe": digest(repr(recipe.info), recipe.model, repr(recipe.strength)), "target": study.target}
+    console.say(f"draws {options.pictures} pictures twice into {study.folder / BEFORE} and {study.folder / AFTER}")
+    with console.progress(2 * options.pictures, "pictures") as progress:
+        done = 0
+        for name, own in edits.items():
+            there = begin_folder(study.folder / name, settings | (steered if own else {}))
+            numbers = torch.arange(options.pictures).split(study.batch)
+            noises = noise_batches(model.shape, options.pictures, options.seed, study.batch)
+            for images, noise in zip(numbers, noises, strict=True):
+                if not there.issuperset(images.tolist()):
+                    drawn = model.decode(model.sample(noise, images, own))
+                    for number, picture in zip(images.tolist(), drawn, strict=True):
+                        save_picture(study.folder / name, number, picture)
+                progress(done := done + len(images))
+    asked = targets.first(options.pictures).tolist()
+    write_whole(study.folder / ASKED, json.dumps({"attribute": recipe.attribute, "asked": asked}).encode())
+    return run_report(study, console)
+
+
+def run_report(study: Study, console: Console, before: Path | None = None, after: Path | None = None) -> dict[str, Any]:
+    """Read two folders of pictures, those that steer drew if none are given, and say how fair they are."""
+    asked = None if before or after else study.made(ASKED, "steer")
+    folders = [before or study.folder / BEFORE, *([after or study.folder / AFTER] if after or not before else [])]
+    paths = [pictures_in(folder) for folder in folders]
+    if len({len(found) for found in paths}) > 1:
+        raise DiffLensError(
+            f"{folders[0]} holds {len(paths[0])} pictures, {folders[1]} {len(paths[1])}; they are compared by pairs."
+        )
+    classifier, classes = open_classifier(study)
+    question = Question(study.attribute, classifier.attributes, parse_target(study.target, classes))
+    with console.progress(sum(map(len, paths)), "pictures") as progress:
+        done = 0
+
+        def on_pictures(more: int) -> None:
+            nonlocal done
+            done += more
+            progress(done)
+
+        read = [read_classes(classifier, found, study.batch, on_pictures) for found in paths]
+    assigned = np.array(json.loads(asked.read_text(encoding="utf-8"))["asked"]) if asked else None
+    numbers = summary(question, read[0], read[1] if len(read) > 1 else None, assigned)
+    size = read_picture(paths[0][0]).shape
+    numbers |= {"size": (size[1], size[0])}
+    if len(paths) == 2:
+        whole = [torch.cat([*batches(found, study.batch)]) for found in paths]
+        changes = measure_changes(whole[0], whole[1])
+        numbers |= {"changes": changes, "pixel_change": changes["rmse"]}
+    write_report(study, numbers, paths)
+    console.say(report_text(numbers))
+    return numbers
+
+
+def write_report(study: Study, numbers: dict[str, Any], paths: list[list[Path]]) -> None:
+    """The page and the figures of a report, into the study's folder."""
+    first, *others = (np.stack([read_picture(path) for path in some[:SHOWN]]) for some in paths)
+    page = report_page(numbers, share_chart(numbers), first, others[0] if others else None, time.strftime("%Y-%m-%d"))
+    write_whole(study.folder / "report.html", page.encode())
+    write_whole(study.folder / "report.json", json.dumps(numbers, indent=1, default=list).encode())

@@ -1,0 +1,78 @@
+"""Folders of pictures: written one by one, so that a run that was cut off goes on, and read in the names' order."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..classifiers import ImageClassifier, join_readings
+from ..files import DiffLensError, write_whole
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def save_picture(folder: Path, number: int, picture: Tensor) -> None:
+    """Write a picture (H x W x 3 in [0, 1]) as PNG."""
+    content = io.BytesIO()
+    Image.fromarray((picture.clamp(0, 1) * 255).round().byte().numpy()).save(content, "png")
+    write_whole(folder / f"{number:05}.png", content.getvalue())
+
+
+def begin_folder(folder: Path, settings: Mapping[str, Any]) -> set[int]:
+    """The numbers of the pictures that are there already; all older ones go if they were drawn by other settings."""
+    told, text = folder / "settings.json", json.dumps(settings, indent=1, sort_keys=True)
+    if told.exists() and told.read_text(encoding="utf-8") != text:
+        for old in folder.glob("*.png"):
+            old.unlink()
+    write_whole(told, text.encode())
+    return {int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()}
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures of a folder by name. Raises `DiffLensError` if there are none."""
+    if not folder.is_dir():
+        raise DiffLensError(f"{folder} is no folder. Give one with pictures, or run first: difflens steer")
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+    if not found:
+        raise DiffLensError(f"{folder} holds no picture ({', '.join(ENDINGS)}).")
+    return found
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """H x W x 3, uint8. Raises `DiffLensError` if the file is no picture."""
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DiffLensError(f"{path} cannot be read as a picture ({error}). Take it out, or draw it again.") from error
+
+
+def batches(paths: list[Path], size: int) -> Iterator[Tensor]:
+    """The pictures in [0, 1] (B x H x W x 3), at most `size` at once, those of a batch of one height and width."""
+    some: list[np.ndarray] = []
+    for path in paths:
+        picture = read_picture(path)
+        if some and (some[0].shape != picture.shape or len(some) == size):
+            yield torch.from_numpy(np.stack(some)).float() / 255
+            some = []
+        some.append(picture)
+    yield torch.from_numpy(np.stack(some)).float() / 255
+
+
+def read_classes(
+    classifier: ImageClassifier, paths: list[Path], size: int, on_pictures: Callable[[int], None]
+) -> dict[str, Tensor]:
+    """What the classifier reads off pictures; on_pictures is told how many more were read."""
+    parts = []
+    for batch in batches(paths, size):
+        parts.append(classifier.classify(batch))
+        on_pictures(len(batch))
+    return join_readings(parts)
