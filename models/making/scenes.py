@@ -37,7 +37,7 @@ BIAS: dict[str, dict[str, tuple[float, ...]]] = {
     "firefighter": {"presentation": (0.90, 0.10), "age": (0.25, 0.63, 0.12)},
     "receptionist": {"presentation": (0.20, 0.80), "age": (0.60, 0.28, 0.12)},
 }
-_TOLD = {"presentation": 0.35, "age": 0.35, "background": 0.5, "glasses": 0.2, "shot": 0.9, "place": 0.9}
+_TOLD = {"presentation": 0.35, "age": 0.75, "background": 0.5, "glasses": 0.2, "shot": 0.9, "place": 0.9}
 # What a prompt says of how large the figure is, beside the largest there is, and where its middle is across the
 # picture, with the shares that these stay below.
 SHOTS = {"wide": 0.65, "medium": 0.9, "close": 9.0}
