@@ -20,7 +20,7 @@ from .findings import (
     weighing_text,
 )
 from .page import SHOWN, report_page
-from .text import report_text
+from .text import judged_text, report_text
 
 __all__ = [
     "CHARTED",
@@ -36,6 +36,7 @@ __all__ = [
     "effect_chart",
     "effect_table",
     "image_grid",
+    "judged_text",
     "line_chart",
     "loss_chart",
     "ranking_chart",

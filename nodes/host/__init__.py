@@ -30,6 +30,7 @@ from .files import (
     temporary_file,
     times_missed,
 )
+from .judging import begin_judging, judgement_file
 from .marks import (
     belongs,
     content_mark,
@@ -80,6 +81,7 @@ __all__ = [
     "SCHEDULERS",
     "STORES",
     "apply_site",
+    "begin_judging",
     "belongs",
     "check_name",
     "capture",
@@ -97,6 +99,7 @@ __all__ = [
     "find_sae",
     "find_store",
     "image_embedder",
+    "judgement_file",
     "list_feature_folders",
     "list_classes",
     "list_detectors",
