@@ -123,8 +123,8 @@ class FairnessReport(io.ComfyNode):
         if path:
             shown = [None if images is None else to_bytes(images[:SHOWN]) for images in (before, after)]
             write_whole(path, report_page(numbers, chart, *shown, day=time.strftime("%Y-%m-%d")).encode())
-        image, written = host.to_image(chart), str(path or "")
-        return host.drawn(cls, image, text, json.dumps(numbers, indent=2), image, written, text=text)
+        image, written, told = host.to_image(chart), str(path or ""), json.dumps(numbers, indent=2)
+        return host.drawn(cls, image, text, told, image, written, text=text, json=told)
 
 
 def more_report_inputs() -> list[io.Input]:

@@ -47,13 +47,12 @@ from .models.classifiers import HostedClassifier, image_embedder, text_embedding
 from .models.pixels import pixel_space_vae, unconditional_conditioning
 from .models.unconditional import class_conditioning, load_model
 from .progress import (
+    LiveView,
     clear_errors,
     drawn,
     log,
     node_id,
-    preview,
     progress_bar,
-    progress_of_total,
     tell,
     to_image,
     training,
@@ -74,6 +73,7 @@ __all__ = [
     "CONDITIONINGS",
     "HostedClassifier",
     "HostSampler",
+    "LiveView",
     "MODELS",
     "RECIPES",
     "SAES",
@@ -123,10 +123,8 @@ __all__ = [
     "recipe_mark",
     "recipes_of",
     "pixel_space_vae",
-    "preview",
     "progress_bar",
     "progress_of",
-    "progress_of_total",
     "reference_sampler",
     "run_mark",
     "site_width",
