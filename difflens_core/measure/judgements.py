@@ -196,8 +196,10 @@ def judgement_of(row: list[str]) -> Judgement:
             raise ValueError(f"{name} is {cell[name][:60]!r}, expected {', '.join(known)}")
     for name in ("judge", "first", "second"):
         check_name(cell[name], name)
-    number, changed = int(cell["pair"]), check_changed(cell["changed"].split())
-    return Judgement(**{**cell, "pair": number, "equal": cell["equal"] == "yes", "changed": changed})
+    return Judgement(
+        cell["time"], cell["judge"], cell["pictures"], int(cell["pair"]), cell["equal"] == YES_NO[True], cell["first"],
+        cell["second"], cell["left"], cell["better"], check_changed(cell["changed"].split()),
+    )  # fmt: skip
 
 
 def check_changed(changed: Sequence[str]) -> tuple[str, ...]:
