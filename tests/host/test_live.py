@@ -23,7 +23,7 @@ CHART = (720, 440)
 def shown(server: Server, graph: Avatars, node: str) -> list[np.ndarray]:
     """Run the graph as a page does, and return the pictures that the server sends of a node meanwhile."""
     pictures, deadline = [], time.monotonic() + 600
-    with WebSocket("127.0.0.1", server.port, "/ws?clientId=live") as page:
+    with WebSocket("127.0.0.1", server.port, "/ws?clientId=live", timeout=60) as page:
         page.say(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
         body = {"prompt": to_api(graph), "client_id": "live"}
         prompt = json.loads(server.request("/prompt", json.dumps(body).encode()))["prompt_id"]
