@@ -9,6 +9,7 @@ from .classify import ClassifyImages, ZeroShot
 from .debias import Debias
 from .diagnose import Diagnose
 from .explore import RankByEffect, SiteScan
+from .judge import JudgeByEye
 from .load import LoadClassifier, LoadFeatures, LoadRecipe, LoadSAE, SaveRecipe
 from .models import LoadModel, LoadPromptedModel
 from .prompts import PromptList
@@ -21,7 +22,7 @@ NODES: list[type[io.ComfyNode]] = [
     Debias, LoadModel, LoadPromptedModel, LoadSAE, LoadFeatures, LoadClassifier, LoadRecipe, SaveRecipe,
     CaptureActivations, LoadActivations, TrainSAE, ClassifyImages, TrainProbes, AttributeFeatures,
     SiteScan, RankByEffect, Diagnose, ZeroShot,
-    Calibrate, PlanTargets, CrossEffects, Steer, FairnessReport, CompareImages,
+    Calibrate, PlanTargets, CrossEffects, Steer, FairnessReport, CompareImages, JudgeByEye,
     DDIMSigmas, ReferenceSampler, PromptList,
 ]  # fmt: skip
 

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -21,7 +22,7 @@ from ..difflens_core.experiments import (
     cross_effects,
 )
 from ..difflens_core.files import DiffLensError, digest
-from ..difflens_core.report import calibration_text, cross_chart, cross_table, dose_chart, weighing_text
+from ..difflens_core.report import calibration_text, cross_chart, cross_table, dose_chart, mix_chart, weighing_text
 from ..difflens_core.sae import SparseAutoencoder
 from ..difflens_core.steer import Recipe, plan_in_words, planned_targets, weigh_latents
 from ..difflens_core.targets import parse_target
@@ -136,20 +137,27 @@ class Calibrate(io.ComfyNode):
         folder = host.temporary_file(f"difflens_calibration_{mark}")
         weights = host.temporary_file(f"difflens_weights_{mark}.safetensors")
         weighing = min(WEIGHED_BY, options.pictures) if spare_others else 0
-        report = host.progress_bar(budget + 2 * weighing)
+        view, total = host.LiveView(), budget + 2 * weighing
         if weighing:
             recipe = weigh_latents(
-                recipe, sampler, classifier, noise[:weighing], batch, lambda done: report(done, None), weights
+                recipe, sampler, classifier, noise[:weighing], batch, lambda done: view(done, total), weights
             )
 
+        mixes: dict[str, list[float]] = {}
+
         def on_batch(done: int, doses: Doses) -> None:
-            started = any(doses.values())
-            report(2 * weighing + done, host.preview(dose_chart(recipe.attribute, doses)) if started else None)
+            view(2 * weighing + done, total)
+            if any(doses.values()) and len(mixes) < 2:
+                view.chart(dose_chart, recipe.attribute, doses)
+
+        def on_mix(name: str, found: np.ndarray) -> None:
+            mixes[name] = found.tolist()
+            view.chart(mix_chart, recipe.attribute, recipe.classes, shares.tolist(), mixes)
 
         def read(images: Tensor) -> Tensor:
             return seen(classifier.classify(images), recipe.attribute)
 
-        found = calibrate(recipe, draw, read, shares, options, batch, folder, on_batch, sae)
+        found = calibrate(recipe, draw, read, shares, options, batch, folder, on_batch, sae, on_mix)
         shutil.rmtree(folder, ignore_errors=True)
         weights.unlink(missing_ok=True)
         record = found.info["calibration"]
@@ -275,9 +283,10 @@ class CrossEffects(io.ComfyNode):
             model, positive, latent_image, vae, pictures, steps, sampler_name, scheduler, seed,
             cls.define_schema().display_name, negative, cfg,
         )  # fmt: skip
+        view = host.LiveView()
         found = cross_effects(
-            chosen, draw, classifier.classify, classifier.attributes, pictures, len(latent_image["samples"]),
-            host.progress_of_total(), sae,
+            chosen, draw, classifier.classify, classifier.attributes, pictures, len(latent_image["samples"]), view, sae,
+            lambda rows: view.chart(cross_chart, rows),
         )  # fmt: skip
         image, text = host.to_image(cross_chart(found)), cross_table(found)
         return host.drawn(cls, image, text, json.dumps([asdict(row) for row in found], indent=2), image, text=text)

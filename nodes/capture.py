@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..difflens_core.activations import DTYPES, open_store
 from ..difflens_core.classifiers import ImageClassifier, seen, seen_classes
+from ..difflens_core.report import bar_chart
 from . import host
 from .classify import classes_of
 from .inputs import guidance_inputs, sampling_inputs, schedule_inputs
@@ -121,12 +123,21 @@ class CaptureActivations(io.ComfyNode):
         classifier: ImageClassifier | None = None, attribute: str = "presentation", per_class: int = 100,
     ) -> io.NodeOutput:  # fmt: skip
         count = ClassCount(classifier, attribute, vae.decode) if classifier else None
+        view = host.LiveView()
+
+        def enough(latents: Tensor) -> bool:
+            if count is None:
+                return True
+            rarest = count.add(latents)
+            host.tell(host.node_id(), count.told)
+            view.chart(count.chart, per_class)
+            return rarest >= per_class
+
         store = host.capture(
             model, positive, latent_image, pictures, steps, sampler_name, scheduler, seed,
             tuple(name.strip() for name in site.split(",")), (start_percent, end_percent), dtype,
             host.new_store(save_as) if save_as.strip() else None, negative, cfg,
-            most=MOST_TIMES * pictures if count else 0,
-            enough=lambda latents: count is None or count.add(latents) >= per_class,
+            most=MOST_TIMES * pictures if count else 0, enough=enough, view=view,
         )  # fmt: skip
         found = store.activations(), vae.decode(store.samples())
         if count is None:
@@ -153,6 +164,11 @@ class ClassCount:
         shown = seen_classes(seen(self.classifier.classify(self.decode(latents)), self.attribute)).tolist()
         self.pictures = [known + shown.count(c) for c, known in enumerate(self.pictures)]
         return min(self.pictures)
+
+    def chart(self, wanted: int) -> np.ndarray:
+        """How many pictures each class has, and a line at how many are wanted."""
+        bars = {name: {"pictures": float(count)} for name, count in zip(self.classes, self.pictures, strict=True)}
+        return bar_chart(f"{self.attribute}: pictures of each class", bars, float(wanted))
 
     @property
     def told(self) -> str:

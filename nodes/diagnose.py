@@ -12,7 +12,7 @@ from ..difflens_core.activations import Activations as CapturedActivations
 from ..difflens_core.classifiers import ImageClassifier
 from ..difflens_core.experiments import UNSTEERED, diagnose
 from ..difflens_core.files import DiffLensError
-from ..difflens_core.report import diagnosis_chart, diagnosis_text
+from ..difflens_core.report import diagnosis_chart, diagnosis_text, line_chart
 from ..difflens_core.sae import SparseAutoencoder
 from ..difflens_core.steer import Recipe
 from . import host
@@ -97,9 +97,12 @@ class Diagnose(io.ComfyNode):
             cls.define_schema().display_name, negative, cfg,
         )  # fmt: skip
         others = [site for site in host.some_sites(model) if site != recipe.site] if scan_sites else []
+        view, title = host.LiveView(), f"{recipe.attribute}: by strength"
+        axes = "times the recipe's strength", "share that turns"
         found = diagnose(
             recipe, draw, classifier.classify, pictures, others, sae, activations, labels and labels.indices,
-            len(latent_image["samples"]), host.progress_of_total(),
+            len(latent_image["samples"]), view,
+            lambda turned: view.chart(line_chart, title, {axes[1]: turned}, *axes, None, (0, 1)),
         )  # fmt: skip
         image, text = host.to_image(diagnosis_chart(found)), diagnosis_text(found)
         return host.drawn(cls, image, text, json.dumps(asdict(found), indent=2), image, text=text)

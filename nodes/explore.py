@@ -94,9 +94,11 @@ class SiteScan(io.ComfyNode):
             model, positive, latent_image, vae, pictures, steps, sampler_name, scheduler, seed,
             cls.define_schema().display_name, negative, cfg,
         )  # fmt: skip
+        view = host.LiveView()
         found = scan_sites(
             names, draw, classifier.classify, attribute, classes, pictures, per_class, strength,
-            len(latent_image["samples"]), host.progress_of_total(), together=TOGETHER,
+            len(latent_image["samples"]), view, together=TOGETHER,
+            on_found=lambda rows: view.chart(scan_chart, rows, attribute),
         )  # fmt: skip
         image = host.to_image(scan_chart(found, attribute))
         text = scan_table(found, attribute, classes)
@@ -163,9 +165,10 @@ class RankByEffect(io.ComfyNode):
             model, positive, latent_image, vae, pictures, steps, sampler_name, scheduler, seed,
             cls.define_schema().display_name, negative, cfg,
         )  # fmt: skip
+        view = host.LiveView()
         effects = causal_effect(
             recipe, draw, lambda images: seen(classifier.classify(images), recipe.attribute), pictures, change,
-            strength, len(latent_image["samples"]), host.progress_of_total(),
+            strength, len(latent_image["samples"]), view, lambda found: view.chart(effect_chart, found, recipe),
         )  # fmt: skip
         image = host.to_image(effect_chart(effects, recipe))
         text = effect_table(effects, recipe)

@@ -14,12 +14,20 @@ from torch import Tensor
 
 from ..difflens_core.classifiers import ImageClassifier
 from ..difflens_core.files import DiffLensError, write_whole
-from ..difflens_core.measure import PERCEPTUAL, feature_changes, measure_changes, parse_confusion, perceptual_network
+from ..difflens_core.measure import (
+    PERCEPTUAL,
+    Judged,
+    feature_changes,
+    judged_figures,
+    measure_changes,
+    parse_confusion,
+    perceptual_network,
+)
 from ..difflens_core.report import SHOWN, Question, image_grid, report_page, report_text, share_chart, summary
 from ..difflens_core.targets import Targets, parse_target, targets_of
 from . import host
 from .classify import BATCH, classes_of, classify
-from .sockets import CATEGORY, Classifier, TargetsSocket
+from .sockets import CATEGORY, Classifier, JudgementsSocket, TargetsSocket
 
 NETWORK_MEMORY = 4 * 2**30  # bytes that LPIPS or DISTS may take for large pictures
 
@@ -77,7 +85,7 @@ class FairnessReport(io.ComfyNode):
         cls, classifier: ImageClassifier, attribute: str, target: str, before: Tensor,
         after: Tensor | None = None, targets: tuple[Targets, ...] | None = None, joint_with: str = "",
         confusion: str = "", undecided_below: float = 0.0, perceptual: str = "none", notes: str = "", save_as: str = "",
-        clip_vision: Any = None,
+        clip_vision: Any = None, judgements: Judged | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         classes = classes_of(classifier, attribute)
         if after is not None and before.shape != after.shape:
@@ -106,6 +114,7 @@ class FairnessReport(io.ComfyNode):
         steered = None if after is None else classify(classifier, after, report, count)
         numbers = summary(question, seen, steered, assigned)
         numbers |= {"size": (before.shape[2], before.shape[1]), "notes": notes.strip()}
+        numbers |= {"judged": judgements and judged_figures(judgements)}
         if after is not None:
             found, reasons = what_changed(before, after, perceptual, embed, lambda done: report(2 * count + done))
             numbers |= {"changes": found, "pixel_change": found["rmse"], "not_measured": said + reasons}
@@ -114,8 +123,8 @@ class FairnessReport(io.ComfyNode):
         if path:
             shown = [None if images is None else to_bytes(images[:SHOWN]) for images in (before, after)]
             write_whole(path, report_page(numbers, chart, *shown, day=time.strftime("%Y-%m-%d")).encode())
-        image, written = host.to_image(chart), str(path or "")
-        return host.drawn(cls, image, text, json.dumps(numbers, indent=2), image, written, text=text)
+        image, written, told = host.to_image(chart), str(path or ""), json.dumps(numbers, indent=2)
+        return host.drawn(cls, image, text, told, image, written, text=text, json=told)
 
 
 def more_report_inputs() -> list[io.Input]:
@@ -174,6 +183,11 @@ def more_report_inputs() -> list[io.Input]:
             "clip_vision",
             optional=True,
             tooltip="From Load CLIP Vision: adds CLIP-I, and FID and KID of its features if there are enough pictures.",
+        ),
+        JudgementsSocket.Input(
+            "judgements",
+            optional=True,
+            tooltip="From Judge by Eye: adds what people found better, and what they saw changed.",
         ),
     ]
 

@@ -33,4 +33,5 @@ Classifier = io.Custom("DIFFLENS_CLASSIFIER")  # difflens_core.classifiers.Image
 LabelsSocket = io.Custom("DIFFLENS_LABELS")  # Labels
 ProbesSocket = io.Custom("DIFFLENS_PROBES")  # difflens_core.locate.Probes
 RecipeSocket = io.Custom("DIFFLENS_RECIPE")  # difflens_core.steer.Recipe
+JudgementsSocket = io.Custom("DIFFLENS_JUDGEMENTS")  # difflens_core.measure.Judged
 TargetsSocket = io.Custom("DIFFLENS_TARGETS")  # tuple of difflens_core.targets.Targets, one an attribute

@@ -107,7 +107,7 @@ class TrainSAE(io.ComfyNode):
         path = host.new_file(host.SAES, save_as)[0] if save_as.strip() else None
         options = TrainingOptions(latents, k, steps, batch_size, learning_rate, activation, precision, seed=seed)
         checkpoint = host.temporary_file(f"difflens_sae_{host.training_mark(options, activations)}.pt")
-        report = host.progress_bar(steps)
+        view = host.LiveView()
         curves: dict[str, list[tuple[float, float]]] = {"training": [], "held out": [], "dead latents": []}
 
         def on_step(step: int, loss: Tensor, seen: Quality | None) -> None:
@@ -117,7 +117,9 @@ class TrainSAE(io.ComfyNode):
             if seen:
                 curves["held out"].append((step, seen.fvu))
                 curves["dead latents"].append((step, seen.dead))
-            report(step, host.preview(loss_chart(curves)) if charted else None)
+            view(step, steps)
+            if charted:
+                view.chart(loss_chart, curves)
 
         with host.training():
             some = held_out.part(0, VALIDATION_PICTURES)

@@ -134,8 +134,7 @@ def run(server: Server, display: Display, title: str, prompt: dict) -> dict:
 
 def read_report(prompt: dict, outputs: dict) -> dict:
     """The numbers of the Fairness Report node."""
-    source = [find(prompt, "DiffLensReport"), 1]
-    return json.loads(outputs[find(prompt, "PreviewAny", source=source)]["text"][0])
+    return json.loads(outputs[find(prompt, "DiffLensReport")]["json"][0])
 
 
 def save_pictures(server: Server, prompt: dict, outputs: dict, name: str) -> None:

@@ -10,11 +10,11 @@ import struct
 import time
 from collections.abc import Iterator
 
-TEXT, CLOSE, PING, PONG = 0x1, 0x8, 0x9, 0xA
+TEXT, BINARY, CLOSE, PING, PONG = 0x1, 0x2, 0x8, 0x9, 0xA
 
 
 class WebSocket:
-    """A client connection to `ws://host:port/path` that reads text messages; binary ones are dropped.
+    """A client connection to `ws://host:port/path` that reads messages.
 
     Reads unfragmented messages, as ComfyUI sends them. Use as a context manager. Raises ConnectionError if
     the server refuses or closes the connection.
@@ -41,8 +41,18 @@ class WebSocket:
             self._send(CLOSE, b"")
         self._socket.close()
 
+    def say(self, text: str) -> None:
+        """Send a short text message."""
+        self._send(TEXT, text.encode())
+
     def messages(self, seconds: float) -> Iterator[str]:
         """Text messages that arrive within the next `seconds`, as they arrive."""
+        for kind, payload in self.frames(seconds):
+            if kind == TEXT:
+                yield payload.decode("utf-8")
+
+    def frames(self, seconds: float) -> Iterator[tuple[int, bytes]]:
+        """The same for messages of both kinds, TEXT and BINARY."""
         deadline = time.monotonic() + seconds
         while True:
             frame = self._take_frame()
@@ -52,8 +62,8 @@ class WebSocket:
                     return
                 continue
             opcode, payload = frame
-            if opcode == TEXT:
-                yield payload.decode("utf-8")
+            if opcode in (TEXT, BINARY):
+                yield opcode, payload
             elif opcode == PING:
                 self._send(PONG, payload)
             elif opcode == CLOSE:
@@ -101,7 +111,7 @@ class WebSocket:
         return opcode, payload
 
     def _send(self, opcode: int, payload: bytes) -> None:
-        """Send one short control frame (below 126 bytes), masked as clients must."""
+        """Send one short frame (below 126 bytes), masked as clients must."""
         mask = os.urandom(4)
         self._socket.settimeout(10)
         masked = bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))

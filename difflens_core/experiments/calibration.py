@@ -79,6 +79,7 @@ def calibrate(
     folder: Path | None = None,
     on_batch: Callable[[int, Doses], None] = lambda done, doses: None,
     sae: SparseAutoencoder | None = None,
+    on_mix: Callable[[str, np.ndarray], None] = lambda name, shares: None,
 ) -> Recipe:
     """The recipe with strengths, and shares to ask for, under which the pictures' mix meets `target` (K, sum 1).
 
@@ -94,7 +95,8 @@ def calibrate(
     classify(images) gives the class probabilities (B x K), as `seen`: pictures without a face do not count anywhere.
     The record of it all is info["calibration"] of the recipe that comes back. It says whether the target was reached
     (`measure.outcome`) and if not, why, and for which settings of the recipe it holds. A strength below 0 stays below.
-    sae: as for `Steering`. on_batch(pictures drawn, doses) may raise to cancel.
+    sae: as for `Steering`. on_batch(pictures drawn, doses) may raise to cancel. on_mix is told the shares (K) that the
+    pictures show, "as it is" and then "steered", round by round.
     """
     options = options or CalibrationOptions()
     check(recipe, target, options)
@@ -105,9 +107,10 @@ def calibrate(
     tuning = np.flatnonzero(shown(unsteered) != NO_CLASS)
     no_face, unsteered = 1 - len(tuning) / len(unsteered), unsteered[tuning]
     check_faces(recipe, target, options, len(tuning))
+    on_mix("as it is", mix_of(unsteered))
     enough = clear_enough(unsteered, options.clear)
     strength = find_strengths(trials, tuning, unsteered, target, enough, doses)
-    rounds = search(trials, tuning, unsteered, target, options, enough, strength)
+    rounds = search(trials, tuning, unsteered, target, options, enough, strength, on_mix)
     good = [tried for tried in rounds if tried["fd"] <= options.tolerance / 2]
     best = good[-1] if good else min(rounds, key=lambda tried: tried["fd"])
     strength, ask = np.array(best["strength"]), np.array(best["ask"])
@@ -154,6 +157,11 @@ def check_faces(recipe: Recipe, target: np.ndarray, options: CalibrationOptions,
 def shown(read: np.ndarray) -> np.ndarray:
     """The likeliest class of every picture (n), or NO_CLASS, from what `Trials` read (n x K)."""
     return seen_classes(torch.from_numpy(read)).numpy()
+
+
+def mix_of(read: np.ndarray) -> np.ndarray:
+    """Shares (K) of the classes that pictures show, all of which count, from what `Trials` read (n x K)."""
+    return np.bincount(shown(read), minlength=read.shape[1]) / len(read)
 
 
 def find_strengths(
@@ -212,7 +220,7 @@ def weakest_clear(doses: list[tuple[float, float]], clear: float) -> float:
 
 def search(
     trials: Trials, tuning: np.ndarray, unsteered: np.ndarray, target: np.ndarray, options: CalibrationOptions,
-    enough: np.ndarray, strength: np.ndarray,
+    enough: np.ndarray, strength: np.ndarray, on_mix: Callable[[str, np.ndarray], None],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Draw the mix on the `tuning` noises, mend strengths and shares, and again. What each round tried and saw."""
     ask, rounds, own = target, [], unsteered.argmax(axis=1)
@@ -221,6 +229,8 @@ def search(
         asked, moved = deal(own, ask, options)
         read = trials.read(tuning, np.where(moved, asked, LEFT_ALONE), strength)
         known = shown(read) != NO_CLASS
+        if known.any():
+            on_mix("steered", mix_of(read[known]))
         clear = np.array(
             [mean_seen(read[chosen, c]) if (chosen := moved & (asked == c)).any() else 1 for c in range(len(ask))]
         )

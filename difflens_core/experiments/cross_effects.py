@@ -50,13 +50,14 @@ def cross_effects(
     batch: int = 32,
     on_picture: Callable[[int, int], None] = lambda done, total: None,
     sae: SparseAutoencoder | None = None,
+    on_found: Callable[[Sequence[CrossEffect]], None] = lambda found: None,
 ) -> list[CrossEffect]:
     """Steer the first `pictures` noises of `draw` by every recipe alone, then by all at once, and read everything.
 
     classify(images) gives the class probabilities (B x K) of every one of `attributes`. Each recipe asks for its
     classes in equal shares, the attributes independent of one another; only pictures that do not show the class asked
     for count. A row for every recipe and attribute, and if there are several recipes, of all together. sae: of the
-    recipes that need theirs.
+    recipes that need theirs. on_found is told all rows so far, whenever there are more.
     """
     if not set(other_attributes(attributes, "")) - {recipes[0].attribute}:
         raise DiffLensError(
@@ -92,6 +93,7 @@ def cross_effects(
             known = (before[name] != NO_CLASS) & (after[name] != NO_CLASS)
             mixes = before[name][known], after[name][known]
             found.append(effect(title, name, name in own, hit[mine & known], *mixes, len(attributes[name]), pictures))
+        on_found(found)
     return found
 
 

@@ -47,6 +47,7 @@ def diagnose(
     labels: Tensor | None = None,
     batch: int = 32,
     on_picture: Callable[[int, int], None] = lambda done, total: None,
+    on_dose: Callable[[Sequence[tuple[float, float]]], None] = lambda turned: None,
 ) -> Diagnosis:
     """Run the checks that the inputs allow; the others are "not checked".
 
@@ -54,7 +55,8 @@ def diagnose(
     are sampled as they are; then, for every measurement, up to `pictures` of them that do not show a class are drawn
     again and steered to it. sites: other sites, of which some are tried; sae: the recipe's, for the random features;
     with activations of the recipe's site and the labels (B) of their pictures it is itself checked.
-    on_picture(done, total) may raise to cancel.
+    on_picture(done, total) may raise to cancel. on_dose is told the strengths tried so far, each with the share that
+    turns.
     """
     check_one_site(recipe, "Diagnose")
     ranked = recipe.levels.positions > 0  # without levels nothing tells which features are best, or an edit's norm
@@ -68,7 +70,9 @@ def diagnose(
     experiment = Experiment.begin(run, read, recipe, sae, pictures)
     run.total = run.done + measured * len(experiment.numbers) + scan
     doses = {0.0: experiment.before()}
-    doses |= {dose: experiment.steered(at_dose(recipe, dose)) for dose in DOSES}
+    for dose in DOSES:
+        doses[dose] = experiment.steered(at_dose(recipe, dose))
+        on_dose(sorted((strength, outcome.success) for strength, outcome in doses.items()))
     parts = ablation(experiment, shares, controls, doses[1.0])
     features = check_features(recipe, sae, activations, labels, lambda: on_picture(run.done, run.total))
     checks = (

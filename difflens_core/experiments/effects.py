@@ -98,12 +98,14 @@ def causal_effect(
     strength: float = 1.0,
     batch: int = 32,
     on_picture: Callable[[int, int], None] = lambda done, total: None,
+    on_found: Callable[[Effects], None] = lambda effects: None,
 ) -> Effects:
     """Change each latent of `recipe` alone while `draw` samples the same `pictures` noises, and read the class.
 
     classify(images) gives the attribute's class probabilities (B x K), as `seen`. Pictures are paired by their noise,
     so that the interval is that of the difference. All latents and noises form one long run, cut into batches of
-    `batch`, whatever latent they belong to. on_picture(done, total) may raise to cancel.
+    `batch`, whatever latent they belong to. on_picture(done, total) may raise to cancel. on_found is told the effects
+    of the latents that are read so far.
     """
     check_one_site(recipe, "Rank by Effect")
     if mode not in EFFECTS:
@@ -120,8 +122,20 @@ def causal_effect(
     batches = (
         ([OneLatent(recipe, job // pictures - 1, mode, strength)], job % pictures) for job in jobs.split(batch)
     )  # fmt: skip
-    read = [of.float().cpu() for of in readings(draw, batches, classify, lambda done: on_picture(done, len(jobs)))]
-    probability = torch.cat(read).unflatten(0, (-1, pictures))
+    read = torch.zeros(0, len(recipe.classes))
+    for found in readings(draw, batches, classify, lambda done: on_picture(done, len(jobs))):
+        known, read = len(read) // pictures, torch.cat([read, found.float().cpu()])
+        if len(read) // pictures > max(known, 1):
+            effects = effects_of(recipe.features, read, mode, pictures)
+            on_found(effects)
+    return effects
+
+
+def effects_of(features: Tensor, read: Tensor, mode: str, pictures: int) -> Effects:
+    """The effects of the first latents from the class probabilities `read` (n x K): first those of the `pictures` that
+    were left as they are, then as many of each latent, of which the last may lack some.
+    """
+    probability = read[: len(read) // pictures * pictures].unflatten(0, (-1, pictures))
     if int((~probability[0].isnan().any(dim=1)).sum()) < 2:
         raise DiffLensError(
             f"causal effect: fewer than two of {pictures} unsteered pictures show a face. Draw more pictures, look at "
@@ -136,7 +150,7 @@ def causal_effect(
     enough = counted.sum(dim=1)[:, None] >= 2
     quantile = torch.from_numpy(stats.t.ppf(0.975, (n - 1).clamp(min=1).numpy())).float()
     effect, margin = effect.where(enough, 0.0), (quantile * (spread / n).sqrt()).where(enough, 1.0)
-    return Effects(recipe.features, effect, margin, mode, pictures, int((~counted).sum()))
+    return Effects(features[: len(effect)], effect, margin, mode, pictures, int((~counted).sum()))
 
 
 def keep_effective(recipe: Recipe, effects: Effects, count: int) -> Recipe:

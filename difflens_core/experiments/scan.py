@@ -137,6 +137,7 @@ def scan_sites(
     parts: Sequence[str] = tuple(PARTS),
     unsteered: Tensor | None = None,
     together: int = 1,
+    on_found: Callable[[Sequence[SiteEffect]], None] = lambda found: None,
 ) -> list[SiteEffect]:
     """Try every site and part of the sampling (some of PARTS): one row each, site by site.
 
@@ -145,6 +146,8 @@ def scan_sites(
     x K x C x H x W numbers). Then up to `per_class` pictures that do not show a class are steered to it. Classes that
     fewer than two pictures show are left out, and so are pictures without a face. unsteered: the pictures of those
     noises, if they were drawn before. on_picture(done, total) may raise to cancel.
+
+    on_found is told all rows so far, whenever there is another.
 
     together: while no set of sites turns every picture, the two sites that do best alone over the whole sampling are
     then steered together, the three that do, up to so many.
@@ -168,21 +171,26 @@ def scan_sites(
     run.total = run.done + len(sites) * len(parts) * len(chosen)
     first, means = (before, classify(before)), [ClassMeans.of(collector) for collector in collectors(numbers)]
 
-    def steered(some: Sequence[ClassMeans], part: str) -> SiteEffect:
+    found: list[SiteEffect] = []
+
+    def steered(some: Sequence[ClassMeans], part: str) -> None:
         start, end, sign = PARTS[part]
         edits = [MeanShift(of, labels[chosen], target, sign * strength, start, end) for of in some]
         after = run.draw(chosen, lambda rows: [edit.of_batch(rows) for edit in edits])
         name = " + ".join(of.site for of in some)
-        return site_effect(name, part, first, (after, classify(after)), target, attribute, classes)
+        found.append(site_effect(name, part, first, (after, classify(after)), target, attribute, classes))
+        on_found(found)
 
-    found = [steered([of], part) for of in means for part in parts]
+    for of in means:
+        for part in parts:
+            steered([of], part)
     alone = sorted((row for row in found if row.part == WHOLE), key=lambda row: (-row.success, -row.change))
     for count in range(2, min(together, len(alone)) + 1):
         if max(row.success for row in found) == 1:
             break
         best = {row.site for row in alone[:count]}
         run.total += len(chosen)
-        found.append(steered([of for of in means if of.site in best], WHOLE))
+        steered([of for of in means if of.site in best], WHOLE)
     return found
 
 

@@ -120,7 +120,11 @@ def paired_test(before: np.ndarray, after: np.ndarray, target: np.ndarray) -> Pa
 
 def mcnemar(table: np.ndarray) -> float:
     """p-value of a 2 x 2 table of paired counts: of the pictures that changed, half would go either way by chance."""
-    one_way, other_way = int(table[0, 1]), int(table[1, 0])
+    return sign_test(int(table[0, 1]), int(table[1, 0]))
+
+
+def sign_test(one_way: int, other_way: int) -> float:
+    """How often chance alone would be as one-sided, if each of these went either way by tossing a coin."""
     return 1.0 if one_way + other_way == 0 else float(stats.binomtest(one_way, one_way + other_way).pvalue)
 
 

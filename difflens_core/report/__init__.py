@@ -13,6 +13,7 @@ from .findings import (
     effect_chart,
     effect_table,
     loss_chart,
+    mix_chart,
     ranking_chart,
     ranking_table,
     scan_chart,
@@ -20,7 +21,7 @@ from .findings import (
     weighing_text,
 )
 from .page import SHOWN, report_page
-from .text import report_text
+from .text import judged_text, report_text
 
 __all__ = [
     "CHARTED",
@@ -36,8 +37,10 @@ __all__ = [
     "effect_chart",
     "effect_table",
     "image_grid",
+    "judged_text",
     "line_chart",
     "loss_chart",
+    "mix_chart",
     "ranking_chart",
     "ranking_table",
     "report_page",

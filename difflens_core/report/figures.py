@@ -126,8 +126,8 @@ def summary(
     """The figures of a report as plain values, ready for JSON; what only a comparison tells is None without `after`.
 
     resolution: how many pictures it takes to tell a small discrepancy (fd) from chance, None where a single class is
-    asked for: any other picture is one too many. notes, changes (what else
-    changed, of `measure_changes`), pixel_change and not_measured (sentences) are for the caller to fill.
+    asked for: any other picture is one too many. notes, changes (what else changed, of `measure_changes`),
+    pixel_change, judged (of `judged_figures`) and not_measured (sentences) are for the caller to fill.
     """
     pair = {"paired": None, "kept": None, "kept_ci": None} if after is None else pair_figures(question, before, after)
     first = side_figures(question, before)
@@ -137,7 +137,7 @@ def summary(
         "n": first["n"], "undecided_below": question.undecided_below,
         "resolution": {"fd": SMALL_FD, "pictures": pictures_for_fd(SMALL_FD, question.target) if several else None},
         "before": first, "after": after and side_figures(question, after, assigned), **pair,
-        "notes": "", "changes": None, "pixel_change": None, "not_measured": [],
+        "notes": "", "changes": None, "pixel_change": None, "judged": None, "not_measured": [],
     }  # fmt: skip
 
 

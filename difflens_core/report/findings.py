@@ -86,6 +86,15 @@ def dose_chart(attribute: str, doses: Doses) -> np.ndarray:
     return line_chart(f"{attribute}: dose and response", lines, "strength", "mean probability of the class asked for")
 
 
+def mix_chart(
+    attribute: str, classes: Sequence[str], target: Sequence[float], mixes: Mapping[str, Sequence[float]]
+) -> np.ndarray:
+    """Shares of the classes (K each) in sets of pictures, beside the target (440 x 720 x 3, uint8)."""
+    sides = {"target": target, **mixes}
+    groups = {name: {side: float(shares[c]) for side, shares in sides.items()} for c, name in enumerate(classes)}
+    return bar_chart(f"{attribute}: share of each class", groups)
+
+
 def calibration_text(attribute: str, classes: tuple[str, ...], record: dict[str, Any]) -> str:
     """A calibration's record as a table with explanations."""
     fresh = record["fresh"]

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .rows import Row, change_rows, columns_of, fairness_rows, joint_tables, paired_rows
-from .text import LIMITS, findings, in_short, left_open, settings
+from .rows import Row, change_rows, columns_of, fairness_rows, joint_tables, judged_rows, paired_rows
+from .text import JUDGED, LIMITS, findings, in_short, left_open, settings
 
 SHOWN = 8  # pairs of pictures on the page
 SMALL_PRINT = "In small print: 95 % intervals, which hold the true value 95 times in 100."
@@ -72,9 +72,11 @@ def report_page(
         parts.append(section(title, table(heads, body)))
     if changes:
         parts.append(section("What else changed", table(["", "value"], changes)))
+    if judged := judged_rows(numbers):
+        parts.append(section(JUDGED, table(["", "value"], judged)))
     if notes := left_open(numbers):
         parts.append(section("Not measured", paragraphs(notes)))
-    parts.append(section("What the numbers mean", meanings([*rows, *paired, *changes])))
+    parts.append(section("What the numbers mean", meanings([*rows, *paired, *changes, *judged])))
     parts.append(section("Limits", paragraphs(LIMITS)))
     title = f"Fairness report: {numbers['attribute']}"
     return (

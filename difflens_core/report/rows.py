@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..measure import kinds_shown
+
 NAMES = {
     "rmse": "pixel change (RMSE)", "ssim": "SSIM", "LPIPS": "LPIPS", "DISTS": "DISTS", "clip_i": "CLIP-I",
     "fid_clip": "FID (CLIP features)", "kid_clip": "KID (CLIP features)",
@@ -48,6 +50,17 @@ MEANINGS = {
     "clip_i": "Mean of (cosine + 1) / 2 of the CLIP features of each pair: 1 for equal pictures.",
     "fid_clip": "Distance between the two sets of pictures, not between pairs. These are CLIP's features, not "
     "Inception's, so compare it with no published FID. It grows with fewer pictures, and a better mix moves it too.",
+    "better": "Share of the pairs in which the pictures look better to people who do not know which is which. With "
+    "several judges a pair counts once, as most of them say; where they are divided there is no difference.",
+    "preference": "How often as one-sided a choice would come about if people chose by tossing a coin (sign test). "
+    "Below 0.05, chance is a poor explanation.",
+    "... changed, to people": "Share of the pairs in which people see a difference there (of several judges, more "
+    "than half).",
+    "agree": "How often two judges say the same of a pair. Alpha (Krippendorff's) takes out what chance does: 1 if "
+    "they always agree, 0 if as by chance.",
+    "left": "How often the left picture was chosen, where one was. Sides are dealt by chance, so far from one half "
+    "means that people did not look closely.",
+    "looked": "How often people saw that a pair is one picture twice.",
     "kid_clip": "Like FID, but its mean does not depend on the number of pictures; about 0 for sets that differ by "
     "chance only. These are CLIP's features, too.",
 }
@@ -208,6 +221,36 @@ def change_rows(numbers: Mapping[str, Any]) -> list[Row]:
         for key, name in NAMES.items()
         if key in changes
     ]
+
+
+def judged_rows(numbers: Mapping[str, Any]) -> list[Row]:
+    """What people say of pairs; one column. None if nobody said anything."""
+    judged = numbers["judged"]
+    if not judged or not judged["judged"]:
+        return []
+    together, (first, second) = judged["together"], judged["names"]
+    choices = {"first": f"{first} better", "neither": "no difference", "second": f"{second} better"}
+    rows = [Row("pairs judged", (f"{judged['judged']} of {judged['pairs']}",))]
+    rows += [answer_row(label, together, "better", side, "better") for side, label in choices.items()]
+    rows.append(Row("p of no preference", (probability(together["p_value"]),), (), MEANINGS["preference"]))
+    for kind, name in kinds_shown(judged["attribute"]).items():
+        rows.append(answer_row(f"{name} changed", together, "changed", kind, "... changed, to people"))
+    if len(judged["by_judge"]) > 1:
+        for judge, own in judged["by_judge"].items():
+            rows += [answer_row(f"{choices[s]}: {judge}", own, "better", s, "better") for s in ("first", "second")]
+    if judged["agreement"] is not None:
+        alpha = "" if judged["alpha"] is None else f"alpha {judged['alpha']:.2f}"
+        rows.append(Row("judges agree", (percent(judged["agreement"]),), (alpha,), MEANINGS["agree"]))
+    for key, label in (("left", "chose the left one"), ("looked", "equal pictures noticed")):
+        if found := judged[key]:
+            rows.append(Row(label, (percent(found["share"]),), (span(found["share_ci"], percent),), MEANINGS[key]))
+    return rows
+
+
+def answer_row(label: str, answers: Mapping[str, Any], key: str, answer: str, term: str) -> Row:
+    """The share of an answer; the term is explained once."""
+    ends = span(answers[f"{key}_ci"][answer], percent)
+    return Row(label, (percent(answers[key][answer]),), (ends,), MEANINGS[term], term)
 
 
 def joint_tables(numbers: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], list[Row]]]:

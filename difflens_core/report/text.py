@@ -12,6 +12,7 @@ from .rows import (
     columns_of,
     fairness_rows,
     joint_tables,
+    judged_rows,
     paired_rows,
     percent,
     probability,
@@ -86,10 +87,23 @@ def findings(numbers: Mapping[str, Any]) -> list[str]:
             f"{percent(paired['changed'])} of the pictures changed class, where {percent(paired['needed'])} had to at "
             f"the least."
         )
+    found += [judged_finding(judged)] if (judged := numbers["judged"]) and judged["judged"] else []
     fd, pictures = numbers["resolution"]["fd"], numbers["resolution"]["pictures"]
     if pictures:
         found.append(f"It takes {pictures} picture{'s' * (pictures > 1)} to tell a discrepancy of {fd} from chance.")
     return found
+
+
+def judged_finding(judged: Mapping[str, Any]) -> str:
+    """Which pictures people find better, in pairs."""
+    together = judged["together"]
+    first, neither, second = (round(share * together["n"]) for share in together["better"].values())
+    people = len(judged["answers"])
+    return (
+        f"To {people} {'people' if people > 1 else 'person'} who did not know which is which, {judged['names'][0]} "
+        f"looks better in {first} of {together['n']} pairs, {judged['names'][1]} in {second}, and {neither} show no "
+        f"difference (p of no preference {equals(together['p_value'])})."
+    )
 
 
 def side_finding(numbers: Mapping[str, Any], name: str) -> str:
@@ -134,11 +148,15 @@ def left_open(numbers: Mapping[str, Any]) -> list[str]:
         found.append("No picture shows a face both before and after, so pairs could not be compared.")
     if numbers["kept"] == {} and numbers["paired"]:
         found.append("The classifier knows no other attribute, so what else changed was seen in the pictures only.")
+    if (judged := numbers["judged"]) and judged["judged"] < judged["pairs"]:
+        missing = judged["pairs"] - judged["judged"]
+        found.append(f"Pairs for Judge by Eye that nobody judged yet: {missing} of {judged['pairs']}.")
     return found
 
 
 # --- plain text ---
 
+JUDGED = "Judged by people"
 LABEL, CELL = 26, 16  # columns of text: four fit into a narrow preview
 
 
@@ -162,8 +180,17 @@ def report_text(numbers: Mapping[str, Any]) -> str:
     lines += text_table(columns_of(numbers), fairness_rows(numbers))
     for title, heads, rows in joint_tables(numbers):
         lines += ["", title, *text_table(heads[1:], rows)]
-    for title, rows in (("Pairs", paired_rows(numbers)), ("What else changed", change_rows(numbers))):
-        if rows:
+    tables = ("Pairs", paired_rows), ("What else changed", change_rows), (JUDGED, judged_rows)
+    for title, rows_of in tables:
+        if rows := rows_of(numbers):
             lines += ["", title, *text_table([""], rows)]
     lines += ["", "Below each figure: its 95 % interval. Discrepancy: 0 is the target mix."]
     return "\n".join([*lines, *left_open(numbers)])
+
+
+def judged_text(judged: Mapping[str, Any]) -> str:
+    """What people say of pairs (`measure.judged_figures`), as text."""
+    numbers = {"judged": judged}
+    if not judged["judged"]:
+        return "Nobody judged a pair yet."
+    return "\n".join([judged_finding(judged), "", *text_table([""], judged_rows(numbers))])

@@ -30,6 +30,7 @@ from .files import (
     temporary_file,
     times_missed,
 )
+from .judging import begin_judging, judgement_file
 from .marks import (
     belongs,
     content_mark,
@@ -46,13 +47,12 @@ from .models.classifiers import HostedClassifier, image_embedder, text_embedding
 from .models.pixels import pixel_space_vae, unconditional_conditioning
 from .models.unconditional import class_conditioning, load_model
 from .progress import (
+    LiveView,
     clear_errors,
     drawn,
     log,
     node_id,
-    preview,
     progress_bar,
-    progress_of_total,
     tell,
     to_image,
     training,
@@ -73,6 +73,7 @@ __all__ = [
     "CONDITIONINGS",
     "HostedClassifier",
     "HostSampler",
+    "LiveView",
     "MODELS",
     "RECIPES",
     "SAES",
@@ -80,6 +81,7 @@ __all__ = [
     "SCHEDULERS",
     "STORES",
     "apply_site",
+    "begin_judging",
     "belongs",
     "check_name",
     "capture",
@@ -97,6 +99,7 @@ __all__ = [
     "find_sae",
     "find_store",
     "image_embedder",
+    "judgement_file",
     "list_feature_folders",
     "list_classes",
     "list_detectors",
@@ -120,10 +123,8 @@ __all__ = [
     "recipe_mark",
     "recipes_of",
     "pixel_space_vae",
-    "preview",
     "progress_bar",
     "progress_of",
-    "progress_of_total",
     "reference_sampler",
     "run_mark",
     "site_width",

@@ -25,7 +25,7 @@ from ...difflens_core.activations import edit_site as hooked
 from ...difflens_core.files import DiffLensError
 from ...difflens_core.steer import Steering
 from ...difflens_core.targets import Log
-from .progress import log, make_room, named, tell
+from .progress import TwiceShown, log, make_room, named, tell
 from .runs import Account, Run, begin_run, part_of
 from .sites import Picture, own_name, run_name, site_width
 
@@ -124,13 +124,18 @@ class SiteEdit:
     ) -> Any:  # fmt: skip
         """OUTER_SAMPLE."""
         seed = kwargs.get("seed", args[3] if len(args) > 3 else None)
+        callback = kwargs.get("callback", args[1] if len(args) > 1 else None)
         guider, span, numbered = executor.class_obj, self.settings.span, self.settings.numbered
 
-        def sample(edit: Edit, noise: Tensor = noise, latent_image: Tensor = latent_image) -> tuple[Run, Any]:
+        def sample(
+            edit: Edit, noise: Tensor = noise, latent_image: Tensor = latent_image, callback: Callable = callback
+        ) -> tuple[Run, Any]:
             run = begin_run(guider, edit, noise, latent_image, sampler, sigmas, seed, span, numbered)
             self.runs.append(run)
             try:
-                return run, executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+                if len(args) > 1:
+                    return run, executor(noise, latent_image, sampler, sigmas, args[0], callback, *args[2:], **kwargs)
+                return run, executor(noise, latent_image, sampler, sigmas, *args, **kwargs | {"callback": callback})
             finally:
                 self.runs.remove(run)
                 if isinstance(self.edit, Steering):
@@ -144,13 +149,13 @@ class SiteEdit:
         elif begun:
             run, out = sample(begun.held(self.site, self.settings.rows, edit))
         else:
-            begun = Holding(Rehearsal(self.site), self.settings.rows)
+            begun, shown = Holding(Rehearsal(self.site), self.settings.rows), TwiceShown(guider.model_patcher, callback)
             setattr(guider, HOLDING, begun)
             try:
                 with undone(guider):
-                    sample(begun.rehearsal, noise.clone(), latent_image.clone())
+                    sample(begun.rehearsal, noise.clone(), latent_image.clone(), shown.first)
                 begun.rehearsing = False
-                run, out = sample(begun.held(self.site, self.settings.rows, edit))
+                run, out = sample(begun.held(self.site, self.settings.rows, edit), callback=shown.second)
             finally:
                 delattr(guider, HOLDING)
         run.finish()

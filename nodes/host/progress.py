@@ -12,8 +12,10 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
+import latent_preview
 import numpy as np
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 from comfy_execution.utils import get_executing_context
 from PIL import Image
@@ -26,6 +28,7 @@ log = logging.getLogger("difflens")
 for kind in (DiffLensError, NotWritten):
     kind.__module__ = "builtins"  # so that the page shows the error's name alone, not where the pack lies on the disk
 EVERY = 5.0  # seconds between two words on the time left
+REDRAWN = 1.0  # seconds at least between two charts of a running node
 _told: dict[str, str] = {}  # what stands on the nodes
 _timed: set[str] = set()  # those on which the time left stands
 
@@ -123,33 +126,60 @@ def in_words(seconds: float) -> str:
     return f"about {seconds / 3600:.0f} hours" if seconds > 2.5 * 3600 else f"about {seconds / 3600:.1f} hours"
 
 
-def progress_of_total() -> Callable[[int, int, Preview | None], None]:
-    """A function to call with the work done so far, all there is to do, and maybe a preview.
+class LiveView:
+    """What a node shows while it works: how far it is, the time left, and a chart of what it found so far."""
 
-    It shows the time left on the node, and raises when the user has pressed Cancel.
-    """
-    bar, clock, node = comfy.utils.ProgressBar(1), TimeLeft(), node_id()
+    def __init__(self) -> None:
+        self.bar, self.clock, self.node = comfy.utils.ProgressBar(1), TimeLeft(), node_id()
+        self.at, self.drawn = (0, 1), -REDRAWN
 
-    def report(done: int, total: int, preview: Preview | None = None) -> None:
+    def __call__(self, done: int, total: int, picture: Preview | None = None) -> None:
+        """Tell the work done so far, all there is to do, and maybe a picture. Raises if Cancel was pressed."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, total, preview)
-        time_left = clock.told(done, total, time.monotonic())
-        if node is not None and time_left is not None:
-            _timed.add(node)
-            show(node, " ".join(filter(None, [_told.get(node), time_left])))
+        self.at = done, total
+        self.bar.update_absolute(done, total, picture)
+        time_left = self.clock.told(done, total, time.monotonic())
+        if self.node is not None and time_left is not None:
+            _timed.add(self.node)
+            show(self.node, " ".join(filter(None, [_told.get(self.node), time_left])))
 
-    return report
+    def chart(self, draw: Callable[..., np.ndarray], *found: Any) -> None:
+        """Show draw(*found), H x W x 3, uint8, unless another was shown just now. It stays until the next picture."""
+        if time.monotonic() - self.drawn >= REDRAWN:
+            picture = draw(*found)
+            self.drawn = time.monotonic()
+            self(*self.at, ("JPEG", Image.fromarray(picture), max(picture.shape[:2])))
 
 
-def progress_bar(total: int) -> Callable[[int, Preview | None], None]:
-    """The same for work whose size is known."""
-    report = progress_of_total()
-    return lambda done, preview=None: report(done, total, preview)
+class TwiceShown:
+    """What a sampler shows of a run that is drawn twice: one bar for both, and what it draws beside the first time.
+
+    callback: as the sampler was given it (step, denoised latents, noisy ones, steps), or None.
+    """
+
+    def __init__(self, model: ModelPatcher, callback: Callable | None) -> None:
+        self.callback, self.plain = callback, {}
+        self.previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def first(self, step: int, x0: Tensor, x: Tensor, total: int) -> None:
+        if self.previewer and not x0.is_nested:
+            self.plain[step] = x0[:1].clone()  # the picture that a preview shows
+        if self.callback:
+            self.callback(step, x0, x, 2 * total)
+
+    def second(self, step: int, x0: Tensor, x: Tensor, total: int) -> None:
+        if self.callback:
+            self.callback(total + step, x0, x, 2 * total)
+        if step in self.plain:
+            both = torch.cat([self.plain[step], x0[:1]], dim=-1)
+            picture = self.previewer.decode_latent_to_preview_image("JPEG", both)
+            comfy.utils.ProgressBar(2 * total).update_absolute(total + step + 1, 2 * total, picture)
 
 
-def preview(picture: np.ndarray) -> Preview:
-    """A picture (H x W x 3, uint8) for `progress_bar`."""
-    return "JPEG", Image.fromarray(picture), max(picture.shape[:2])
+def progress_bar(total: int) -> Callable[[int], None]:
+    """A function to call with the work done so far, where there is nothing else to show."""
+    view = LiveView()
+    return lambda done: view(done, total)
 
 
 def to_image(picture: np.ndarray) -> Tensor:
@@ -157,12 +187,10 @@ def to_image(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(picture).float().div(255)[None]
 
 
-def drawn(cls: type[io.ComfyNode], image: Tensor, *outputs: Any, text: str | None = None) -> io.NodeOutput:
-    """Outputs of a node that also draws `image` on itself; `text` joins it in the prompt's history."""
+def drawn(cls: type[io.ComfyNode], image: Tensor, *outputs: Any, **history: str) -> io.NodeOutput:
+    """Outputs of a node that also draws `image` on itself; `history` joins it in the prompt's history."""
     shown = ui.PreviewImage(image, cls=cls).as_dict()
-    if text is not None:
-        shown["text"] = (text,)
-    return io.NodeOutput(*outputs, ui=shown)
+    return io.NodeOutput(*outputs, ui=shown | {name: (value,) for name, value in history.items()})
 
 
 @contextmanager

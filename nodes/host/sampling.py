@@ -38,7 +38,7 @@ from ...difflens_core.files import DiffLensError, digest
 from ...difflens_core.steer import Steering
 from .edits import Settings, apply_site, edit_site, follows_first
 from .marks import belongs, conditioning_content, content, model_fingerprint, patches_mark
-from .progress import log, node_id, progress_of_total, tell
+from .progress import LiveView, log, node_id, tell
 from .prompts import of_pictures
 from .runs import progress_of
 
@@ -266,19 +266,20 @@ def capture(
     cfg: float = 1.0,
     most: int = 0,
     enough: Callable[[Tensor], bool] = lambda latents: True,
+    view: LiveView | None = None,
 ) -> Store:
     """The core's `capture` in batches as large as `latent`, with previews and progress.
 
     Picture k starts from the noise that a stock KSampler draws for place k of a batch of `pictures`, so the batch size
     changes nothing (samplers that add noise on the way excepted).
     """
-    report = progress_of_total()
+    view = view or LiveView()
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
 
     def on_step(images: Tensor, step: int, x0: Tensor, x: Tensor, total: int) -> None:
         done = int(images[0]) * steps + len(x0) * (step + 1)
         picture = previewer and previewer.decode_latent_to_preview_image("JPEG", x0)
-        report(done, max(pictures, int(images[-1]) + 1) * steps, picture)
+        view(done, max(pictures, int(images[-1]) + 1) * steps, picture)
 
     sampler = HostSampler(
         model, positive, latent, steps, sampler_name, scheduler, seed, negative, cfg, on_step=on_step

@@ -25,6 +25,7 @@ SIZES = {
     "DiffLensCalibrate": (560, 340),
     "DiffLensCrossEffects": (560, 340),
     "DiffLensDiagnose": (760, 480),
+    "DiffLensJudge": (400, 120),
     "PreviewAny": (520, 260),
     "The report in words": (520, 700),  # as high as the report beside it
     "SaveImage": (460, 260),

@@ -98,8 +98,10 @@ def which_features_count() -> Graph:
         "it strengthens each of them alone while the same six portraits are drawn, and sees how the class changes. "
         "Few of them turn a portrait alone. The twenty of each class that change it most are kept.\n\n"
         "Then eight portraits are drawn three times from the same noise: as the model likes, steered to *feminine* by "
-        "all features, and by the third of them that was kept. The report compares the last with the first; look at "
-        "the pictures, too: what the classifier takes for a class may still be half of another.\n\n"
+        "all features, and by the third of them that was kept. The report compares the last with the first. What the "
+        "classifier takes for a class may still be half of another, so press the button on **Judge by Eye**: it shows "
+        "the portraits by all and by the best features side by side, not saying which is which. Run again, and the "
+        "report counts what you said.\n\n"
         "**Try next**\n"
         "- `features_per_class` in Rank by Effect: 5, 60\n"
         "- `change`: ablate\n"
@@ -127,7 +129,13 @@ def which_features_count() -> Graph:
     drawn = [sampler(graph, name, node, model[1], latent, 7) for name, node in zip(titles, models, strict=True)]
     graph.column()
     pictures = [graph.add("VAEDecode", None, samples=node[0], vae=model[2]) for node in drawn]
+    judged = graph.add(
+        "DiffLensJudge", None, first=pictures[1][0], second=pictures[2][0], names="\n".join(titles[1:]),
+        attribute="presentation", save_as="difflens/judgements", seed=0, catch_pairs=0,
+    )  # fmt: skip
     measure(graph, "presentation", "feminine", classifier[0], pictures, titles, 8, short[1])
+    (report,) = (node for node in graph.nodes if node.type == "DiffLensReport")
+    report.inputs["judgements"] = judged[0]
     return graph
 
 

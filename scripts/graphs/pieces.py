@@ -83,7 +83,6 @@ def measure(
     graph.add("SaveImage", "Save the chart", images=report[2], filename_prefix="difflens/chart")
     graph.column()
     graph.add("PreviewAny", "The report in words", source=report[0])
-    graph.add("PreviewAny", "The report for machines (JSON)", source=report[1])
 
 
 def before_and_after(graph: Graph, model: Node, recipe: Node, classifier: Node, latent: Node, columns: int) -> None:

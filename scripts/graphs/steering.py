@@ -117,7 +117,6 @@ def debias_a_prompt() -> Graph:
             f"difflens/report {job}",
         )  # fmt: skip
         graph.add("PreviewAny", f"{job.title()}: the report in words", source=report[0])
-        graph.add("PreviewAny", f"{job.title()}: the report for machines (JSON)", source=report[1])
     return graph
 
 

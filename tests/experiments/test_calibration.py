@@ -21,7 +21,22 @@ from difflens_core.steer.recipes import UNKNOWN
 
 
 def run(toy: Toy, steered: Recipe, target=UNIFORM, **options):
-    return calibrate(steered, toy, toy.ages, target, CalibrationOptions(**options), batch=50)
+    mixes = []
+    found = calibrate(
+        steered, toy, toy.ages, target, CalibrationOptions(**options), batch=50, on_mix=lambda *mix: mixes.append(mix)
+    )
+    check_mixes(mixes, found.info["calibration"])
+    return found
+
+
+def check_mixes(mixes: list, record: dict) -> None:
+    """Told are the mix as it is, and one a round."""
+    assert [name for name, _ in mixes] == ["as it is", *["steered"] * len(record["rounds"])]
+    assert mixes[0][1] == pytest.approx(record["start"]["shares"])
+    for (_, shares), tried in zip(mixes[1:], record["rounds"], strict=True):
+        assert shares.sum() == pytest.approx(1) and tried["fd"] == pytest.approx(
+            np.linalg.norm(shares - record["target"]), abs=0.1
+        )
 
 
 @pytest.mark.parametrize("target", [UNIFORM, np.array([0.5, 0.0, 0.5]), np.array([0.1, 0.8, 0.1])])
@@ -262,6 +277,6 @@ def test_shares_that_come_back_end_the_search(toys):
 
     options = CalibrationOptions(budget=300, tolerance=0.02)
     unsteered, target = np.tile([0.5, 0.5], (60, 1)), np.array([0.7, 0.3])
-    rounds = search(Turning(), np.arange(60), unsteered, target, options, np.zeros(2), np.ones(2))
+    rounds = search(Turning(), np.arange(60), unsteered, target, options, np.zeros(2), np.ones(2), lambda *mix: None)
     asks = [tuple(np.round(tried["ask"], 3)) for tried in rounds]
     assert 2 < len(asks) == len(set(asks)) and min(tried["fd"] for tried in rounds) > 0.01

@@ -17,9 +17,14 @@ from difflens_core.targets import Targets
 
 def test_cross_effects_tell_a_clean_recipe_from_one_that_leaks():
     attributes = {"age": CLASSES, "tone": CLASSES}
+    told: list[list] = []
     for leak, low, high in ((0.0, 0.0, 0.05), (0.9, 0.2, 1.0)):
         recipes = [recipe(attribute="age", leak=leak), recipe(attribute="tone", first=3)]
-        found = cross_effects(recipes, Toy(), Toy.classify, attributes, 120, 32)
+        told.clear()
+        found = cross_effects(
+            recipes, Toy(), Toy.classify, attributes, 120, 32, on_found=lambda rows: told.append([*rows])
+        )
+        assert told == [found[:2], found[:4], found]
         rows = {(row.steered, row.watched): row for row in found}
         assert rows.keys() == {(s, w) for s in ("age", "tone", TOGETHER) for w in ("age", "tone")}
         assert rows["age", "age"].asked and not rows["age", "tone"].asked and rows[TOGETHER, "tone"].asked

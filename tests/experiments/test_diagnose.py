@@ -187,8 +187,14 @@ def test_the_first_failure_in_causal_order_is_the_verdict():
 
 
 def test_progress_tells_every_picture_and_can_cancel():
-    seen = []
-    run(RIGHT, make_sae(), labelled=True, on_picture=lambda done, total: seen.append((done, total)))
+    seen, turned = [], []
+    found = run(
+        RIGHT, make_sae(), labelled=True, on_picture=lambda done, total: seen.append((done, total)),
+        on_dose=turned.append,
+    )  # fmt: skip
+    dose = found.checks[DOSE].figures
+    assert turned[-1] == list(zip(dose["strength"], dose["success"], strict=True))
+    assert [len(points) for points in turned] == list(range(2, len(dose["strength"]) + 1))
     dones, totals = zip(*seen, strict=True)
     assert list(dones) == sorted(dones) and dones[-1] == totals[-1] and all(d <= t for d, t in seen)
     assert len(set(totals[UNSTEERED * PICTURES // 5 + 1 :])) <= 2

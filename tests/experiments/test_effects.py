@@ -77,7 +77,12 @@ def test_the_batch_size_changes_nothing(setup, mode):
     recipe, draw = setup
     done = []
     whole = causal_effect(recipe, draw, classify, PICTURES, mode, batch=100, on_picture=lambda *x: done.append(x))
-    cut = causal_effect(recipe, draw, classify, PICTURES, mode, batch=3)
+    told = []
+    cut = causal_effect(recipe, draw, classify, PICTURES, mode, batch=3, on_found=told.append)
+    assert [len(effects.features) for effects in told] == list(range(1, len(recipe.features) + 1))
+    for effects in told:
+        torch.testing.assert_close(effects.effect, cut.effect[: len(effects.features)])
+        torch.testing.assert_close(effects.margin, cut.margin[: len(effects.features)])
     torch.testing.assert_close(whole.effect, cut.effect, atol=1e-5, rtol=0)
     assert done == [(30, 30)] and float(whole.effect.abs().max()) > 1e-3
 

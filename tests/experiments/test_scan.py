@@ -162,8 +162,12 @@ def test_class_means_are_the_means_of_the_pictures_of_each_class():
 
 
 def test_the_pictures_done_are_told_up_to_the_total():
-    told = []
-    scan_sites(["idle"], draw, classify, "tone", CLASSES, 20, 3, 1.0, 8, lambda *x: told.append(x))
+    told, rows = [], []
+    found = scan_sites(
+        ["idle"], draw, classify, "tone", CLASSES, 20, 3, 1.0, 8, lambda *x: told.append(x),
+        on_found=lambda so_far: rows.append([*so_far]),
+    )  # fmt: skip
+    assert rows == [found[:count] for count in range(1, len(PARTS) + 1)]
     assert told[-1] == (20 * 2 + 5 * 6,) * 2 and [done for done, _ in told] == sorted(done for done, _ in told)
 
 

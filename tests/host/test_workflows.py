@@ -59,7 +59,13 @@ def ran(server):
 
 
 def read_report(prompt: dict, entry: dict) -> dict:
-    return json.loads(text_of(entry, find(prompt, "PreviewAny", source=[find(prompt, "DiffLensReport"), 1])))
+    return numbers_of(entry, find(prompt, "DiffLensReport"))
+
+
+def numbers_of(entry: dict, report: str) -> dict:
+    """What a Fairness Report of that id left in the prompt's history for programs."""
+    (numbers,) = entry["outputs"][report]["json"]
+    return json.loads(numbers)
 
 
 def batches(prompt: dict) -> set[int]:
@@ -146,7 +152,7 @@ def test_one_recipe_debiases_every_prompt(server, ran):
     prompt, entry = ran(NAMES[3])
     titles = {node.get("_meta", {}).get("title"): node_id for node_id, node in prompt.items()}
     for job in ("Doctor", "Nurse", "Firefighter", "Receptionist"):
-        report = json.loads(text_of(entry, titles[f"{job}: the report for machines (JSON)"]))
+        report = numbers_of(entry, titles[job])
         assert report["n"] == 16 and report["before"]["fd"] > 0.3 > 0.1 > report["after"]["fd"], job
         assert report["after"]["success"] >= 0.9 and report["kept"]["occupation"] >= 0.9, job
     grid = image_of(server, entry, find(prompt, "SaveImage", images=[find(prompt, "DiffLensCompare"), 0]))

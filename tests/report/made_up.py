@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from difflens_core.classifiers.readings import NO_FACE
+from difflens_core.measure import Judged, Judgement, Pair, judged_figures
 from difflens_core.report import Question, summary
 from difflens_core.report.rows import NAMES
 
@@ -43,9 +44,23 @@ def numbers_of(before: dict, after: dict | None = None, assigned: np.ndarray | N
     return found | more | {"not_measured": ["KID needs 100 pictures or more; there are 40."]}
 
 
+def judged(names: tuple[str, str] = ("before", "after"), judge: str = "anna", attribute: str = "age") -> dict:
+    """Figures of six pairs, of which two judges judged five; two pairs more are one picture twice."""
+    pairs = tuple(Pair(number, f"p{number}", number > 6) for number in range(1, 9))
+    said = [
+        Judgement("2030-01-02", name, f"p{number}", number, number > 6, *names, "first", better, changed)
+        for name, choices in ((judge, "sssnf.nn"), ("ben", "ssffs.sn"))
+        for number, choice in enumerate(choices, start=1) if choice != "."
+        for better, changed in [{
+            "s": ("second", ("attribute", "hair")), "f": ("first", ("hair",)), "n": ("neither", ("nothing",)),
+        }[choice]]
+    ]  # fmt: skip
+    return judged_figures(Judged(names, attribute, pairs, 2, tuple(said)))
+
+
 def full() -> dict:
     after = readings(2) | {NO_FACE: torch.zeros(N)}
-    return numbers_of(readings(1, faces=True), after, np.arange(N) % 3, **EVERYTHING)
+    return numbers_of(readings(1, faces=True), after, np.arange(N) % 3, **EVERYTHING) | {"judged": judged()}
 
 
 def pictures(seed: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from made_up import ATTRIBUTES, EVERYTHING, full, numbers_of, pictures, readings
+from made_up import ATTRIBUTES, EVERYTHING, full, judged, numbers_of, pictures, readings
 from PIL import Image
 
 from difflens_core.report import SHOWN, Question, report_page, report_text, share_chart, summary
@@ -133,6 +133,10 @@ def test_every_figure_on_the_page_is_the_summarys():
     for key, label in NAMES.items():
         (figure,) = page.row(label)
         assert float(figure) == pytest.approx(numbers["changes"][key], abs=5e-4)
+    answers = numbers["judged"]["together"]
+    for label, key, answer in (("after better", "better", "second"), ("hair changed", "changed", "hair")):
+        share, ends = answers[key][answer], answers[f"{key}_ci"][answer]
+        assert page.row(label) == [f"{share:.1%}{interval(ends, '.1%')}"]
     words = "".join(page.words)
     for text in ("CFG 7.5, seed 3", "KID needs 100 pictures", "64 x 48 pixels", "2030-01-02", MEANINGS["success"]):
         assert text in words
@@ -144,12 +148,12 @@ def test_hostile_names_and_notes_are_only_text():
     attributes = {"age": (evil, "adult", "senior"), "tone": (evil, "dark"), evil: ("no", "yes")}
     read = [{**readings(seed), evil: readings(seed)["glasses"]} for seed in (1, 2)]
     numbers = numbers_of(*read, attributes=attributes, joint_with=("tone", evil))
-    numbers |= {"notes": evil, "not_measured": [evil], "attribute": evil}
+    numbers |= {"notes": evil, "not_measured": [evil], "attribute": evil, "judged": judged((evil, "b"), evil, evil)}
     text = page_of(numbers)
     page = Page(text)
     assert evil not in text and html.escape(evil) in text
     assert not {tag for tag, _ in page.tags} & {"script"} and text.count("</style>") == 1
-    assert page.row(evil)[0] == "50.0%" and evil in "".join(page.words)
+    assert page.row(evil)[0] == "50.0%" and page.row(f"{evil} changed") and evil in "".join(page.words)
 
 
 def test_a_page_on_one_set_of_pictures_speaks_of_no_other():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from made_up import ATTRIBUTES, full, numbers_of
+from made_up import ATTRIBUTES, full, judged, numbers_of
 
 from difflens_core.measure import OPEN, pictures_for_fd
-from difflens_core.report import Question, report_text, summary
+from difflens_core.report import Question, judged_text, report_text, summary
 from difflens_core.report.rows import fairness_rows
 
 
@@ -66,3 +66,26 @@ def test_where_the_target_is_met_the_class_that_was_asked_for_is_named():
     alone = Question("age", {"age": ATTRIBUTES["age"]}, np.array([0.0, 0.0, 1.0]))
     found = summary(alone, {"age": torch.eye(3)[[2] * 8]}) | {"size": (64, 64), "notes": "", "not_measured": []}
     assert "100.0% of 8 pictures show senior" in report_text(found) and "1 pictures" not in report_text(found)
+
+
+def test_what_people_say_is_told_in_a_sentence_and_a_table():
+    found = full()
+    text = report_text(found)
+    told = (
+        "To 2 people who did not know which is which, before looks better in 0 of 5 pairs, after in 2, and 3 show no "
+        "difference (p of no preference = 0.500)."
+    )
+    assert told in text and "Pairs for Judge by Eye that nobody judged yet: 1 of 6." in text
+    table = text.split("\nJudged by people\n")[1].split("\n\n")[0].splitlines()
+    assert judged_text(found["judged"]).splitlines() == [told, "", *table]
+    shown = {line[:26].strip(): line[26:].strip() for line in table if line[:26].strip()}
+    assert shown.pop("pairs judged") == "5 of 6" and shown.pop("p of no preference") == "0.500"
+    assert shown == {
+        "before better": "0.0%", "no difference": "60.0%", "after better": "40.0%", "age changed": "40.0%",
+        "hair changed": "80.0%", "nothing changed": "20.0%", "face or person changed": "0.0%",
+        "clothes changed": "0.0%", "background changed": "0.0%", "quality changed": "0.0%", "judges agree": "40.0%",
+        "before better: anna": "20.0%", "after better: anna": "60.0%", "before better: ben": "40.0%",
+        "after better: ben": "60.0%", "chose the left one": "33.3%", "equal pictures noticed": "75.0%",
+    }  # fmt: skip
+    assert judged_text(judged(attribute="")).count("age changed") == 0
+    assert judged_text({**found["judged"], "judged": 0}) == "Nobody judged a pair yet."
