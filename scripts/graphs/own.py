@@ -14,9 +14,9 @@ def your_own_model() -> Graph:
     graph.note(
         "# A recipe for a model of your own\n\n"
         "Bring three files:\n\n"
-        "- your checkpoint, in `models/checkpoints/`; here SD 1.5\n"
-        "- `models/difflens_classifiers/res34_fair_align_multi_7_20190809.pt` (FairFace)\n"
-        "- `models/difflens_classifiers/yunet_final.pth` (YuNet, which finds the faces)\n\n"
+        "- your checkpoint, in *models/checkpoints/*; here SD 1.5\n"
+        "- *models/difflens_classifiers/res34_fair_align_multi_7_20190809.pt* (FairFace)\n"
+        "- *models/difflens_classifiers/yunet_final.pth* (YuNet, which finds the faces)\n\n"
         "Choose your checkpoint, write the prompts whose pictures you want fair, and press **Run**. It takes an "
         "evening on a small card. What is captured and trained is kept: cancel when you like, and go on later.\n\n"
         "1. **Capture** draws pictures of the prompts until both classes have 100, and records them\n"
@@ -66,5 +66,7 @@ def your_own_model() -> Graph:
     ]
     graph.column()
     pictures = [graph.add("VAEDecode", node.title.split(":")[0], samples=node[0], vae=model[2]) for node in pair]
-    measure(graph, ATTRIBUTE, "uniform", classifier[0], pictures, ["Before", "After"], 4, steered[1])
+    measure(
+        graph, ATTRIBUTE, "uniform", classifier[0], [node[0] for node in pictures], ["Before", "After"], 4, steered[1]
+    )
     return graph
