@@ -30,6 +30,7 @@ from .files import (
     temporary_file,
     times_missed,
 )
+from .help import serve_help
 from .marks import (
     belongs,
     content_mark,
@@ -126,6 +127,7 @@ __all__ = [
     "progress_of_total",
     "reference_sampler",
     "run_mark",
+    "serve_help",
     "site_width",
     "tell",
     "some_sites",

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 
 from .graph import NOTE, Graph, Inlet, Link, Node, Subgraph
+from .sources import models_of
 
 AFTER_SEED = "fixed"  # value of the widget "control after generate", which ComfyUI puts below a seed
 NESTED = "COMFY_DYNAMICCOMBO_V3"  # a list, of which each choice brings widgets of its own
@@ -96,6 +97,12 @@ def inlets(subgraph: Subgraph, object_info: dict) -> dict[str, tuple[str, dict, 
     return {name: found[name] for name in subgraph.inputs}
 
 
+def first_value(targets: list[tuple[Node, str]]) -> object:
+    """What the widget of an inlet shows at first; None for a socket."""
+    node, name = targets[0]
+    return node.inputs[name].value
+
+
 def declared_outputs(object_info: dict, type_: str | Subgraph) -> list[tuple[str, str]]:
     """(name, type) of the outputs."""
     if isinstance(type_, Subgraph):
@@ -119,6 +126,17 @@ def to_ui(graph: Graph, object_info: dict) -> dict:
         **({"definitions": {"subgraphs": definitions}} if definitions else {}),
         "config": {}, "extra": {"difflens_opening": OPENING, **form_of(graph)}, "version": 0.4,
     }  # fmt: skip
+
+
+def to_blueprint(subgraph: Subgraph, object_info: dict) -> dict:
+    """A subgraph as ComfyUI offers it among its nodes."""
+    graph = Graph(subgraph.name)
+    graph.group("")
+    values = {name: first_value(targets) for name, (_, _, targets) in inlets(subgraph, object_info).items()}
+    graph.add(subgraph, subgraph.name, **{name: value for name, value in values.items() if value is not None})
+    ui = to_ui(graph, object_info)
+    searched = {"BlueprintDescription": subgraph.description, "BlueprintSearchAliases": [*subgraph.aliases]}
+    return ui | {"groups": [], "extra": searched}
 
 
 def form_of(graph: Graph) -> dict:
@@ -232,6 +250,8 @@ def item_of(node: Node, order: int, object_info: dict) -> dict:
     item["outputs"] = [
         {"name": name, "type": type_, "links": []} for name, type_ in declared_outputs(object_info, node.type)
     ]
+    if missing := models_of(item["widgets_values"]):
+        item["properties"]["models"] = missing
     height = max(slots, len(item["outputs"])) * SLOT + len(item["widgets_values"]) * WIDGET
     item["size"] = [width, height + extra + PADDING]
     return item

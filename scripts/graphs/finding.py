@@ -39,7 +39,7 @@ def find_the_bias_features() -> Graph:
         attribute="presentation", per_class=100,
     )  # fmt: skip
     labels = graph.add("DiffLensClassify", None, images=captured[1], classifier=classifier[0], attribute="presentation")
-    found = find_features(graph, model, captured, labels, latents=1024, steps=1500, batch_size=2048, save_as="")
+    found = find_features(graph, model[0], captured, labels, latents=1024, steps=1500, batch_size=2048, save_as="")
     graph.group("4 Find the strengths")
     calibrated = graph.add(
         "DiffLensCalibrate", None, model=model[0], positive=model[1], latent_image=batch[0], vae=model[2],

@@ -35,6 +35,7 @@ class Subgraph:
     inputs: tuple[str, ...]
     outputs: dict[str, Link]
     description: str
+    aliases: tuple[str, ...] = ()  # words by which the page's search finds it
 
     @property
     def name(self) -> str:

@@ -27,7 +27,10 @@ def sampler(
     )  # fmt: skip
 
 
-def steer(graph: Graph, title: str, model: Link, recipe: Link, target: str = "uniform", strength: float = 1.0) -> Node:
+def steer(
+    graph: Graph, title: str | None, model: Link | Inlet, recipe: Link, target: str | Inlet = "uniform",
+    strength: float = 1.0,
+) -> Node:  # fmt: skip
     return graph.add(
         "DiffLensSteer", title, model=model, recipe=recipe, target=target, strength=strength, mode="from recipe",
         start_percent=0.0, end_percent=1.0, seed=0, first_image=0, conditioning="positive", run=0,
@@ -36,7 +39,8 @@ def steer(graph: Graph, title: str, model: Link, recipe: Link, target: str = "un
 
 
 def find_features(
-    graph: Graph, model: Node, captured: Node, labels: Node, latents: int, steps: int, batch_size: int, save_as: str
+    graph: Graph, model: Link | Inlet, captured: Node, labels: Node, latents: int, steps: int | Inlet, batch_size: int,
+    save_as: str,
 ) -> Node:  # fmt: skip
     """From what was captured to the recipe, in two groups; the rest is how the SAE is trained."""
     graph.group("2 Learn the features")
@@ -50,7 +54,7 @@ def find_features(
     graph.add("PreviewAny", "Accuracy of the probes", source=probes[2])
     graph.column()
     found = graph.add(
-        "DiffLensAttribute", None, model=model[0], activations=captured[0], sae=sae[0], probes=probes[0],
+        "DiffLensAttribute", None, model=model, activations=captured[0], sae=sae[0], probes=probes[0],
         labels=labels[0], method="class mean difference", features_per_class=120,
     )  # fmt: skip
     graph.add("PreviewAny", "Ranking", source=found[2])

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from graphs import FOLDER, GRAPHS, to_api, to_ui
+from graphs import BLUEPRINTS, FOLDER, GRAPHS, SUBGRAPHS, to_api, to_blueprint, to_ui
 from small_graphs import NAMES, api_file
 
 # What 05, 06 and 11 ask the user to bring, by the input that names it.
@@ -26,6 +26,15 @@ def test_files_are_what_their_description_makes(object_info, make):
     graph = make()
     assert ui_file(graph.name) == to_ui(graph, object_info)
     assert api_file(graph.name) == to_api(graph)
+
+
+@pytest.mark.parametrize("make", SUBGRAPHS)
+def test_blueprints_are_what_their_description_makes_and_are_offered(server, object_info, make):
+    subgraph = make()
+    file = BLUEPRINTS / f"{subgraph.name}.json"
+    assert json.loads(file.read_text(encoding="utf-8")) == to_blueprint(subgraph, object_info)
+    offered = {entry["name"] for entry in json.loads(server.request("/global_subgraphs")).values()}
+    assert subgraph.name in offered
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -82,6 +82,8 @@ def test_every_widget_keeps_what_it_is_set_to(page, mounted, ours):
     assert len(told) == len(ours) and kept.keys() == told.keys()
     for node, widgets in told.items():
         assert kept[node] == widgets, f"{node}: saved and opened again, its widgets differ"
-    changed = [(node, name) for node, widgets in before.items() for name in widgets if told[node][name] != widgets[name]]
+    changed = [
+        (node, name) for node, widgets in before.items() for name in widgets if told[node][name] != widgets[name]
+    ]
     assert len(changed) > 100, "the test itself sets nothing"
     assert told[next(node for node in told if node.startswith("DiffLensDebias"))]["recipe.mix"] == "own shares"
