@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import host
 from .attribute import AttributeFeatures, TrainProbes
 from .calibrate import Calibrate, CrossEffects, PlanTargets
 from .capture import CaptureActivations, LoadActivations
@@ -28,6 +29,9 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class DiffLensExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        host.serve_help()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES
 

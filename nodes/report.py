@@ -30,6 +30,7 @@ from .classify import BATCH, classes_of, classify
 from .sockets import CATEGORY, Classifier, JudgementsSocket, TargetsSocket
 
 NETWORK_MEMORY = 4 * 2**30  # bytes that LPIPS or DISTS may take for large pictures
+AS_ASKED = "as asked"  # an attribute or a target: what the steered pictures were asked for
 
 
 class FairnessReport(io.ComfyNode):
@@ -55,8 +56,16 @@ class FairnessReport(io.ComfyNode):
             ],
             inputs=[
                 Classifier.Input("classifier", tooltip="From Load Attribute Classifier or Zero-shot Classifier."),
-                io.String.Input("attribute", default="presentation", tooltip="One of the classifier's attributes."),
-                io.String.Input("target", default="uniform", tooltip="The mix to compare with, written as in Steer."),
+                io.String.Input(
+                    "attribute",
+                    default="presentation",
+                    tooltip=f'One of the classifier\'s attributes, or "{AS_ASKED}": that of the targets.',
+                ),
+                io.String.Input(
+                    "target",
+                    default="uniform",
+                    tooltip=f'The mix to compare with, written as in Steer, or "{AS_ASKED}": that of the targets.',
+                ),
                 io.Image.Input("before", tooltip="Pictures of the model as it is."),
                 io.Image.Input(
                     "after",
@@ -87,6 +96,8 @@ class FairnessReport(io.ComfyNode):
         confusion: str = "", undecided_below: float = 0.0, perceptual: str = "none", notes: str = "", save_as: str = "",
         clip_vision: Any = None, judgements: Judged | None = None,
     ) -> io.NodeOutput:  # fmt: skip
+        if AS_ASKED in (attribute, target):
+            attribute, target = as_asked(attribute, target, targets)
         classes = classes_of(classifier, attribute)
         if after is not None and before.shape != after.shape:
             raise DiffLensError(
@@ -125,6 +136,22 @@ class FairnessReport(io.ComfyNode):
             write_whole(path, report_page(numbers, chart, *shown, day=time.strftime("%Y-%m-%d")).encode())
         image, written, told = host.to_image(chart), str(path or ""), json.dumps(numbers, indent=2)
         return host.drawn(cls, image, text, told, image, written, text=text, json=told)
+
+
+def as_asked(attribute: str, target: str, targets: tuple[Targets, ...] | None) -> tuple[str, str]:
+    """The attribute and the target, as they would be written, with what the targets say where they are to say it."""
+    if targets is None:
+        raise DiffLensError(
+            f'attribute or target is "{AS_ASKED}", but no targets are connected, so it is not known what was asked '
+            "for. Connect the targets of Debias or Steer, or write what to measure."
+        )
+    asked = targets[0]
+    if attribute not in (AS_ASKED, asked.attribute):
+        raise DiffLensError(
+            f'the target is "{AS_ASKED}", but the targets are of {asked.attribute} and the report is on {attribute}. '
+            f'Write "{AS_ASKED}" or {asked.attribute} into attribute.'
+        )
+    return asked.attribute, ", ".join(map(str, asked.shares)) if target == AS_ASKED else target
 
 
 def more_report_inputs() -> list[io.Input]:

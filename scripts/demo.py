@@ -111,8 +111,7 @@ def for_recipe(workflow: dict, attribute: str, recipe: str, strength: float, pic
     """Workflow 01 for another recipe, strength and number of pictures; the unsteered part stays the same."""
     changes = {
         "EmptyLatentImage": {"batch_size": pictures},
-        "DiffLensLoadRecipe": {"recipe_name": recipe},
-        "DiffLensSteer": {"strength": strength},
+        "DiffLensDebias": {"recipe": recipe, "strength": strength},
         "DiffLensReport": {"attribute": attribute},
         "DiffLensCompare": {"columns": 16},
     }

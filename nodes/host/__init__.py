@@ -30,6 +30,7 @@ from .files import (
     temporary_file,
     times_missed,
 )
+from .help import serve_help
 from .judging import begin_judging, judgement_file
 from .marks import (
     belongs,
@@ -127,6 +128,7 @@ __all__ = [
     "progress_of",
     "reference_sampler",
     "run_mark",
+    "serve_help",
     "site_width",
     "tell",
     "some_sites",

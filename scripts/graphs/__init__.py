@@ -3,36 +3,43 @@
 graph     a graph in the making, and as `/prompt` takes it
 canvas    as ComfyUI's page opens it
 pieces    what several workflows have in common
-steering, finding, paper   the workflows
+sources   where the files are from that do not come with the pack
+steering, finding, paper, own   the workflows
+blueprints   subgraphs that the page offers among its nodes
 """
 
 from environment import REPOSITORY
 
-from .canvas import to_ui
+from .blueprints import find_and_debias
+from .canvas import to_blueprint, to_ui
 from .finding import find_the_bias_features, where_is_it_decided, which_features_count, why_does_it_not_work
 from .graph import Graph, Link, Node, to_api
 from .own import your_own_model
 from .paper import paper_stable_diffusion, paper_unconditional
 from .pieces import load_classifier, load_model, sampler, steer
-from .steering import debias_a_prompt, debias_the_avatars, dose_response, three_attributes_at_once
+from .steering import debias_a_prompt, debias_the_avatars, dose_response, start_here, three_attributes_at_once
 
-FOLDER = REPOSITORY / "workflows"
+FOLDER, BLUEPRINTS = REPOSITORY / "workflows", REPOSITORY / "subgraphs"
+SUBGRAPHS = (find_and_debias,)
 GRAPHS = (
-    debias_the_avatars, find_the_bias_features, dose_response, debias_a_prompt, paper_unconditional,
+    start_here, debias_the_avatars, find_the_bias_features, dose_response, debias_a_prompt, paper_unconditional,
     paper_stable_diffusion, three_attributes_at_once, where_is_it_decided, which_features_count,
     why_does_it_not_work, your_own_model,
 )  # fmt: skip
 
 __all__ = [
+    "BLUEPRINTS",
     "FOLDER",
     "GRAPHS",
     "Graph",
     "Link",
     "Node",
+    "SUBGRAPHS",
     "load_classifier",
     "load_model",
     "sampler",
     "steer",
     "to_api",
+    "to_blueprint",
     "to_ui",
 ]

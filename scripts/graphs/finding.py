@@ -23,8 +23,8 @@ def find_the_bias_features() -> Graph:
         "6. **Steer** uses the recipe on portraits from another seed, and the report measures the effect.\n\n"
         "The recipe is saved and then appears in Load Recipe.\n\n"
         "**Try next**\n"
-        "- `attribute` in Capture, Classify Images and in the report: age, skin_tone\n"
-        "- a name in `save_as` of Train SAE keeps the SAE\n"
+        "- *attribute* in Capture, Classify Images and in the report: age, skin_tone\n"
+        "- a name in *save_as* of Train SAE keeps the SAE\n"
         "- more pictures of every class and more steps: less of the rest changes"
     )
     graph.group("1 Draw and record")
@@ -39,7 +39,7 @@ def find_the_bias_features() -> Graph:
         attribute="presentation", per_class=100,
     )  # fmt: skip
     labels = graph.add("DiffLensClassify", None, images=captured[1], classifier=classifier[0], attribute="presentation")
-    found = find_features(graph, model, captured, labels, latents=1024, steps=1500, batch_size=2048, save_as="")
+    found = find_features(graph, model[0], captured, labels, latents=1024, steps=1500, batch_size=2048, save_as="")
     graph.group("4 Find the strengths")
     calibrated = graph.add(
         "DiffLensCalibrate", None, model=model[0], positive=model[1], latent_image=batch[0], vae=model[2],
@@ -69,10 +69,10 @@ def where_is_it_decided() -> Graph:
         "nothing goes around them; in a network with skips they differ. The first and the last third of the sampling "
         "count more than the middle. The table also tells what else changed.\n\n"
         "**Try next**\n"
-        "- `strength` 1: now nearly all portraits turn\n"
-        "- `attribute`: presentation, skin_tone\n"
-        "- `sites` empty: all that the node proposes\n"
-        "- your own model: prompts into positive and negative, `cfg` as you use it"
+        "- *strength* 1: now nearly all portraits turn\n"
+        "- *attribute*: presentation, skin_tone\n"
+        "- *sites* empty: all that the node proposes\n"
+        "- your own model: prompts into positive and negative, *cfg* as you use it"
     )
     graph.group("Model and classifier")
     model = load_model(graph)
@@ -84,7 +84,7 @@ def where_is_it_decided() -> Graph:
         sites="encoder\ndown\nmiddle_block\nafter_middle\ndecoder", pictures=96, per_class=6, strength=0.5,
     )  # fmt: skip
     graph.column()
-    graph.add("SaveImage", "Save the chart", images=scan[2], filename_prefix="difflens/sites")
+    graph.save("Save the chart", scan[2], "difflens/sites")
     graph.add("PreviewAny", "The table", source=scan[0])
     return graph
 
@@ -103,9 +103,9 @@ def which_features_count() -> Graph:
         "the portraits by all and by the best features side by side, not saying which is which. Run again, and the "
         "report counts what you said.\n\n"
         "**Try next**\n"
-        "- `features_per_class` in Rank by Effect: 5, 60\n"
-        "- `change`: ablate\n"
-        "- more `pictures`: the whiskers, one standard error, get shorter\n"
+        "- *features_per_class* in Rank by Effect: 5, 60\n"
+        "- *change*: ablate\n"
+        "- more *pictures*: the whiskers, one standard error, get shorter\n"
         "- Save Recipe keeps the short recipe"
     )
     graph.group("Model, recipe and classifier")
@@ -133,7 +133,7 @@ def which_features_count() -> Graph:
         "DiffLensJudge", None, first=pictures[1][0], second=pictures[2][0], names="\n".join(titles[1:]),
         attribute="presentation", save_as="difflens/judgements", seed=0, catch_pairs=0,
     )  # fmt: skip
-    measure(graph, "presentation", "feminine", classifier[0], pictures, titles, 8, short[1])
+    measure(graph, "presentation", "feminine", classifier[0], [node[0] for node in pictures], titles, 8, short[1])
     (report,) = (node for node in graph.nodes if node.type == "DiffLensReport")
     report.inputs["judgements"] = judged[0]
     return graph
@@ -154,13 +154,13 @@ def why_does_it_not_work() -> Graph:
         "4. does more of them do more?\n\n"
         "The first check that fails is the one to mend. A portrait *turns* when it shows the class asked for, and did "
         "not before.\n\n"
-        "The second check needs labelled activations, as in `02 find the bias features`; the control leaves out the "
+        "The second check needs labelled activations, as in *02 find the bias features*; the control leaves out the "
         "first, which would say the same again.\n\n"
         "**Try next**\n"
         "- a recipe of your own\n"
-        "- `avatars_age`\n"
+        "- *avatars_age*\n"
         "- Capture Activations and Classify Images into the first Diagnose\n"
-        "- `pictures` 16: surer, and twice the time"
+        "- *pictures* 16: surer, and twice the time"
     )
     graph.group("Model, recipes, SAE and classifier")
     model = load_model(graph)
@@ -185,5 +185,5 @@ def why_does_it_not_work() -> Graph:
         graph.add("PreviewAny", f"{title}: the verdict", source=node[0])
     graph.column()
     for title, node in zip(names, found, strict=True):
-        graph.add("SaveImage", f"{title}: save the chart", images=node[2], filename_prefix="difflens/diagnosis")
+        graph.save(f"{title}: save the chart", node[2], "difflens/diagnosis")
     return graph

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .graph import Graph
 from .pieces import find_features, measure, sampler, steer
+from .sources import FAIRFACE, SD15, YUNET, bring
 
 ATTRIBUTE = "gender"  # of FairFace
 
@@ -14,9 +15,9 @@ def your_own_model() -> Graph:
     graph.note(
         "# A recipe for a model of your own\n\n"
         "Bring three files:\n\n"
-        "- your checkpoint, in `models/checkpoints/`; here SD 1.5\n"
-        "- `models/difflens_classifiers/res34_fair_align_multi_7_20190809.pt` (FairFace)\n"
-        "- `models/difflens_classifiers/yunet_final.pth` (YuNet, which finds the faces)\n\n"
+        "- your checkpoint, in *models/checkpoints/*; here SD 1.5\n"
+        f"{bring(FAIRFACE, 'FairFace')}"
+        f"{bring(YUNET, 'YuNet, which finds the faces')}\n"
         "Choose your checkpoint, write the prompts whose pictures you want fair, and press **Run**. It takes an "
         "evening on a small card. What is captured and trained is kept: cancel when you like, and go on later.\n\n"
         "1. **Capture** draws pictures of the prompts until both classes have 100, and records them\n"
@@ -29,10 +30,10 @@ def your_own_model() -> Graph:
         "An attribute is what a classifier sees in a picture, not what a person is."
     )
     graph.group("1 Draw and record")
-    model = graph.add("CheckpointLoaderSimple", "Your model", ckpt_name="v1-5-pruned-emaonly.safetensors")
+    model = graph.add("CheckpointLoaderSimple", "Your model", ckpt_name=SD15)
     classifier = graph.add(
-        "DiffLensLoadClassifier", None, classifier_name="res34_fair_align_multi_7_20190809.pt",
-        face_detector="yunet_final.pth",
+        "DiffLensLoadClassifier", None, classifier_name=FAIRFACE,
+        face_detector=YUNET,
     )  # fmt: skip
     prompts = "a photo of the face of a doctor\na photo of the face of a nurse"
     positive = graph.add("DiffLensPrompts", "Your prompts, one a line", text=prompts, clip=model[1])
@@ -49,7 +50,9 @@ def your_own_model() -> Graph:
         per_class=100,
     )  # fmt: skip
     labels = graph.add("DiffLensClassify", None, images=captured[1], classifier=classifier[0], attribute=ATTRIBUTE)
-    found = find_features(graph, model, captured, labels, latents=5120, steps=4000, batch_size=4096, save_as="my_model")
+    found = find_features(
+        graph, model[0], captured, labels, latents=5120, steps=4000, batch_size=4096, save_as="my_model"
+    )
     graph.group("4 Find the strength")
     calibrated = graph.add(
         "DiffLensCalibrate", None, **drawn, classifier=classifier[0], recipe=found[0], target="uniform", budget=640,
@@ -66,5 +69,7 @@ def your_own_model() -> Graph:
     ]
     graph.column()
     pictures = [graph.add("VAEDecode", node.title.split(":")[0], samples=node[0], vae=model[2]) for node in pair]
-    measure(graph, ATTRIBUTE, "uniform", classifier[0], pictures, ["Before", "After"], 4, steered[1])
+    measure(
+        graph, ATTRIBUTE, "uniform", classifier[0], [node[0] for node in pictures], ["Before", "After"], 4, steered[1]
+    )
     return graph

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .graph import Graph, Link, Node
+from .graph import Graph, Inlet, Link, Node, Subgraph
 
 
 def load_model(graph: Graph, name: str = "avatars.safetensors") -> Node:
@@ -17,8 +17,8 @@ def load_classifier(graph: Graph, name: str = "avatars.safetensors") -> Node:
 
 
 def sampler(
-    graph: Graph, title: str, model: Link, positive: Link, latent: Node, seed: int, negative: Link | None = None,
-    cfg: float = 1.0,
+    graph: Graph, title: str, model: Link | Inlet, positive: Link | Inlet, latent: Node, seed: int | Inlet,
+    negative: Link | Inlet | None = None, cfg: float = 1.0,
 ) -> Node:  # fmt: skip
     """A stock KSampler as all graphs use it."""
     return graph.add(
@@ -27,7 +27,10 @@ def sampler(
     )  # fmt: skip
 
 
-def steer(graph: Graph, title: str, model: Link, recipe: Link, target: str = "uniform", strength: float = 1.0) -> Node:
+def steer(
+    graph: Graph, title: str | None, model: Link | Inlet, recipe: Link, target: str | Inlet = "uniform",
+    strength: float = 1.0,
+) -> Node:  # fmt: skip
     return graph.add(
         "DiffLensSteer", title, model=model, recipe=recipe, target=target, strength=strength, mode="from recipe",
         start_percent=0.0, end_percent=1.0, seed=0, first_image=0, conditioning="positive", run=0,
@@ -36,7 +39,8 @@ def steer(graph: Graph, title: str, model: Link, recipe: Link, target: str = "un
 
 
 def find_features(
-    graph: Graph, model: Node, captured: Node, labels: Node, latents: int, steps: int, batch_size: int, save_as: str
+    graph: Graph, model: Link | Inlet, captured: Node, labels: Node, latents: int, steps: int | Inlet, batch_size: int,
+    save_as: str,
 ) -> Node:  # fmt: skip
     """From what was captured to the recipe, in two groups; the rest is how the SAE is trained."""
     graph.group("2 Learn the features")
@@ -50,7 +54,7 @@ def find_features(
     graph.add("PreviewAny", "Accuracy of the probes", source=probes[2])
     graph.column()
     found = graph.add(
-        "DiffLensAttribute", None, model=model[0], activations=captured[0], sae=sae[0], probes=probes[0],
+        "DiffLensAttribute", None, model=model, activations=captured[0], sae=sae[0], probes=probes[0],
         labels=labels[0], method="class mean difference", features_per_class=120,
     )  # fmt: skip
     graph.add("PreviewAny", "Ranking", source=found[2])
@@ -58,29 +62,33 @@ def find_features(
 
 
 def report_on(
-    graph: Graph, title: str | None, classifier: Link, attribute: str, target: str, before: Node, after: Node,
+    graph: Graph, title: str | None, classifier: Link, attribute: str, target: str, before: Link, after: Link,
     targets: Link, save_as: str = "difflens/report",
 ) -> Node:  # fmt: skip
     """A Fairness Report that writes its page."""
     return graph.add(
-        "DiffLensReport", title, classifier=classifier, attribute=attribute, target=target, before=before[0],
-        after=after[0], targets=targets, joint_with="", confusion="", undecided_below=0.0, perceptual="none", notes="",
+        "DiffLensReport", title, classifier=classifier, attribute=attribute, target=target, before=before,
+        after=after, targets=targets, joint_with="", confusion="", undecided_below=0.0, perceptual="none", notes="",
         save_as=save_as,
     )  # fmt: skip
 
 
+def compare(graph: Graph, pictures: list[Link], titles: list[str], columns: int, title: str | None = None) -> Node:
+    rows = {f"rows.row{i}": batch for i, batch in enumerate(pictures)}
+    return graph.add("DiffLensCompare", title, **rows, titles="\n".join(titles), columns=columns)
+
+
 def measure(
-    graph: Graph, attribute: str, target: str, classifier: Link, pictures: list[Node], titles: list[str], columns: int,
+    graph: Graph, attribute: str, target: str, classifier: Link, pictures: list[Link], titles: list[str], columns: int,
     targets: Link,
 ) -> None:  # fmt: skip
     """The last group: all pictures side by side, and the report on the first and the last batch."""
     graph.group("Look and measure")
-    rows = {f"rows.row{i}": batch[0] for i, batch in enumerate(pictures)}
-    grid = graph.add("DiffLensCompare", None, **rows, titles="\n".join(titles), columns=columns)
-    graph.add("SaveImage", "Save the comparison", images=grid[0], filename_prefix="difflens/comparison")
+    grid = compare(graph, pictures, titles, columns)
+    graph.save("Save the comparison", grid[0], "difflens/comparison")
     graph.column()
     report = report_on(graph, None, classifier, attribute, target, pictures[0], pictures[-1], targets)
-    graph.add("SaveImage", "Save the chart", images=report[2], filename_prefix="difflens/chart")
+    graph.save("Save the chart", report[2], "difflens/chart")
     graph.column()
     graph.add("PreviewAny", "The report in words", source=report[0])
 
@@ -94,7 +102,31 @@ def before_and_after(graph: Graph, model: Node, recipe: Node, classifier: Node, 
     graph.column()
     before = graph.add("VAEDecode", "Pictures before", samples=before[0], vae=model[2])
     after = graph.add("VAEDecode", "Pictures after", samples=after[0], vae=model[2])
-    measure(graph, "presentation", "uniform", classifier[0], [before, after], ["Before", "After"], columns, steered[1])
+    measure(
+        graph, "presentation", "uniform", classifier[0], [before[0], after[0]], ["Before", "After"], columns, steered[1]
+    )
+
+
+def draw_twice(seed: int, pictures: int, prompted: bool) -> Subgraph:
+    """One node that draws with two models from the same noise: of `prompted`, guided away from no prompt at cfg 2."""
+    inside = Graph("Draw before and after" if prompted else "Draw before and after, without a prompt", first_id=101)
+    inside.group("")
+    latent = inside.add("EmptyLatentImage", None, width=64, height=64, batch_size=Inlet("pictures", pictures))
+    positive = negative = Inlet("prompt")
+    if prompted:
+        negative = inside.add("CLIPTextEncode", "No prompt, to guide away from", text="", clip=Inlet("clip"))[0]
+    inside.column()
+    drawn = [
+        sampler(inside, title, Inlet(model), positive, latent, Inlet("seed", seed), negative, 2.0 if prompted else 1.0)
+        for title, model in (("Before: as the model likes", "model"), ("After: steered", "steered"))
+    ]
+    inside.column()
+    before, after = (inside.add("VAEDecode", None, samples=node[0], vae=Inlet("vae")) for node in drawn)
+    inputs = ("model", "steered", "prompt", *(["clip"] if prompted else []), "vae", "seed", "pictures")
+    return Subgraph(
+        inside, inputs, {"before": before[0], "after": after[0]},
+        "Draws the same pictures with two models: the same seed, the same prompt, the same settings.",
+    )  # fmt: skip
 
 
 def experiment(graph: Graph, type: str, model: Node, latent: Node, classifier: Node, **settings: object) -> Node:

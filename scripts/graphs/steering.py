@@ -2,8 +2,50 @@
 
 from __future__ import annotations
 
-from .graph import Graph
-from .pieces import before_and_after, experiment, load_classifier, load_model, measure, report_on, sampler, steer
+from .graph import NOTE, Graph, Link, Node
+from .pieces import compare, draw_twice, experiment, load_classifier, load_model, measure, report_on, sampler, steer
+
+NOT_A_PERSON = "An attribute is what a classifier sees in a picture, not what a person is."
+
+
+def debias(graph: Graph, model: Link, recipe: str) -> Node:
+    return graph.add(
+        "DiffLensDebias", None, model=model, **{"recipe": recipe, "recipe.mix": "even mix", "strength": 1.0}
+    )
+
+
+def start_here() -> Graph:
+    graph = Graph("00 start DiffLens, fairness and diversity")
+    graph.group("Start here")
+    graph.note(
+        "# Start here\n\n"
+        "A small model draws portraits by prompt. Asked for a doctor, it draws nearly only masculine ones.\n\n"
+        "Press **Run**. The same 16 pictures are drawn twice: above as the model likes, below behind **Debias**, "
+        "which asks for a fair mix. What nobody asked to change stays.\n\n"
+        "**Try next**\n"
+        "- the prompt: *portrait of a nurse*, *portrait of a firefighter*\n"
+        "- *mix* in Debias: only one class, or your own shares\n"
+        "- *recipe* in Debias: the prompted avatars' age\n"
+        "- another *seed*\n\n"
+        "In a graph of your own you need **Debias** alone: put it between the model and the sampler. The next "
+        f"workflow measures as well.\n\n{NOT_A_PERSON}"
+    )
+    graph.group("A prompt in, pictures before and after out")
+    model = graph.add("DiffLensLoadPromptedModel", None, model_name="prompted_avatars.safetensors")
+    prompt = graph.add("CLIPTextEncode", "Prompt", text="portrait of a doctor", clip=model[1])
+    graph.column()
+    steered = debias(graph, model[0], "prompted_avatars_presentation.safetensors")
+    drawn = graph.add(
+        draw_twice(7, 16, prompted=True), "Draw before and after", model=model[0], steered=steered[0], prompt=prompt[0],
+        clip=model[1], vae=model[2], seed=7, pictures=16,
+    )  # fmt: skip
+    graph.column()
+    for node in graph.nodes:  # all of it fits on a screen
+        node.width = 280 if node.type == NOTE else 270
+    shown = compare(graph, [drawn[0], drawn[1]], ["Before", "After"], 8, "Before and after")
+    form = [(prompt, "text"), (steered, "recipe"), (steered, "recipe.mix"), (steered, "strength")]
+    graph.form = [*form, (drawn, "seed"), (drawn, "pictures")], [shown]
+    return graph
 
 
 def debias_the_avatars() -> Graph:
@@ -14,24 +56,31 @@ def debias_the_avatars() -> Graph:
         "The avatars are a small model that draws portraits. It learned from pictures of which four in five show "
         "a masculine presentation, and draws the same.\n\n"
         "Press **Run**. The same 16 portraits are drawn twice from the same noise: once as the model likes, once "
-        "with **Steer** in front of the sampler. Steer asks for a fair mix; portraits that already fit are left "
-        "alone.\n\n"
+        "behind **Debias**. It asks the portraits for one class and the other in turn. One that shows its class anyway "
+        "hardly changes; now and then one of the rare class is asked for the other. So somewhat more change than had "
+        "to, and the report says how many. Workflow 07 changes the fewest.\n\n"
         "**Compare Images** shows both, **Fairness Report** measures them. The discrepancy is the distance from a fair "
-        "mix: 0 is perfect. The report also writes a page to print or to send: `difflens/report` in ComfyUI's output "
-        "folder.\n\n"
+        "mix: 0 is perfect. The report also writes a page to print or to send, into the folder *difflens* in ComfyUI's "
+        "output.\n\n"
         "**Try next**\n"
-        "- another recipe and the same attribute in the report: age, skin_tone\n"
-        "- `target` in Steer and report: `feminine`, or shares such as `1, 3`\n"
-        "- another seed, the same in both samplers\n\n"
-        "An attribute is what a classifier sees in a picture, not what a person is."
+        "- another *recipe* in Debias: age, skin tone\n"
+        "- *mix*: only one class, or your own shares\n"
+        "- another *seed*\n\n"
+        f"{NOT_A_PERSON}"
     )
     graph.group("Model, recipe and classifier")
     model = load_model(graph)
-    recipe = graph.add("DiffLensLoadRecipe", None, recipe_name="avatars_presentation.safetensors")
+    steered = debias(graph, model[0], "avatars_presentation.safetensors")
     classifier = load_classifier(graph)
-    latent = graph.add("EmptyLatentImage", "How many pictures", width=64, height=64, batch_size=16)
-    graph.group("Draw the same pictures without and with steering")
-    before_and_after(graph, model, recipe, classifier, latent, 8)
+    graph.group("Draw")
+    drawn = graph.add(
+        draw_twice(7, 16, prompted=False), "Draw before and after", model=model[0], steered=steered[0],
+        prompt=model[1], vae=model[2], seed=7, pictures=16,
+    )  # fmt: skip
+    measure(graph, "as asked", "as asked", classifier[0], [drawn[0], drawn[1]], ["Before", "After"], 8, steered[1])
+    shown = [node for node in graph.nodes if node.type in ("DiffLensCompare", "DiffLensReport")]
+    form = [(steered, "recipe"), (steered, "recipe.mix"), (steered, "strength"), (drawn, "seed"), (drawn, "pictures")]
+    graph.form, graph.opens_as_form = (form, shown), True
     return graph
 
 
@@ -44,12 +93,12 @@ def dose_response() -> Graph:
         "The same eight portraits, drawn five times from the same noise. Each row asks for the age **senior** with "
         "another strength of the same recipe, from 0 (no change at all) to 2.\n\n"
         "Look down a column: one portrait ages while its background, clothes and the rest should stay.\n\n"
-        "The report compares the strongest row with strength 0. `success` is the share that shows what was asked "
-        "for; `kept` is the share that kept its other attributes.\n\n"
+        "The report compares the strongest row with strength 0. *success* is the share that shows what was asked "
+        "for; *kept* is the share that kept its other attributes.\n\n"
         "**Try next**\n"
-        "- `target` in every Steer: `young`\n"
+        "- *target* in every Steer: *young*\n"
         "- another recipe, with one of its classes as target\n"
-        "- `start_percent` 0.3 in Steer: later steps alone change less"
+        "- *start_percent* 0.3 in Steer: later steps alone change less"
     )
     graph.group("Model, recipe and classifier")
     model = load_model(graph)
@@ -66,7 +115,7 @@ def dose_response() -> Graph:
     sampled = [sampler(graph, name, node[0], model[1], latent, 7) for name, node in zip(names, steered, strict=True)]
     graph.column()
     pictures = [graph.add("VAEDecode", None, samples=node[0], vae=model[2]) for node in sampled]
-    measure(graph, "age", "senior", classifier[0], pictures, names, 8, steered[-1][1])
+    measure(graph, "age", "senior", classifier[0], [node[0] for node in pictures], names, 8, steered[-1][1])
     return graph
 
 
@@ -78,45 +127,38 @@ def debias_a_prompt() -> Graph:
         "# One recipe for four prompts\n\n"
         "This small model draws by prompt. It learned that doctors and firefighters look masculine, nurses and "
         "receptionists feminine, and each occupation has its usual age.\n\n"
-        "Press **Run**. For each prompt the same 16 portraits are drawn twice: as the model likes, and with **Steer** "
-        "in front of the sampler, which asks for a fair mix of presentations. A report follows for every prompt. "
-        "Coat, helmet or headset should stay.\n\n"
+        "Press **Run**. For each prompt the same 16 portraits are drawn twice: as the model likes, and behind "
+        "**Debias**, which asks for a fair mix of presentations. A report follows for every prompt. Coat, helmet or "
+        "headset should stay.\n\n"
         "**Try next**\n"
-        "- the recipe `prompted_avatars_age` and `age` in the reports\n"
-        "- other prompts: `portrait of a smiling person`, `an old nurse with glasses`\n"
-        "- another `cfg`, the same in both samplers: more guidance, more bias\n\n"
-        "An attribute is what a classifier sees in a picture, not what a person is."
+        "- the recipe *prompted_avatars_age* in Debias\n"
+        "- other prompts: *portrait of a smiling person*, *an old nurse with glasses*\n"
+        "- another *cfg*, inside *Draw before and after*: more guidance, more bias\n\n"
+        f"{NOT_A_PERSON}"
     )
     graph.group("Model, recipe and classifier")
     model = graph.add("DiffLensLoadPromptedModel", None, model_name="prompted_avatars.safetensors")
-    recipe = graph.add("DiffLensLoadRecipe", None, recipe_name="prompted_avatars_presentation.safetensors")
+    steered = debias(graph, model[0], "prompted_avatars_presentation.safetensors")
     classifier = load_classifier(graph, "prompted_avatars.safetensors")
-    latent = graph.add("EmptyLatentImage", "How many pictures", width=64, height=64, batch_size=16)
-    steered = steer(graph, None, model[0], recipe[0])
-    graph.group("Prompts")
-    empty = graph.add("CLIPTextEncode", "No prompt, to guide away from", text="", clip=model[1])
-    prompts = [graph.add("CLIPTextEncode", job.title(), text=f"portrait of a {job}", clip=model[1]) for job in jobs]
-    graph.group("Draw the same pictures without and with steering")
-    drawn = {}
-    for title, source in (("before", model[0]), ("after", steered[0])):
-        for job, prompt in zip(jobs, prompts, strict=True):
-            name = f"{job.title()}, {title}"
-            drawn[name] = sampler(graph, name, source, prompt[0], latent, 7, empty[0], 2.0)
-        graph.column()
-    pictures = {name: graph.add("VAEDecode", name, samples=node[0], vae=model[2]) for name, node in drawn.items()}
-    graph.group("Look and measure")
-    ordered = [f"{job.title()}, {title}" for job in jobs for title in ("before", "after")]
-    rows = {f"rows.row{i}": pictures[name][0] for i, name in enumerate(ordered)}
-    grid = graph.add("DiffLensCompare", None, **rows, titles="\n".join(ordered), columns=16)
-    graph.add("SaveImage", "Save the comparison", images=grid[0], filename_prefix="difflens/comparison")
+    twice, rows = draw_twice(7, 16, prompted=True), {}
     for job in jobs:
+        graph.group(job.title())
+        prompt = graph.add("CLIPTextEncode", job.title(), text=f"portrait of a {job}", clip=model[1])
+        drawn = graph.add(
+            twice, f"Draw {job}s before and after", model=model[0], steered=steered[0], prompt=prompt[0], clip=model[1],
+            vae=model[2], seed=7, pictures=16,
+        )  # fmt: skip
+        rows |= {f"{job.title()}, before": drawn[0], f"{job.title()}, after": drawn[1]}
         graph.column()
-        before, after = (pictures[f"{job.title()}, {title}"] for title in ("before", "after"))
         report = report_on(
-            graph, job.title(), classifier[0], "presentation", "uniform", before, after, steered[1],
+            graph, f"{job.title()}, measured", classifier[0], "as asked", "as asked", drawn[0], drawn[1], steered[1],
             f"difflens/report {job}",
         )  # fmt: skip
+        graph.column()
         graph.add("PreviewAny", f"{job.title()}: the report in words", source=report[0])
+    graph.group("All side by side")
+    grid = compare(graph, [*rows.values()], [*rows], 16)
+    graph.save("Save the comparison", grid[0], "difflens/comparison")
     return graph
 
 
@@ -132,11 +174,11 @@ def three_attributes_at_once() -> Graph:
         "Three chained **Steer** nodes do it; portraits that already fit stay as they are, to the pixel.\n\n"
         "**Cross Effects** steers by each recipe alone and tells what happens to the other attributes.\n\n"
         "**Try next**\n"
-        "- `target` of Plan Targets, a line for each recipe: `uniform`, `1, 2, 1`, `uniform`\n"
+        "- *target* of Plan Targets, a line for each recipe: *uniform*, *1, 2, 1*, *uniform*\n"
         "- **Calibrate** behind a Load Recipe finds its strengths for your target. It draws 1280 portraits, some "
         "three minutes on two processor cores\n"
         "- another attribute in the report\n\n"
-        "An attribute is what a classifier sees in a picture, not what a person is."
+        f"{NOT_A_PERSON}"
     )
     graph.group("Model, recipes and classifier")
     model = load_model(graph)
@@ -166,7 +208,7 @@ def three_attributes_at_once() -> Graph:
     graph.column()
     after = sampler(graph, "After: steered", steered, model[1], latent, 7)
     after = graph.add("VAEDecode", "Pictures after", samples=after[0], vae=model[2])
-    measure(graph, "skin_tone", "uniform", classifier[0], [before, after], ["Before", "After"], 16, plan[0])
+    measure(graph, "skin_tone", "uniform", classifier[0], [before[0], after[0]], ["Before", "After"], 16, plan[0])
     (report,) = (node for node in graph.nodes if node.type == "DiffLensReport")
     report.inputs["joint_with"] = "presentation, age"
     graph.group("Steer one, watch the others")

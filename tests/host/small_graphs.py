@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 AVATARS = FOLDER.parent / "models" / "avatars"
 # The shipped workflows.
 NAMES = (
+    "00 start DiffLens, fairness and diversity",
     "01 debias the avatars", "02 find the bias features", "03 dose response", "04 debias a prompt",
     "05 paper unconditional", "06 paper Stable Diffusion", "07 three attributes at once", "08 where is it decided",
     "09 which features count", "10 why does it not work", "11 your own model",

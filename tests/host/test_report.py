@@ -103,6 +103,22 @@ def test_a_graph_of_before_these_inputs_reports_as_it_did(server: Server):
     assert numbers["kept"]["age"] >= 0.5 and numbers["pixel_change"] == numbers["changes"]["rmse"] > 0.01
 
 
+def test_it_reports_on_what_was_asked(server: Server):
+    graph = Reported()
+    graph.reported.inputs |= {"attribute": "as asked", "target": "as asked"}
+    (steered,) = (node for node in graph.nodes if node.type == "DiffLensSteer")
+    steered.inputs["target"] = "3, 1"
+    numbers = graph.run(server)[1]
+    assert numbers["attribute"] == "presentation" and numbers["target"] == pytest.approx([0.75, 0.25])
+
+
+def test_without_targets_it_is_not_known_what_was_asked(server: Server):
+    graph = Reported()
+    graph.reported.inputs["attribute"] = "as asked"
+    del graph.reported.inputs["targets"]
+    assert "no targets are connected" in refusal(server, graph)
+
+
 BAD = {
     "counts of another shape": ({"confusion": "9 1\n2 8\n0 0"}, ("confusion counts have 3 lines", "masculine")),
     "counts that are none": ({"confusion": "9 1\n2 x"}, ("line 2 of the confusion counts",)),

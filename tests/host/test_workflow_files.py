@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from graphs import FOLDER, GRAPHS, to_api, to_ui
+from graphs import BLUEPRINTS, FOLDER, GRAPHS, SUBGRAPHS, to_api, to_blueprint, to_ui
 from small_graphs import NAMES, api_file
 
 # What 05, 06 and 11 ask the user to bring, by the input that names it.
@@ -28,53 +28,44 @@ def test_files_are_what_their_description_makes(object_info, make):
     assert api_file(graph.name) == to_api(graph)
 
 
-def widgets_of(info: dict, values: list) -> dict:
-    """Widget values of a node by name, in the order in which ComfyUI makes the widgets."""
-    found, values = {}, iter(values)
-    for kind in ("required", "optional"):
-        for name in info["input_order"].get(kind, []):
-            type_, options = info["input"][kind][name][0], (info["input"][kind][name][1:] or [{}])[0]
-            choices = type_ if isinstance(type_, list) else options.get("options")
-            if choices is None and type_ not in ("INT", "FLOAT", "STRING", "BOOLEAN"):
-                continue
-            found[name] = value = next(values)
-            assert choices is None or value in choices or value in BROUGHT.get(name, ()), name
+@pytest.mark.parametrize("make", SUBGRAPHS)
+def test_blueprints_are_what_their_description_makes_and_are_offered(server, object_info, make):
+    subgraph = make()
+    file = BLUEPRINTS / f"{subgraph.name}.json"
+    assert json.loads(file.read_text(encoding="utf-8")) == to_blueprint(subgraph, object_info)
+    offered = {entry["name"] for entry in json.loads(server.request("/global_subgraphs")).values()}
+    assert subgraph.name in offered
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_is_one_that_can_be_chosen(object_info, name):
+    for node in api_file(name).values():
+        declared = object_info[node["class_type"]]["input"]
+        for key, value in node["inputs"].items():
+            type_, options, *_ = (*(declared.get("required", {}) | declared.get("optional", {})).get(key, ("", {})), {})
+            choices = type_ if isinstance(type_, list) else options.get("options") if type_ == "COMBO" else None
+            assert choices is None or value in choices or value in BROUGHT.get(key, ()), (key, value)
             if type_ in ("INT", "FLOAT"):
-                assert options["min"] <= value <= options["max"], name
-            if options.get("control_after_generate", name in ("seed", "noise_seed")):
-                assert next(values) in ("fixed", "increment", "decrement", "randomize"), name
-    assert next(values, None) is None
-    return found
+                assert options["min"] <= value <= options["max"], (key, value)
+
+
+def size_of(node: dict) -> list[int]:
+    return [node["size"][0], 0] if node["flags"].get("collapsed") else node["size"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_both_formats_hold_the_same_graph(object_info, name):
-    ui, api = ui_file(name), api_file(name)
-    nodes = {str(node["id"]): node for node in ui["nodes"] if node["type"] != "MarkdownNote"}
-    links = {link[0]: link for link in ui["links"]}
-    assert nodes.keys() == api.keys() and len(ui["nodes"]) == len(nodes) + 1
-    for node_id, node in nodes.items():
-        inputs = widgets_of(object_info[node["type"]], node["widgets_values"])
-        for slot, socket in enumerate(node["inputs"]):
-            if socket["link"] is not None:
-                _, origin, origin_slot, target, target_slot, type_ = links[socket["link"]]
-                assert (target, target_slot, type_) == (node["id"], slot, socket["type"])
-                out = nodes[str(origin)]["outputs"][origin_slot]
-                assert socket["link"] in out["links"] and out["type"] == type_ or type_ == "*"
-                inputs[socket["name"]] = [str(origin), origin_slot]
-        assert (node["type"], inputs) == (api[node_id]["class_type"], api[node_id]["inputs"])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_nodes_do_not_overlap_and_links_lead_to_the_right(name):
+def test_a_group_goes_around_its_nodes_and_links_lead_to_the_right(name):
+    """That no node lies on another is seen in the page, which knows their sizes."""
     ui = ui_file(name)
-    boxes = {n["id"]: (n["pos"][0], n["pos"][1] - 30, *np.add(n["pos"], n["size"])) for n in ui["nodes"]}
-    pairs = [(a, b) for a in boxes for b in boxes if a < b]
-    for a, b in pairs:
-        (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = boxes[a], boxes[b]
-        assert ax1 <= bx0 or bx1 <= ax0 or ay1 <= by0 or by1 <= ay0, (a, b)
+    corners = {
+        node["id"]: (node["pos"][0], node["pos"][1] - 30, *np.add(node["pos"], size_of(node))) for node in ui["nodes"]
+    }
     for _, origin, _, target, *_ in ui["links"]:
-        assert boxes[origin][0] <= boxes[target][0]
-    for x0, y0, x1, y1 in boxes.values():
-        inside = [g for g in ui["groups"] if g["bounding"][0] <= x0 and x1 <= g["bounding"][0] + g["bounding"][2]]
-        assert len(inside) == 1 and y1 <= inside[0]["bounding"][3] and y0 >= 0
+        assert corners[origin][0] <= corners[target][0]
+    for x0, y0, x1, y1 in corners.values():
+        around = [
+            box for box in (group["bounding"] for group in ui["groups"]) if box[0] <= x0 and x1 <= box[0] + box[2]
+        ]
+        assert len(around) == 1 and y1 <= around[0][3] and y0 >= 0
+    for group in ui["groups"]:
+        assert len(group["title"]) * 10 <= group["bounding"][2], f"{group['title']} is longer than its group is wide"

@@ -17,7 +17,7 @@ from small_graphs import NAMES, api_file, find, image_of, text_of
 
 from difflens_core.steer import load_recipe
 
-LONG = (NAMES[1], NAMES[8])
+LONG = (NAMES[2], NAMES[9])
 
 
 def runs(*names: str) -> list:
@@ -74,7 +74,7 @@ def batches(prompt: dict) -> set[int]:
     return {prompt[inputs["latent_image"][0]]["inputs"]["batch_size"] for inputs in samplers}
 
 
-@pytest.mark.parametrize(("name", "whole"), runs(*(NAMES[i] for i in (0, 1, 2, 6, 8))))
+@pytest.mark.parametrize(("name", "whole"), runs(*(NAMES[i] for i in (1, 2, 3, 7, 9))))
 def test_a_workflow_makes_its_pictures(server, ran, name, whole):
     prompt, entry = ran(name, whole)
     compare = find(prompt, "DiffLensCompare")
@@ -92,14 +92,14 @@ def test_a_workflow_makes_its_pictures(server, ran, name, whole):
 
 
 def test_the_workflows_for_files_that_are_not_shipped_name_what_is_missing(server):
-    for name, missing in ((NAMES[4], "celebahq_p2.pt"), (NAMES[5], "v1-5-pruned"), (NAMES[10], "v1-5-pruned")):
+    for name, missing in ((NAMES[5], "celebahq_p2.pt"), (NAMES[6], "v1-5-pruned"), (NAMES[11], "v1-5-pruned")):
         with pytest.raises(HostError, match=missing):
             server.run(api_file(name))
 
 
 def test_the_way_to_a_recipe_for_ones_own_model_is_that_of_any(server):
     """The workflow for a checkpoint of one's own, with the avatars at work and their classifier in its place."""
-    prompt, own = smaller(api_file(NAMES[10])), "prompted_avatars.safetensors"
+    prompt, own = smaller(api_file(NAMES[11])), "prompted_avatars.safetensors"
     for node in prompt.values():
         inputs = node["inputs"]
         if node["class_type"] == "CheckpointLoaderSimple":
@@ -125,13 +125,13 @@ def test_the_way_to_a_recipe_for_ones_own_model_is_that_of_any(server):
 
 
 def test_debiasing_brings_the_mix_to_the_target(ran):
-    report = read_report(*ran(NAMES[0]))
+    report = read_report(*ran(NAMES[1]))
     assert report["before"]["fd"] > 0.2 and report["after"]["fd"] < 0.5 * report["before"]["fd"]
     assert report["after"]["success"] >= 0.85
     assert report["kept"]["background"] >= 0.8 and report["kept"]["clothes"] >= 0.8
 
 
-@pytest.mark.parametrize(("name", "whole"), runs(NAMES[1]))
+@pytest.mark.parametrize(("name", "whole"), runs(NAMES[2]))
 def test_features_found_from_scratch_make_a_recipe(server, ran, name, whole):
     prompt, entry = ran(name, whole)
     quality = text_of(entry, find(prompt, "PreviewAny", source=[find(prompt, "DiffLensTrainSAE"), 2]))
@@ -144,12 +144,12 @@ def test_features_found_from_scratch_make_a_recipe(server, ran, name, whole):
 
 
 def test_the_dose_counts(ran):
-    report = read_report(*ran(NAMES[2]))
+    report = read_report(*ran(NAMES[3]))
     assert report["after"]["success"] >= 0.85 > 0.5 > report["before"]["shares"][2]
 
 
 def test_one_recipe_debiases_every_prompt(server, ran):
-    prompt, entry = ran(NAMES[3])
+    prompt, entry = ran(NAMES[4])
     titles = {node.get("_meta", {}).get("title"): node_id for node_id, node in prompt.items()}
     for job in ("Doctor", "Nurse", "Firefighter", "Receptionist"):
         report = numbers_of(entry, titles[job])
@@ -160,7 +160,7 @@ def test_one_recipe_debiases_every_prompt(server, ran):
 
 
 def test_three_attributes_are_balanced_at_once_by_the_fewest_changes(ran):
-    prompt, entry = ran(NAMES[6])
+    prompt, entry = ran(NAMES[7])
     report = read_report(prompt, entry)
     joint = report["after"]["joint"]
     assert len(joint["cells"]) == 24 and joint["fd_hard"] < 0.06 < 0.3 < report["before"]["joint"]["fd_hard"]
@@ -177,7 +177,7 @@ def test_three_attributes_are_balanced_at_once_by_the_fewest_changes(ran):
 
 
 def test_the_scan_tells_where_it_is_decided(server, ran):
-    prompt, entry = ran(NAMES[7])
+    prompt, entry = ran(NAMES[8])
     scan = find(prompt, "DiffLensSiteScan")
     table = text_of(entry, find(prompt, "PreviewAny", source=[scan, 0]))
     rows = [line.split() for line in table.splitlines()[2:] if " + " not in line]
@@ -187,7 +187,7 @@ def test_the_scan_tells_where_it_is_decided(server, ran):
     assert chart.shape == (440, 720, 3) and chart.std() > 10
 
 
-@pytest.mark.parametrize(("name", "whole"), runs(NAMES[8]))
+@pytest.mark.parametrize(("name", "whole"), runs(NAMES[9]))
 def test_few_features_that_count_steer(ran, name, whole):
     prompt, entry = ran(name, whole)
     table = text_of(entry, find(prompt, "PreviewAny", source=[find(prompt, "DiffLensRankByEffect"), 2]))
@@ -198,7 +198,7 @@ def test_few_features_that_count_steer(ran, name, whole):
 
 
 def test_the_diagnosis_calls_out_the_control_alone(server, ran):
-    prompt, entry = ran(NAMES[9])
+    prompt, entry = ran(NAMES[10])
     for recipe, verdict in (("avatars_presentation", "Nothing wrong found."), ("random", "Wrong features: ")):
         (loaded,) = [i for i, n in prompt.items() if recipe in n["inputs"].get("recipe_name", "")]
         node = find(prompt, "DiffLensDiagnose", recipe=[loaded, 0])

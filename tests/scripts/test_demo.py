@@ -27,7 +27,7 @@ def upstream(prompt: dict, node_id: str) -> dict:
 
 
 def recipe_of(prompt: dict) -> str:
-    return prompt[demo.find(prompt, "DiffLensLoadRecipe")]["inputs"]["recipe_name"]
+    return prompt[demo.find(prompt, "DiffLensDebias")]["inputs"]["recipe"]
 
 
 def test_every_attribute_has_its_recipe(workflow):
@@ -44,7 +44,7 @@ def test_the_pictures_before_are_the_same_for_all_so_that_comfyui_draws_them_onc
     for prompt in demo.shipped_runs(workflow, 64).values():
         report = prompt[demo.find(prompt, "DiffLensReport")]
         before.append(upstream(prompt, report["inputs"]["before"][0]))
-        assert "DiffLensSteer" not in {node["class_type"] for node in before[-1].values()}
+        assert "DiffLensDebias" not in {node["class_type"] for node in before[-1].values()}
     assert all(nodes == before[0] for nodes in before)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,32 @@ def opened(
         context.close()
 
 
+@pytest.fixture(scope="session")
+def open_page(browser: Browser) -> Callable[..., AbstractContextManager[tuple[Page, list[str]]]]:
+    """`opened` for tests that want a page of their own."""
+    return partial(opened, browser)
+
+
 @pytest.fixture(scope="module", params=RENDERERS)
-def page(request: pytest.FixtureRequest, browser: Browser, server: Server) -> Iterator[Page]:
+def page_and_console(
+    request: pytest.FixtureRequest, browser: Browser, server: Server
+) -> Iterator[tuple[Page, list[str]]]:
+    with opened(browser, server, {"Comfy.VueNodes.Enabled": RENDERERS[request.param]}) as both:
+        yield both
+
+
+@pytest.fixture(scope="module")
+def page(page_and_console: tuple[Page, list[str]]) -> Page:
     """The page with the pack in it, in each of ComfyUI's two ways to draw nodes."""
-    with opened(browser, server, {"Comfy.VueNodes.Enabled": RENDERERS[request.param]}) as (page, _):
-        yield page
+    return page_and_console[0]
+
+
+@pytest.fixture(scope="module")
+def console(page_and_console: tuple[Page, list[str]]) -> list[str]:
+    """What the page's console has said since it was opened."""
+    return page_and_console[1]
+
+
+@pytest.fixture(scope="module")
+def renderer(page: Page) -> str:
+    return "Vue" if page.evaluate("app.extensionManager.setting.get('Comfy.VueNodes.Enabled')") else "canvas"

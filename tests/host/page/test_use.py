@@ -1,0 +1,157 @@
+"""The pack as a new user meets it: from the templates or a graph of one's own to the first debiased picture."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from graphs import sampler, to_api
+from host import PACK_NAME
+from small_graphs import NAMES, Avatars, latents
+
+PICTURE = "[...document.querySelectorAll('img')].some(image => image.naturalWidth > 200 && image.src.includes('/view'))"
+DRAWN = 180_000  # milliseconds in which a run ends
+STOCK = {  # a graph such as a user has: nothing of ours but the loader of the model
+    "1": {"class_type": "DiffLensLoadPromptedModel", "inputs": {"model_name": "prompted_avatars.safetensors"}},
+    "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "portrait of a doctor", "clip": ["1", 1]}},
+    "3": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 2}},
+    "4": {
+        "class_type": "KSampler",
+        "inputs": {
+            "model": ["1", 0], "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["3", 0], "seed": 7,
+            "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
+        },
+    },
+    "5": {"class_type": "VAEDecode", "inputs": {"samples": ["4", 0], "vae": ["1", 2]}},
+    "6": {"class_type": "PreviewImage", "inputs": {"images": ["5", 0]}},
+}  # fmt: skip
+SLOT = """([type, kind, slot]) => {
+  const node = app.graph.nodes.find(node => node.type === type)
+  const [x, y] = node.getConnectionPos(kind === 'input', node[`${kind}s`].findIndex(one => one.name === slot))
+  const {scale, offset} = app.canvas.ds
+  return [(x + offset[0]) * scale, (y + offset[1]) * scale]
+}"""
+
+
+@pytest.fixture(scope="module")
+def canvas(open_page, server):
+    """A page as it is after a first start, in the way that it draws unless told otherwise."""
+    with open_page(server, {"Comfy.VueNodes.Enabled": False}) as (page, _):
+        page.set_default_timeout(60_000)
+        yield page
+
+
+def fewer(page) -> None:
+    """Two pictures in two steps, so that a run is short; not one of the clicks that are counted."""
+    page.evaluate(
+        """() => { const each = graph => graph.nodes.forEach(node => { if (node.subgraph) each(node.subgraph)
+             for (const widget of node.widgets ?? []) if (['pictures', 'batch_size', 'steps'].includes(widget.name))
+               widget.value = 2 }); each(app.graph) }"""
+    )
+
+
+def open_templates(page) -> None:
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Templates").first.click()
+    page.get_by_text(PACK_NAME, exact=True).first.wait_for()
+
+
+def test_three_clicks_from_the_templates_to_the_first_picture(canvas, shots):
+    open_templates(canvas)
+    canvas.get_by_text(PACK_NAME, exact=True).first.click()  # 1: the pack among the extensions
+    card = canvas.get_by_test_id(f"template-workflow-{NAMES[0]}")
+    card.wait_for()
+    canvas.screenshot(path=str(shots / "templates.png"))
+    card.click()  # 2: the starter
+    canvas.wait_for_function("app.graph.nodes.some(node => node.type === 'DiffLensDebias')")
+    fewer(canvas)
+    canvas.get_by_test_id("queue-button").click()  # 3: Run
+    canvas.wait_for_function(
+        "app.graph.nodes.find(node => node.type === 'DiffLensCompare').imgs?.length", timeout=DRAWN
+    )
+    canvas.screenshot(path=str(shots / "first picture.png"))
+
+
+@pytest.mark.parametrize("query", ["difflens", "fairness", "diversity", "bias"])
+def test_the_templates_are_found(canvas, query):
+    open_templates(canvas)
+    canvas.get_by_role("dialog").get_by_role("textbox").first.fill(query)
+    canvas.get_by_test_id(f"template-workflow-{NAMES[1 if query == 'bias' else 0]}").wait_for()
+    canvas.keyboard.press("Escape")
+
+
+@pytest.mark.parametrize("query", ["gender", "race", "skin", "representation", "inclusive", "same face", "stereotype"])
+def test_the_node_is_found_by_the_words_of_an_artist(canvas, query):
+    canvas.keyboard.press("Escape")
+    canvas.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    canvas.keyboard.type(query)
+    canvas.get_by_test_id("result-item").filter(has_text="Debias").first.wait_for()
+    canvas.keyboard.press("Escape")
+
+
+def test_five_clicks_from_a_graph_of_ones_own_to_the_first_picture(canvas, shots):
+    canvas.keyboard.press("Escape")
+    canvas.evaluate("async graph => { app.loadApiJson(graph, 'mine') }", STOCK)
+    canvas.wait_for_function("app.graph.nodes.length === 6")
+    canvas.evaluate(
+        """() => { let x = 100; for (const node of app.graph.nodes) { node.pos = [x, 600]; x += 430 }
+             app.canvas.ds.scale = 0.55; app.canvas.ds.offset = [60, 100]; app.canvas.setDirty(true, true) }"""
+    )
+    canvas.mouse.dblclick(600, 200)  # 1: the search box
+    canvas.keyboard.type("debias")
+    canvas.get_by_test_id("result-item").filter(has_text="Debias").first.click()  # 2: the node
+    canvas.wait_for_function("app.graph.nodes.some(node => node.type === 'DiffLensDebias')")
+    canvas.mouse.move(400, 200, steps=5)
+    canvas.mouse.click(400, 200)  # 3: where it shall be
+    for origin, target in (
+        (("DiffLensLoadPromptedModel", "output", "MODEL"), ("DiffLensDebias", "input", "model")),  # 4
+        (("DiffLensDebias", "output", "MODEL"), ("KSampler", "input", "model")),  # 5
+    ):
+        (x, y), (to_x, to_y) = (canvas.evaluate(SLOT, list(slot)) for slot in (origin, target))
+        canvas.mouse.move(x, y)
+        canvas.mouse.down()
+        canvas.mouse.move((x + to_x) / 2, (y + to_y) / 2, steps=4)
+        canvas.mouse.move(to_x, to_y, steps=4)
+        canvas.mouse.up()
+    sent = canvas.evaluate("async () => (await app.graphToPrompt()).output")
+    (debias,) = [node_id for node_id, node in sent.items() if node["class_type"] == "DiffLensDebias"]
+    canvas.screenshot(path=str(shots / "own graph.png"))
+    assert sent[debias]["inputs"]["model"] == ["1", 0] and sent["4"]["inputs"]["model"] == [debias, 0]
+
+
+def test_cancel_in_the_page_ends_a_workflow_and_the_server_goes_on(canvas, server):
+    canvas.keyboard.press("Escape")
+    file = json.loads((server.pack / "workflows" / f"{NAMES[3]}.json").read_text(encoding="utf-8"))
+    canvas.evaluate("async file => { await app.loadGraphData(file) }", file)
+    seen = set(json.loads(server.request("/history")))
+    canvas.get_by_test_id("queue-button").click()
+    canvas.wait_for_function(
+        "async () => (await (await fetch('/api/queue')).json()).queue_running.length > 0", timeout=DRAWN
+    )
+    canvas.get_by_role("button", name="Cancel current run").first.click()
+    canvas.wait_for_function(
+        "async () => !(await (await fetch('/api/queue')).json()).queue_running.length", timeout=DRAWN
+    )
+    (entry,) = [entry for id_, entry in json.loads(server.request("/history")).items() if id_ not in seen]
+    assert "execution_interrupted" in [kind for kind, _ in entry["status"]["messages"]], "the run was not cancelled"
+
+    graph = Avatars()
+    unsteered = graph.save(sampler(graph, None, graph.model[0], graph.model[1], graph.latent, 3))
+    assert latents(server, server.run(to_api(graph)), unsteered).std() > 0.1
+
+
+def test_a_workflow_in_app_mode_is_a_form_that_draws(canvas, shots):
+    canvas.keyboard.press("Escape")
+    open_templates(canvas)
+    canvas.get_by_text(PACK_NAME, exact=True).first.click()
+    canvas.get_by_test_id(f"template-workflow-{NAMES[1]}").click()
+    form = canvas.get_by_test_id("linear-widgets")
+    form.wait_for()
+    shown = form.inner_text().split("\n")
+    for label in ("recipe", "mix", "strength", "seed", "pictures"):
+        assert label in shown, f"the form does not ask for {label}: {shown}"
+    fewer(canvas)
+    canvas.screenshot(path=str(shots / "form before.png"))
+    canvas.get_by_test_id("linear-run-button").first.click()
+    canvas.wait_for_function(PICTURE, timeout=DRAWN)
+    canvas.screenshot(path=str(shots / "form.png"))
