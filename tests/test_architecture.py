@@ -15,7 +15,7 @@ HOST |= {"latent_preview", "node_helpers"}
 LIBRARIES = {"torch", "numpy", "scipy", "safetensors", "PIL", "torchvision", "kornia", "diffusers", "torchmetrics"}
 # The rooms of the core from the top down: each may import from those below it, and from the files beside them.
 ROOMS = [
-    "report", "experiments", "steer", "locate", "measure", "classifiers", "sae", "networks", "activations",
+    "report", "experiments", "explore", "steer", "locate", "measure", "classifiers", "sae", "networks", "activations",
 ]  # fmt: skip
 SHARED = ["targets", "deal", "files"]  # from the top down, too
 CORE = sorted(path for path in (ROOT / "difflens_core").rglob("*.py"))

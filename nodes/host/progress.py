@@ -157,9 +157,11 @@ def to_image(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(picture).float().div(255)[None]
 
 
-def drawn(cls: type[io.ComfyNode], image: Tensor, *outputs: Any, text: str | None = None) -> io.NodeOutput:
-    """Outputs of a node that also draws `image` on itself; `text` joins it in the prompt's history."""
-    shown = ui.PreviewImage(image, cls=cls).as_dict()
+def drawn(
+    cls: type[io.ComfyNode], image: Tensor, *outputs: Any, text: str | None = None, **more: Any
+) -> io.NodeOutput:  # fmt: skip
+    """Outputs of a node that also draws `image` on itself; `text` joins it in the prompt's history, with `more`."""
+    shown = ui.PreviewImage(image, cls=cls).as_dict() | more
     if text is not None:
         shown["text"] = (text,)
     return io.NodeOutput(*outputs, ui=shown)
