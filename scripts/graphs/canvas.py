@@ -22,12 +22,14 @@ SIZES = {
     "DiffLensReport": (520, 340),
     "DiffLensSiteScan": (560, 340),
     "DiffLensRankByEffect": (560, 340),
+    "DiffLensExplore": (560, 620),
     "DiffLensCalibrate": (560, 340),
     "DiffLensCrossEffects": (560, 340),
     "DiffLensDiagnose": (760, 480),
     "PreviewAny": (520, 260),
     "The report in words": (520, 700),  # as high as the report beside it
     "SaveImage": (460, 260),
+    "PreviewImage": (460, 300),
 }
 MULTILINE = 80  # extra height of a text box
 COLOURS = ("#3f789e", "#8A8", "#a1309b", "#b58b2a", "#88A", "#b06634")

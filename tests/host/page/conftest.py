@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,12 @@ def opened(
         yield page, said
     finally:
         context.close()
+
+
+@pytest.fixture(scope="session")
+def open_page(browser: Browser, server: Server) -> Callable[[dict], AbstractContextManager[tuple[Page, list[str]]]]:
+    """Opens the page under other settings of ComfyUI."""
+    return partial(opened, browser, server)
 
 
 @pytest.fixture(scope="module", params=RENDERERS)
