@@ -132,6 +132,7 @@ class ExploreFeatures(io.ComfyNode):
         if activations.pictures > PICTURES:
             sentences.append(f"The first {PICTURES} of {activations.pictures} pictures are shown.")
         host.warn(cls, sentences)
+        host.tell(host.node_id(), " ".join([ticked(part, wishes, recipe is not None), *sentences]))
         saved = (save_new(result, save_as),) if save_as.strip() else ()
         return host.drawn(
             cls, sheet, result, table, sheet, text=table, difflens_features=(to_page(found, pictures),),
@@ -194,6 +195,12 @@ def apply(
     return result, sentences
 
 
+def ticked(part: Recipe, wishes: dict[int, Wish], on: bool) -> str:
+    """How many of the features are, in a sentence."""
+    given = [wishes.get(number, Wish()).on for number in part.features.tolist()]
+    return f"{sum(on if own is None else own for own in given)} of {len(given)} features are ticked."
+
+
 def contact_sheet(activity: Activity, found: dict[str, Any], pictures: np.ndarray) -> np.ndarray:
     """The best features' top pictures, lit where they fire, a row each."""
     rows, titles = [], []
@@ -202,7 +209,7 @@ def contact_sheet(activity: Activity, found: dict[str, Any], pictures: np.ndarra
         maps = activity.heat[row] / max(float(activity.peak[row, 0]), 1e-12)
         rows.append(np.stack([lit(pictures[at], heat) for at, heat in zip(feature["top"], maps, strict=True)]))
         best = int(np.argmax(feature["tells"]))
-        tells = f", {found['classes'][best]} {feature['tells'][best]:.2f}" if len(found["classes"]) > 1 else ""
+        tells = f", {found['classes'][best]} {feature['tells'][best]:.2f}" if feature["tells"][best] > 0.5 else ""
         titles.append(f"#{feature['id']} {feature['name']}".rstrip() + tells)
     return image_grid(rows, titles, len(rows[0]))
 

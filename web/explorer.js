@@ -8,12 +8,21 @@ import { dataOf, explorers, NODE } from "./explorer/graph.js";
 
 const STYLE = new URL("./explorer.css", import.meta.url);
 
+function open(id) {
+  const found = explorers().find((own) => own.id === id);
+  if (found) openExplorer(found.node, id);
+}
+
+/** The nodes of the graph as buttons; left alone while they are the same, so that a click meets its button. */
 function listNodes(place) {
-  const found = explorers();
-  const rows = found.map(({ id, node }) =>
-    element("button", { class: "difflens-open", onclick: () => openExplorer(node, id) }, [
-      element("strong", {}, [node.title]),
-      element("span", {}, [dataOf(id) ? `Node ${id}: look at its features` : `Node ${id}: not run yet`]),
+  const found = explorers().map(({ id, node }) => ({ id, title: node.title, seen: Boolean(dataOf(node)) }));
+  const state = JSON.stringify(found);
+  if (place.dataset.state === state) return;
+  place.dataset.state = state;
+  const rows = found.map(({ id, title, seen }) =>
+    element("button", { class: "difflens-open", onclick: () => open(id) }, [
+      element("strong", {}, [title]),
+      element("span", {}, [seen ? `Node ${id}: look at its features` : `Node ${id}: not run yet`]),
     ]),
   );
   const empty = element("p", {}, [
@@ -48,6 +57,7 @@ app.registerExtension({
       tooltip: "Features: look at what Explore Features found",
       type: "custom",
       render: (place) => {
+        delete place.dataset.state;
         refresh = () => listNodes(place);
         refresh();
       },
@@ -55,17 +65,16 @@ app.registerExtension({
         refresh = () => {};
       },
     });
-    api.addEventListener("executed", () => refresh());
-    api.addEventListener("graphChanged", () => refresh());
+    for (const kind of ["executed", "graphChanged"]) {
+      api.addEventListener(kind, () => setTimeout(() => refresh())); // once the page itself has heard of it
+    }
   },
 
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return;
-    const open = () => {
-      const own = explorers().find((found) => found.node === node);
-      openExplorer(node, own?.id ?? String(node.id));
-    };
-    const button = node.addWidget("button", "Explore features…", null, open);
+    const button = node.addWidget("button", "Explore features…", null, () => {
+      open(explorers().find((own) => own.node === node)?.id);
+    });
     button.serialize = false;
   },
 });

@@ -81,7 +81,7 @@ def feature_table(recipe: Recipe, activity: Activity, found: dict[str, Any]) -> 
         feature = found["features"][row]
         best = int(np.argmax(feature["tells"]))
         activities = "".join(f"{value:12.4f}" for value in activity.by_class[row].mean(dim=1).tolist())
-        tells = classes[best] if len(classes) > 1 else "-"
+        tells = classes[best] if feature["tells"][best] > 0.5 else "-"
         group = feature["together"] or "-"
         lines.append(
             f"{'#' + str(feature['id']):>8}  {tells:14.13}{feature['tells'][best]:6.2f}{feature['fires']:9.2%}"

@@ -25,7 +25,7 @@ export function fill(article, card, explorer) {
     onchange: () => change({ on: tick.checked }),
   });
   const name = element("input", {
-    type: "text", class: "name", placeholder: number, maxLength: 80, "aria-label": `Name of feature ${number}`,
+    type: "text", class: "name", placeholder: "name it", maxLength: 80, "aria-label": `Name of feature ${number}`,
     onchange: () => change({ name: name.value.trim() }),
     onkeydown: (event) => event.key === "Enter" && article.focus(),
   });
@@ -43,10 +43,10 @@ export function fill(article, card, explorer) {
   });
   const weight = element("output", {});
   article.replaceChildren(
-    element("header", {}, [tick, name, element("span", { class: "number" }, [number])]),
+    element("header", {}, [tick, element("span", { class: "number" }, [number]), name]),
     strip(card, explorer),
     element("div", { class: "figures" }, [
-      cards.classes.length > 1 ? classBars(card, cards.classes) : "",
+      cards.classes.length > 1 ? classBars(card, cards) : "",
       stepLines(card, cards.classes, cards.progress),
     ]),
     element("p", { class: "facts" }, facts(card, cards)),
@@ -73,16 +73,15 @@ export function setTabStops(article, stop) {
   for (const input of article.querySelectorAll("input")) input.tabIndex = stop ? 0 : -1;
 }
 
-/** The class that a feature tells best, and how well; null where there is one class only. */
-export function speaksFor(card, classes) {
-  if (classes.length < 2) return null;
-  const best = card.tells.indexOf(Math.max(...card.tells));
-  return { best, score: card.tells[best] };
+/** The class that a feature tells best, and how well; null where it tells none, or there is one class only. */
+export function speaksFor(card) {
+  const score = Math.max(...card.tells);
+  return score > 0.5 ? { best: card.tells.indexOf(score), score } : null;
 }
 
 function facts(card, cards) {
   const found = [];
-  const speaks = speaksFor(card, cards.classes);
+  const speaks = speaksFor(card);
   if (speaks) {
     const badge = element("span", {
       class: "badge",

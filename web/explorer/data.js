@@ -57,14 +57,14 @@ export class Cards {
     return this.heat.subarray(first, first + this.cells);
   }
 
-  /** The features that fire at a cell of a shown picture, the most active first: [{card, share}]. */
+  /** The features that fire at a cell of a shown picture: [{card, share}], the largest share first. */
   at(picture, cell) {
     const first = (picture * this.cells + cell) * this.rivals;
     const found = [];
     for (let i = first; i < first + this.rivals; i++) {
       if (this.strength[i]) found.push({ card: this.features[this.places[i]], share: this.strength[i] / 255 });
     }
-    return found;
+    return found.sort((a, b) => b.share - a.share);
   }
 
   /** Where a feature fires in a shown picture, as far as it is among the strongest there: a byte a cell. */

@@ -94,7 +94,7 @@ class Explorer {
   async open() {
     document.body.append(this.dialog);
     this.dialog.showModal();
-    await this.load(dataOf(this.id));
+    await this.load(dataOf(this.node));
   }
 
   close() {
@@ -155,8 +155,8 @@ class Explorer {
     const show = this.filter.value;
     if (show === "ticked" || show === "not ticked") return now.on === (show === "ticked");
     if (show === "named") return Boolean(now.name);
-    const speaks = speaksFor(card, this.cards.classes);
-    return !show.startsWith("speaks for ") || show === `speaks for ${this.cards.classes[speaks.best]}`;
+    const speaks = speaksFor(card);
+    return !show.startsWith("speaks for ") || (speaks && show === `speaks for ${this.cards.classes[speaks.best]}`);
   }
 
   /** Groups as [title, hand-made or not, cards]: those made by hand first, then those that fire together. */
@@ -235,9 +235,9 @@ class Explorer {
   regroup(cards, group) {
     this.choice.set(cards, { group });
     this.changed(cards);
-    const [card] = cards;
     this.arrange();
-    this.focusCard(card);
+    // what was in focus may have moved; whoever clicked elsewhere stays there
+    setTimeout(() => document.activeElement === document.body && this.focusCard(cards[0]));
   }
 
   reset() {

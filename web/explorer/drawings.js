@@ -53,17 +53,17 @@ export function sharp(canvas, width, height) {
 const mean = (numbers) => numbers.reduce((sum, number) => sum + number, 0) / numbers.length;
 
 /** Bars: how active the feature is in each class, on average. */
-export function classBars(card, classes) {
+export function classBars(card, { classes, pictures }) {
   const means = card.activity.map(mean);
   const largest = Math.max(...means, 1e-9);
   return element("div", { class: "bars" }, classes.map((name, number) => {
     const bar = element("span", { class: "bar" });
     bar.style.width = `${(100 * means[number]) / largest}%`;
     bar.style.background = colour(number);
-    const says = `${name}: ${means[number].toPrecision(2)} on average`;
-    return element("div", { class: "row", title: says }, [
+    const says = `${name}: ${means[number].toPrecision(2)} on average of ${pictures[number]} pictures`;
+    return element("div", { class: "row", title: pictures[number] ? says : `No picture shows ${name}.` }, [
       element("span", { class: "label" }, [name]),
-      element("span", { class: "track" }, [bar]),
+      pictures[number] ? element("span", { class: "track" }, [bar]) : element("span", { class: "label" }, ["no picture"]),
     ]);
   }));
 }

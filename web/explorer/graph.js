@@ -1,24 +1,18 @@
 // Explore Features in the graph: which nodes there are, what they were told, and what lies behind them.
 
 import { app } from "../../../scripts/app.js";
-import { api } from "../../../scripts/api.js";
 
 export const NODE = "DiffLensExplore";
 
-const told = new Map(); // what each node last sent, by its id in a run
-
-api.addEventListener("executed", ({ detail }) => {
-  if (detail.output) told.set(String(detail.display_node ?? detail.node), detail.output);
-});
-
-/** What a node sent when it last ran, also before the page was opened on this workflow. */
-export function outputOf(id) {
-  return told.get(id) ?? app.nodeOutputs?.[id];
+/** What a node put out when it last ran, in this workflow. */
+function outputOf(node) {
+  const own = node.graph === (app.rootGraph ?? app.graph);
+  return app.nodeOutputs?.[own ? String(node.id) : `${node.graph.id}:${node.id}`];
 }
 
 /** Where the cards of a node lie, if it was run. */
-export function dataOf(id) {
-  return outputOf(id)?.difflens_features?.[0];
+export function dataOf(node) {
+  return outputOf(node)?.difflens_features?.[0];
 }
 
 /** All Explore Features nodes with their ids in a run, also those in subgraphs. */
@@ -51,12 +45,17 @@ function behind(node) {
 
 const active = (node) => node.mode === 0 || node.mode === undefined;
 
-/** Ids of the nodes behind this one that show pictures: Preview Image if there is one, else all that put out. */
+/** Nodes behind this one that show pictures, by their ids in a run: Preview Image, or if there is none all that put out. */
 export function previews(node, id) {
   const ends = behind(node).filter((found) => active(found) && found.constructor.nodeData?.output_node);
   const plain = ends.filter((found) => found.comfyClass === "PreviewImage");
   const prefix = id.slice(0, id.length - String(node.id).length);
-  return (plain.length ? plain : ends).map((found) => `${prefix}${found.id}`);
+  return new Map((plain.length ? plain : ends).map((found) => [`${prefix}${found.id}`, found]));
+}
+
+/** The pictures that stand on a node. */
+export function imagesOf(node) {
+  return outputOf(node)?.images;
 }
 
 export function widgetOf(node, name) {

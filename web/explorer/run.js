@@ -4,7 +4,7 @@ import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { viewURL } from "./data.js";
 import { element, later } from "./elements.js";
-import { outputOf, previews } from "./graph.js";
+import { imagesOf, previews } from "./graph.js";
 
 const PAUSE = 800; // milliseconds without a change until a preview begins by itself
 
@@ -25,7 +25,7 @@ export class Runs {
 
   build() {
     this.button = element("button", { type: "button", class: "main", onclick: () => this.preview() }, ["Preview"]);
-    this.cancel = element("button", { type: "button", hidden: true, onclick: () => this.stop() }, ["Cancel"]);
+    this.cancel = element("button", { type: "button", hidden: true, onclick: () => this.giveUp() }, ["Cancel"]);
     this.live = element("input", { type: "checkbox", onchange: () => this.live.checked && this.preview() });
     this.bar = element("progress", { max: 1, value: 0, "aria-label": "Progress" });
     this.bar.hidden = true;
@@ -93,8 +93,8 @@ export class Runs {
 
   /** What stands on the preview nodes when the dialog is opened is what later pictures are compared with. */
   takePresent() {
-    for (const id of this.targets()) {
-      const images = outputOf(id)?.images;
+    for (const [id, node] of this.targets()) {
+      const images = imagesOf(node);
       if (images) this.now.set(id, images);
     }
     this.before = new Map(this.now);
@@ -107,7 +107,6 @@ export class Runs {
 
   /** Queue the graph as it is, seeds included, for the sake of some nodes; `name`: to save a copy under. */
   async queue(ids, name = "") {
-    this.button.disabled = true;
     this.cancel.hidden = false;
     this.bar.hidden = false;
     this.bar.removeAttribute("value");
@@ -128,15 +127,20 @@ export class Runs {
   }
 
   async preview() {
-    if (this.held) return;
-    if (this.running) {
+    if (this.held || this.running) {
       this.again = true;
       this.stop();
       return;
     }
-    const ids = this.targets();
+    const ids = [...this.targets().keys()];
     this.hint = ids.length ? "" : "Nothing behind this node shows pictures: put Preview Image behind Steer.";
     await this.queue(ids.length ? ids : [this.explorer.id]);
+  }
+
+  /** Cancel, and draw no more. */
+  giveUp() {
+    this.again = false;
+    this.stop();
   }
 
   /** Cancel our run, which may still wait for others. */
@@ -160,7 +164,7 @@ export class Runs {
 
   end(text, wrong = false) {
     this.running = null;
-    this.button.disabled = false;
+    if (document.activeElement === this.cancel) this.button.focus();
     this.cancel.hidden = true;
     this.bar.hidden = true;
     this.say([text || this.said, this.hint].filter(Boolean).join(" "), wrong);
@@ -181,7 +185,7 @@ export class Runs {
       }
       this.explorer.reload(output.difflens_features?.[0]);
     }
-    if (output.images && this.targets().includes(id)) {
+    if (output.images && this.targets().has(id)) {
       if (!this.before.has(id)) this.before.set(id, this.now.get(id) ?? output.images);
       this.now.set(id, output.images);
       this.draw();

@@ -23,7 +23,7 @@ class Explored(Avatars):
     def __init__(self, recipe: str | None = "avatars_presentation", steps: int = 4) -> None:
         super().__init__(2)
         small, self.latent = self.latent, self.add("EmptyLatentImage", width=64, height=64, batch_size=8)
-        captured, self.latent = self.capture(pictures=24, steps=3), small
+        captured, self.latent = self.capture(pictures=32, steps=4), small
         labels = self.labels(captured)
         given = {"recipe": self.recipe(recipe)} if recipe else {"sae": self.sae()}
         self.explorer = self.add(
@@ -43,17 +43,16 @@ class Explored(Avatars):
 
 def load(page: Page, graph: Explored, name: str) -> None:
     page.evaluate("([graph, name]) => app.loadApiJson(graph, name)", [to_api(graph), name])
-    page.wait_for_function("id => app.graph.getNodeById(id)?.widgets?.length", arg=graph.explorer.id)
+    page.wait_for_function("id => app.graph.getNodeById(id)?.widgets?.length", arg=graph.explorer.id, timeout=PATIENCE)
 
 
 def open_explorer(page: Page) -> Locator:
     """Through the side bar, as a person would."""
-    tab = page.get_by_role("button", name="Features", exact=True).or_(page.locator(".difflens-features-tab-button"))
-    tab.first.click()
+    if not page.locator(".difflens-tab").count():
+        page.get_by_role("button", name="Features: look at").click()
     page.locator(".difflens-open").click()
     dialog = page.locator("dialog.difflens-explorer")
-    expect(dialog).to_be_visible()
-    tab.first.evaluate("button => button.click()")  # the side bar closes again behind the dialog
+    expect(dialog).to_be_visible(timeout=PATIENCE)
     return dialog
 
 
@@ -61,7 +60,7 @@ def run_it(dialog: Locator) -> None:
     """Run the node for its cards, and wait until they are drawn."""
     dialog.get_by_role("button", name="Run it now").click()
     expect(dialog.locator(".card .strip").first).to_be_visible(timeout=PATIENCE)
-    expect(dialog.get_by_role("button", name="Preview")).to_be_enabled(timeout=PATIENCE)
+    expect(dialog.get_by_role("button", name="Cancel")).to_be_hidden(timeout=PATIENCE)
 
 
 def choice(page: Page, graph: Explored) -> dict:
@@ -137,6 +136,7 @@ def test_features_are_ticked_weighed_named_previewed_saved_and_loaded_the_same(p
         page.screenshot(path=shots / f"explorer_{request.node.callspec.id}.png")
 
         # The keys: two more, beside it.
+        card.focus()
         page.keyboard.press("Home")
         for _ in range(2):
             page.keyboard.press("ArrowRight")
@@ -189,7 +189,19 @@ def test_a_preview_is_cancelled_from_the_dialog_and_can_be_drawn_again(page):
     expect(dialog.locator("progress")).to_have_js_property("max", 2000, timeout=PATIENCE)
     dialog.get_by_role("button", name="Cancel").click()
     expect(status(dialog)).to_have_text("Cancelled.", timeout=PATIENCE)
-    expect(dialog.get_by_role("button", name="Preview")).to_be_enabled()
+    expect(dialog.get_by_role("button", name="Cancel")).to_be_hidden()
+    page.keyboard.press("Escape")
+
+
+def test_a_change_draws_by_itself_where_that_is_wished(page):
+    load(page, Explored(), "live")
+    dialog = open_explorer(page)
+    run_it(dialog)
+    dialog.get_by_label("as I change").check()
+    expect(dialog.locator("figure img")).to_have_count(2, timeout=PATIENCE)
+    expect(dialog.get_by_role("button", name="Cancel")).to_be_hidden(timeout=PATIENCE)
+    dialog.get_by_role("button", name="Untick").click()
+    expect(dialog.locator("figure img")).to_have_count(4, timeout=PATIENCE)
     page.keyboard.press("Escape")
 
 
