@@ -4,7 +4,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { element } from "./explorer/elements.js";
 import { openExplorer } from "./explorer/dialog.js";
-import { dataOf, explorers, NODE } from "./explorer/graph.js";
+import { dataOf, explorers, know, NODE } from "./explorer/graph.js";
 
 const STYLE = new URL("./explorer.css", import.meta.url);
 
@@ -69,6 +69,8 @@ app.registerExtension({
       api.addEventListener(kind, () => setTimeout(() => refresh())); // once the page itself has heard of it
     }
   },
+
+  loadedGraphNode: know,
 
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return;

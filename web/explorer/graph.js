@@ -1,13 +1,29 @@
 // Explore Features in the graph: which nodes there are, what they were told, and what lies behind them.
 
 import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
 
 export const NODE = "DiffLensExplore";
 
+const root = () => app.rootGraph ?? app.graph;
+
+/** The node of an id in a run, such as 8, or 5:3 in a subgraph. */
+function nodeOf(id) {
+  let node;
+  for (const part of id.split(":")) node = (node ? node.subgraph : root())?.getNodeById(part);
+  return node;
+}
+
+// Nodes whose outputs are their own. A graph in API format that is dropped onto the page leaves those of the last one
+// under the same numbers.
+const known = new WeakSet();
+export const know = (node) => node && known.add(node);
+api.addEventListener("executed", ({ detail }) => know(nodeOf(String(detail.display_node ?? detail.node))));
+
 /** What a node put out when it last ran, in this workflow. */
 function outputOf(node) {
-  const own = node.graph === (app.rootGraph ?? app.graph);
-  return app.nodeOutputs?.[own ? String(node.id) : `${node.graph.id}:${node.id}`];
+  if (!known.has(node)) return undefined;
+  return app.nodeOutputs?.[node.graph === root() ? String(node.id) : `${node.graph.id}:${node.id}`];
 }
 
 /** Where the cards of a node lie, if it was run. */
@@ -16,7 +32,7 @@ export function dataOf(node) {
 }
 
 /** All Explore Features nodes with their ids in a run, also those in subgraphs. */
-export function explorers(graph = app.rootGraph ?? app.graph, prefix = "") {
+export function explorers(graph = root(), prefix = "") {
   return (graph.nodes ?? []).flatMap((node) => {
     const id = `${prefix}${node.id}`;
     if (node.comfyClass === NODE) return [{ id, node }];

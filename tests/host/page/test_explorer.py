@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 from graphs import to_api
+from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 from small_graphs import Avatars
 
@@ -42,6 +44,7 @@ class Explored(Avatars):
 
 
 def load(page: Page, graph: Explored, name: str) -> None:
+    page.evaluate("document.querySelector('dialog.difflens-explorer')?.close()")  # of a test that failed
     page.evaluate("([graph, name]) => app.loadApiJson(graph, name)", [to_api(graph), name])
     page.wait_for_function("id => app.graph.getNodeById(id)?.widgets?.length", arg=graph.explorer.id, timeout=PATIENCE)
 
@@ -85,7 +88,8 @@ def preview(dialog: Locator) -> list[bytes]:
     expect(dialog.get_by_role("button", name="Cancel")).to_be_hidden(timeout=PATIENCE)
     now = shown_now(dialog)
     assert now and now != before, status(dialog).text_content()
-    return [dialog.page.request.get(address).body() for address in now]
+    files = [dialog.page.request.get(address).body() for address in now]  # which tell of the workflow, too
+    return [Image.open(io.BytesIO(file)).convert("RGB").tobytes() for file in files]
 
 
 @contextmanager
