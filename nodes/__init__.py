@@ -10,6 +10,7 @@ from .classify import ClassifyImages, ZeroShot
 from .debias import Debias
 from .diagnose import Diagnose
 from .explore import RankByEffect, SiteScan
+from .features import ExploreFeatures
 from .judge import JudgeByEye
 from .load import LoadClassifier, LoadFeatures, LoadRecipe, LoadSAE, SaveRecipe
 from .models import LoadModel, LoadPromptedModel
@@ -22,7 +23,7 @@ from .train import TrainSAE
 NODES: list[type[io.ComfyNode]] = [
     Debias, LoadModel, LoadPromptedModel, LoadSAE, LoadFeatures, LoadClassifier, LoadRecipe, SaveRecipe,
     CaptureActivations, LoadActivations, TrainSAE, ClassifyImages, TrainProbes, AttributeFeatures,
-    SiteScan, RankByEffect, Diagnose, ZeroShot,
+    SiteScan, RankByEffect, ExploreFeatures, Diagnose, ZeroShot,
     Calibrate, PlanTargets, CrossEffects, Steer, FairnessReport, CompareImages, JudgeByEye,
     DDIMSigmas, ReferenceSampler, PromptList,
 ]  # fmt: skip

@@ -27,7 +27,8 @@ LIBRARIES = {
 }
 # The rooms of the core from the top down: each may import from those below it, and from the files beside them.
 ROOMS = [
-    "commands", "report", "experiments", "steer", "locate", "measure", "classifiers", "sae", "networks", "activations",
+    "commands", "report", "experiments", "explore", "steer", "locate", "measure", "classifiers", "sae", "networks",
+    "activations",
 ]  # fmt: skip
 SHARED = ["targets", "deal", "files"]  # from the top down, too
 CORE = sorted(path for path in (ROOT / "difflens_core").rglob("*.py"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..activations import Draw
 from ..files import DiffLensError
 from ..locate import contrast
-from ..steer import Recipe, Steering, check_one_site
+from ..steer import Recipe, Steering, check_one_site, of_latents
 from .draw import readings
 
 EFFECTS = ("amplify", "ablate")
@@ -167,9 +167,5 @@ def keep_best(recipe: Recipe, score: Tensor, count: int, ranking: str) -> Recipe
     best = score.topk(min(count, score.shape[1]), dim=1)
     member = torch.zeros_like(recipe.member).scatter_(1, best.indices, best.values > -torch.inf)
     kept = member.any(dim=0)
-    rows = {name: getattr(recipe, name)[kept] for name in ("features", "encoder", "bias", "threshold", "decoder")}
-    others = ("calibration", "weighed")  # what was found for all features together
-    info = {name: value for name, value in recipe.info.items() if name not in others}
-    info["ranking"] = ranking
-    levels = recipe.levels.some(kept)
-    return replace(recipe, **rows, member=member[:, kept], levels=levels, weight=None, info=info)
+    found = of_latents(replace(recipe, member=member, weight=None), kept)
+    return replace(found, info={**found.info, "ranking": ranking, "scores": score.amax(dim=0)[kept].tolist()})

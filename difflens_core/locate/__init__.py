@@ -13,7 +13,7 @@ from .frames import FRAME, FrameProbes, fit_frames, in_frames
 from .gradients import integrated_gradients_of, picture_objective
 from .levels import LEVELS, Labelled, Levels, channel_rows, fit_levels, in_maps, latent_rows
 from .probes import Probes, load_probes, save_probes, train_probes
-from .separation import Separation, measure_separation
+from .separation import Separation, auc, measure_separation, pooled
 
 __all__ = [
     "Attribution",
@@ -26,6 +26,7 @@ __all__ = [
     "Probes",
     "Separation",
     "attribute_features",
+    "auc",
     "balancing_weights",
     "channel_rows",
     "contrast",
@@ -39,6 +40,7 @@ __all__ = [
     "load_probes",
     "measure_separation",
     "picture_objective",
+    "pooled",
     "save_probes",
     "tied",
     "train_probes",

@@ -4,7 +4,7 @@ from .building import build_recipe, recipe_from_features
 from .controls import mean_difference, random_features, with_latents
 from .plans import plan_in_words, plan_moves, planned_targets
 from .recipe_files import as_stored, load_recipe, save_recipe
-from .recipes import MODES, WITHOUT_LEVELS, Recipe, at_dose, check_one_site, joined, with_settings
+from .recipes import MODES, WITHOUT_LEVELS, Recipe, at_dose, check_one_site, joined, of_latents, with_settings
 from .steering import BY_LEVELS, Steering, steerings
 from .weighing import weigh_latents
 
@@ -21,6 +21,7 @@ __all__ = [
     "joined",
     "load_recipe",
     "mean_difference",
+    "of_latents",
     "plan_in_words",
     "plan_moves",
     "planned_targets",

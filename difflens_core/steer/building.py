@@ -57,6 +57,7 @@ def build_recipe(
     frame = fit_frames(activations, whole) if isinstance(activations, FramedActivations) else None
     info = {
         "gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures,
+        "scores": attribution.scores[:, chosen].masked_fill(~member, -torch.inf).amax(dim=0).tolist(),
         "tied": [name for name, (_, of) in others.items() if tied(labels, of)],
     }  # fmt: skip
     return Recipe(

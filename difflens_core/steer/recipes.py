@@ -36,7 +36,8 @@ class Recipe:
     fingerprint of the weights it was made on. map: height and width of the map whose positions they are, None if not
     known. frame: reads where the subject is; then the map is that of its frame, wherever in the picture, see
     `activations.into_frames`. further: recipes of other sites that are steered together with this one, by its settings,
-    see `joined`. info: provenance and figures.
+    see `joined`. info: provenance and figures; "scores": a number for each latent by which they were ranked; "named":
+    names and groups that a person gave to latents, by their numbers.
     """
 
     attribute: str
@@ -149,6 +150,21 @@ def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
 def at_dose(recipe: Recipe, dose: float) -> Recipe:
     """The recipe at `dose` times its own strength."""
     return with_settings(recipe, strength=tuple(dose * own for own in recipe.strength))
+
+
+# What was found for all latents of a recipe together, and says nothing of some of them.
+FOR_ALL = ("calibration", "weighed")
+
+
+def of_latents(recipe: Recipe, kept: Tensor) -> Recipe:
+    """The recipe with some of its latents alone (kept: F booleans)."""
+    rows = {name: getattr(recipe, name)[kept] for name in ("features", "encoder", "bias", "threshold", "decoder")}
+    info = {name: value for name, value in recipe.info.items() if name not in FOR_ALL}
+    if "scores" in info:
+        info["scores"] = [score for score, own in zip(info["scores"], kept.tolist(), strict=True) if own]
+    weight = None if recipe.weight is None else recipe.weight[kept]
+    levels = recipe.levels.some(kept)
+    return replace(recipe, **rows, member=recipe.member[:, kept], levels=levels, weight=weight, info=info)
 
 
 def joined(*recipes: Recipe) -> Recipe:

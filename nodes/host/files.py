@@ -17,7 +17,7 @@ import folder_paths
 
 from ...difflens_core import networks, sae
 from ...difflens_core.activations import INDEX
-from ...difflens_core.files import DiffLensError, difflens_info
+from ...difflens_core.files import DiffLensError, difflens_info, write_whole
 
 MODELS, SAES, CLASSIFIERS, RECIPES = "difflens_models", "difflens_saes", "difflens_classifiers", "difflens_recipes"
 
@@ -215,6 +215,12 @@ def temporary_file(name: str) -> Path:
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name
+
+
+def hand_to_page(name: str, content: bytes) -> dict[str, str]:
+    """Write a file into the temp folder for the page, and return by what `/view` gives it."""
+    write_whole(temporary_file(name), content)
+    return {"filename": name, "subfolder": "", "type": "temp"}
 
 
 register_folders()

@@ -187,10 +187,13 @@ def to_image(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(picture).float().div(255)[None]
 
 
-def drawn(cls: type[io.ComfyNode], image: Tensor, *outputs: Any, **history: str) -> io.NodeOutput:
-    """Outputs of a node that also draws `image` on itself; `history` joins it in the prompt's history."""
+def drawn(cls: type[io.ComfyNode], image: Tensor, *outputs: Any, **more: str | tuple) -> io.NodeOutput:
+    """Outputs of a node that also draws `image` on itself; `more` joins it in the prompt's history, a text as its only
+    item.
+    """
     shown = ui.PreviewImage(image, cls=cls).as_dict()
-    return io.NodeOutput(*outputs, ui=shown | {name: (value,) for name, value in history.items()})
+    told = {name: (value,) if isinstance(value, str) else value for name, value in more.items()}
+    return io.NodeOutput(*outputs, ui=shown | told)
 
 
 @contextmanager

@@ -36,12 +36,14 @@ SIZES = {
     "DiffLensReport": (520, 340),
     "DiffLensSiteScan": (560, 340),
     "DiffLensRankByEffect": (560, 340),
+    "DiffLensExplore": (560, 620),
     "DiffLensCalibrate": (560, 340),
     "DiffLensCrossEffects": (560, 340),
     "DiffLensDiagnose": (760, 480),
     "DiffLensJudge": (400, 120),
     "PreviewAny": (520, 260),
     "The report in words": (520, 700),  # as high as the report beside it
+    "PreviewImage": (460, 300),
 }
 MULTILINE = 80  # extra height of a text box
 LETTER, LINE, PARAGRAPH = 5.4, 15.5, 10  # of a note's text: width, height, what is between two paragraphs

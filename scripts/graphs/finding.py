@@ -97,11 +97,13 @@ def which_features_count() -> Graph:
         "The recipe names 120 features that should carry the presentation. **Rank by Effect** puts that to the test: "
         "it strengthens each of them alone while the same six portraits are drawn, and sees how the class changes. "
         "Few of them turn a portrait alone. The twenty of each class that change it most are kept.\n\n"
+        "**Explore Features** shows those that were kept. Its button opens them as cards: the portraits in which each "
+        "fires most, and where. Untick some, and press *Preview* there: only the pictures beside it are drawn anew.\n\n"
         "Then eight portraits are drawn three times from the same noise: as the model likes, steered to *feminine* by "
-        "all features, and by the third of them that was kept. The report compares the last with the first. What the "
-        "classifier takes for a class may still be half of another, so press the button on **Judge by Eye**: it shows "
-        "the portraits by all and by the best features side by side, not saying which is which. Run again, and the "
-        "report counts what you said.\n\n"
+        "all features, and by the third of them that was kept and ticked. The report compares the last with the first. "
+        "What the classifier takes for a class may still be half of another, so press the button on **Judge by Eye**: "
+        "it shows the portraits by all and by the best features side by side, not saying which is which. Run again, "
+        "and the report counts what you said.\n\n"
         "**Try next**\n"
         "- *features_per_class* in Rank by Effect: 5, 60\n"
         "- *change*: ablate\n"
@@ -120,15 +122,28 @@ def which_features_count() -> Graph:
         pictures=6, features_per_class=20,
     )  # fmt: skip
     graph.add("PreviewAny", "Effect of every feature", source=ranked[2])
+    graph.group("Look at the best, and choose")
+    captured = graph.add(
+        "DiffLensCapture", None, model=model[0], positive=model[1], latent_image=batch[0], vae=model[2], pictures=64,
+        steps=10, sampler_name="euler", scheduler="simple", seed=2, site="middle_block", start_percent=0.0,
+        end_percent=1.0, dtype="float16", save_as="", cfg=1.0, attribute="presentation", per_class=100,
+    )  # fmt: skip
+    labels = graph.add("DiffLensClassify", None, images=captured[1], classifier=classifier[0], attribute="presentation")
+    graph.column()
+    explored = graph.add(
+        "DiffLensExplore", None, activations=captured[0], images=captured[1], recipe=ranked[0], labels=labels[0],
+        choice="", save_as="",
+    )  # fmt: skip
     graph.group("Steer by all and by the best")
     full = steer(graph, "Steer by all", model[0], recipe[0], "feminine")
-    short = steer(graph, "Steer by the best", model[0], ranked[0], "feminine")
+    short = steer(graph, "Steer by the best", model[0], explored[0], "feminine")
     graph.column()
     titles = ["Before", "All features", "The best"]
     models = [model[0], full[0], short[0]]
     drawn = [sampler(graph, name, node, model[1], latent, 7) for name, node in zip(titles, models, strict=True)]
     graph.column()
     pictures = [graph.add("VAEDecode", None, samples=node[0], vae=model[2]) for node in drawn]
+    graph.add("PreviewImage", "What the explorer previews", images=pictures[-1][0])
     judged = graph.add(
         "DiffLensJudge", None, first=pictures[1][0], second=pictures[2][0], names="\n".join(titles[1:]),
         attribute="presentation", save_as="difflens/judgements", seed=0, catch_pairs=0,

@@ -122,7 +122,10 @@ def test_a_recipe_with_fewer_features_is_not_the_one_that_was_calibrated(toys):
     recipe = replace(toys.recipe(), info={"calibration": {"ask": [1, 0, 0]}, "pictures": 3})
     effect = torch.rand(5, 3)
     kept = keep_effective(recipe, Effects(recipe.features, effect, effect, "amplify", 8), 1)
-    assert kept.info == {"pictures": 3, "ranking": "amplify, 8 pictures a feature"}
+    members = effect.masked_fill(~recipe.member.T, -torch.inf).amax(dim=1)
+    scores = members[torch.isin(recipe.features, kept.features)].tolist()
+    assert kept.info["scores"] == pytest.approx(scores)
+    assert kept.info == {"pictures": 3, "ranking": "amplify, 8 pictures a feature", "scores": kept.info["scores"]}
 
 
 def test_only_the_most_effective_members_of_each_class_are_kept(toys):

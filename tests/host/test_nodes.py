@@ -16,7 +16,7 @@ NODES = (
     "LoadModel", "LoadSAE", "LoadFeatures", "LoadClassifier", "LoadRecipe", "SaveRecipe", "Capture", "LoadActivations",
     "TrainSAE", "Classify", "TrainProbes", "Attribute", "SiteScan", "RankByEffect", "Steer", "Report", "Compare",
     "ZeroShot", "DDIMSigmas", "ReferenceSampler", "LoadPromptedModel", "Calibrate", "Plan", "CrossEffects", "Diagnose",
-    "Prompts", "Debias", "Judge",
+    "Prompts", "Debias", "Judge", "Explore",
 )  # fmt: skip
 
 
