@@ -1,5 +1,7 @@
 """Make the pictures of the help pages: every node as ComfyUI's page draws it, in web/docs/<node>.webp.
 
+A page that does not show its picture yet gets it below its heading.
+
     python scripts/make_help_pictures.py
 
 Needs playwright and a Chromium, as the tests of the page do.
@@ -49,6 +51,15 @@ def draw(page: Page, node: str) -> Image.Image:
     return Image.open(io.BytesIO(page.locator(f'[data-node-id="{node_id}"]').first.screenshot())).convert("RGB")
 
 
+def show(node: str) -> None:
+    """Put the picture into the node's help page, if it is not there."""
+    page = FOLDER / f"{node}.md"
+    text = page.read_text(encoding="utf-8")
+    if f"({node}.webp)" not in text:
+        heading, rest = text.split("\n\n", 1)
+        page.write_text(f"{heading}\n\n![The node]({node}.webp)\n\n{rest}", encoding="utf-8")
+
+
 def main() -> None:
     with Server() as server, sync_playwright() as playwright:
         for setting in ("Comfy.TutorialCompleted", "Comfy.VueNodes.Enabled"):
@@ -59,6 +70,7 @@ def main() -> None:
         page.wait_for_function(READY, arg=f"{NODE_PREFIX}Debias", timeout=180_000)
         for node in (name for name in server.object_info() if name.startswith(NODE_PREFIX)):
             save(draw(page, node), FOLDER / f"{node}.webp")
+            show(node)
             print(node)
         browser.close()
 

@@ -60,6 +60,17 @@ def test_links_and_pictures_lead_somewhere(page):
     ]
 
 
+def test_pictures_of_the_help_pages_are_there_and_small():
+    pictures = [(page, path) for page in sorted((ROOT / "web/docs").glob("*.md")) for path, _ in links(page)]
+    missing = [f"{page.name}: {path.name}" for page, path in pictures if not path.exists()]
+    assert not missing
+    assert not [path.name for path in (ROOT / "web/docs").glob("*.webp") if path.stat().st_size > 30_000]
+
+
+def test_every_help_page_has_an_example():
+    assert not [page.name for page in (ROOT / "web/docs").glob("*.md") if "xample" not in text_of(page)]
+
+
 def test_every_page_is_found_from_the_readme_and_leads_back():
     reached, waiting = set(), [README]
     while waiting:

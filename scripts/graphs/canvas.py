@@ -210,54 +210,62 @@ def draw(graph: Graph, object_info: dict) -> tuple[dict[int, dict], list[dict]]:
 
 def item_of(node: Node, order: int, object_info: dict) -> dict:
     """A node of the page without its place and its links."""
-    named = node.type.name if isinstance(node.type, Subgraph) else node.type
+    boxed = isinstance(node.type, Subgraph)
+    named = node.type.name if boxed else node.type
+    width, extra = SIZES.get(node.title) or SIZES.get(named, (WIDTH, 0))
+    width = node.width or width
     item: dict = {
-        "id": node.id, "type": name_based_id(named) if isinstance(node.type, Subgraph) else named, "pos": [0, 0],
-        "size": [0, 0], "flags": {"collapsed": True} if node.folded else {}, "order": order, "mode": 0, "inputs": [],
-        "outputs": [], "properties": {}, "widgets_values": [],
+        "id": node.id, "type": name_based_id(named) if boxed else named, "pos": [0, 0], "size": [0, 0],
+        "flags": {"collapsed": True} if node.folded else {}, "order": order, "mode": 0, "inputs": [], "outputs": [],
+        "properties": {}, "widgets_values": [],
     }  # fmt: skip
     if node.title:
         item["title"] = node.title
-    width, extra = SIZES.get(node.title) or SIZES.get(named, (WIDTH, 0))
-    width = node.width or width
     if node.type == NOTE:
-        item |= {"color": "#432", "bgcolor": "#653", "widgets_values": [node.inputs["text"]]}
-        item["size"] = [width, height_of_note(node.inputs["text"], width)]
-        return item
-    if not isinstance(node.type, Subgraph):
+        text = node.inputs["text"]
+        return item | {
+            "color": "#432", "bgcolor": "#653", "widgets_values": [text], "size": [width, height_of_note(text, width)],
+        }  # fmt: skip
+    if not boxed:
         item["properties"]["Node name for S&R"] = named
         if object_info[named]["python_module"].partition(".")[0] != "custom_nodes":
             item["properties"]["cnr_id"] = "comfy-core"
         else:
             extra += BADGE
-    hidden = []  # widgets that get their value through a link
-    for name, type_, options in declared_inputs(object_info, node):
-        value = node.inputs.get(name)
-        linked = isinstance(value, (Link, Inlet))
-        if not is_widget(type_, options):
-            label = {"label": name.partition(".")[2]} if "." in name else {}
-            item["inputs"].append({"name": name, "type": type_, "link": None, **label})
-            continue
-        if linked or isinstance(node.type, Subgraph):
-            hidden.append({"name": name, "type": type_, "widget": {"name": name}, "link": None})
-        item["widgets_values"].append(
-            value.value if isinstance(value, Inlet) else options.get("default") if linked else value
-        )
-        if options.get("control_after_generate", name in ("seed", "noise_seed")) and not isinstance(
-            node.type, Subgraph
-        ):
-            item["widgets_values"].append(AFTER_SEED)
-        extra += MULTILINE if options.get("multiline") else 0
-    slots = len(item["inputs"])
-    item["inputs"] += hidden
+    sockets, linked, item["widgets_values"], boxes = inputs_of(node, object_info)
+    item["inputs"] = sockets + linked
     item["outputs"] = [
         {"name": name, "type": type_, "links": []} for name, type_ in declared_outputs(object_info, node.type)
     ]
     if missing := models_of(item["widgets_values"]):
         item["properties"]["models"] = missing
-    height = max(slots, len(item["outputs"])) * SLOT + len(item["widgets_values"]) * WIDGET
+    height = max(len(sockets), len(item["outputs"])) * SLOT + len(item["widgets_values"]) * WIDGET + boxes * MULTILINE
     item["size"] = [width, height + extra + PADDING]
     return item
+
+
+def inputs_of(node: Node, object_info: dict) -> tuple[list[dict], list[dict], list, int]:
+    """Sockets, sockets of widgets that can be told by a link, values of the widgets, and how many are boxes of text."""
+    boxed = isinstance(node.type, Subgraph)
+    sockets: list[dict] = []
+    linked: list[dict] = []
+    values: list = []
+    boxes = 0
+    for name, type_, options in declared_inputs(object_info, node):
+        value = node.inputs.get(name)
+        if not is_widget(type_, options):
+            label = {"label": name.partition(".")[2]} if "." in name else {}
+            sockets.append({"name": name, "type": type_, "link": None, **label})
+            continue
+        boxes += bool(options.get("multiline"))
+        if isinstance(value, (Link, Inlet)) or boxed:
+            linked.append({"name": name, "type": type_, "widget": {"name": name}, "link": None})
+        if isinstance(value, (Link, Inlet)):
+            value = value.value if isinstance(value, Inlet) else options.get("default")
+        values.append(value)
+        if options.get("control_after_generate", name in ("seed", "noise_seed")) and not boxed:
+            values.append(AFTER_SEED)
+    return sockets, linked, values, boxes
 
 
 def height_of_note(text: str, width: int) -> int:

@@ -99,13 +99,14 @@ def test_five_clicks_from_a_graph_of_ones_own_to_the_first_picture(canvas, shots
     )
     canvas.mouse.dblclick(600, 200)  # 1: the search box
     canvas.keyboard.type("debias")
-    canvas.get_by_test_id("result-item").filter(has_text="Debias").first.click()  # 2: the node
+    canvas.get_by_test_id("result-item").filter(has_text="Debias").first.wait_for()
+    canvas.keyboard.press("Enter")
     canvas.wait_for_function("app.graph.nodes.some(node => node.type === 'DiffLensDebias')")
     canvas.mouse.move(400, 200, steps=5)
-    canvas.mouse.click(400, 200)  # 3: where it shall be
+    canvas.mouse.click(400, 200)  # 2: where it shall be
     for origin, target in (
-        (("DiffLensLoadPromptedModel", "output", "MODEL"), ("DiffLensDebias", "input", "model")),  # 4
-        (("DiffLensDebias", "output", "MODEL"), ("KSampler", "input", "model")),  # 5
+        (("DiffLensLoadPromptedModel", "output", "MODEL"), ("DiffLensDebias", "input", "model")),  # 3
+        (("DiffLensDebias", "output", "MODEL"), ("KSampler", "input", "model")),  # 4
     ):
         (x, y), (to_x, to_y) = (canvas.evaluate(SLOT, list(slot)) for slot in (origin, target))
         canvas.mouse.move(x, y)
@@ -117,6 +118,13 @@ def test_five_clicks_from_a_graph_of_ones_own_to_the_first_picture(canvas, shots
     (debias,) = [node_id for node_id, node in sent.items() if node["class_type"] == "DiffLensDebias"]
     canvas.screenshot(path=str(shots / "own graph.png"))
     assert sent[debias]["inputs"]["model"] == ["1", 0] and sent["4"]["inputs"]["model"] == [debias, 0]
+    canvas.evaluate(  # the graph is the small model's, and the list begins with another's recipe
+        """() => { const widget = app.graph.nodes.find(node => node.type === 'DiffLensDebias').widgets[0]
+             widget.value = 'prompted_avatars_presentation.safetensors'; widget.callback?.(widget.value) }"""
+    )
+    canvas.evaluate("app.graph.nodes.find(node => node.type === 'PreviewImage').imgs = undefined")
+    canvas.get_by_test_id("queue-button").click()  # 5: Run
+    canvas.wait_for_function("app.graph.nodes.find(node => node.type === 'PreviewImage').imgs?.length", timeout=DRAWN)
 
 
 def test_cancel_in_the_page_ends_a_workflow_and_the_server_goes_on(canvas, server):
