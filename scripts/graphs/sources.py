@@ -4,7 +4,7 @@ from __future__ import annotations
 
 FAIRFACE = "res34_fair_align_multi_7_20190809.pt"
 P2 = "celebahq_p2.pt"
-SD15 = "v1-5-pruned-emaonly.safetensors"
+SD15 = "v1-5-pruned-emaonly-fp16.safetensors"
 YUNET = "yunet_final.pth"
 PAPER = "https://github.com/foundation-model-research/DiffLens"  # the SAEs and features, and how to get them
 
@@ -13,7 +13,7 @@ SOURCES = {
     P2: ("difflens_models", "https://github.com/jychoi118/P2-weighting"),
     SD15: (
         "checkpoints",
-        "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly.safetensors",
+        "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
     ),
     YUNET: ("difflens_classifiers", "https://github.com/kornia/data/raw/main/yunet_final.pth"),
 }

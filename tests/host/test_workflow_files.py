@@ -11,7 +11,7 @@ from small_graphs import NAMES, api_file
 
 # What 05, 06 and 11 ask the user to bring, by the input that names it.
 BROUGHT = {
-    "model_name": {"celebahq_p2.pt"}, "ckpt_name": {"v1-5-pruned-emaonly.safetensors"}, "sae_name": {"p2", "sd15"},
+    "model_name": {"celebahq_p2.pt"}, "ckpt_name": {"v1-5-pruned-emaonly-fp16.safetensors"}, "sae_name": {"p2", "sd15"},
     "face_detector": {"yunet_final.pth"},
     "folder": {"p2/gender", "sd15/age"}, "classifier_name": {"res34_fair_align_multi_7_20190809.pt"},
 }  # fmt: skip
