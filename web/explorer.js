@@ -74,9 +74,8 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return;
-    const button = node.addWidget("button", "Explore features…", null, () => {
-      open(explorers().find((own) => own.node === node)?.id);
-    });
-    button.serialize = false;
+    const shown = () => open(explorers().find((own) => own.node === node)?.id);
+    // Neither in the workflow nor in what is sent to the server.
+    node.addWidget("button", "Explore features…", null, shown, { serialize: false }).serialize = false;
   },
 });

@@ -39,7 +39,7 @@ class Explorer(Avatars):
     def drawn(self, recipe: Link | None = None, **settings: object) -> Node:
         """Latents of two pictures, steered by the recipe to one class."""
         self.latent = self.add("EmptyLatentImage", width=64, height=64, batch_size=2)
-        return self.save(self.draw(self.steer(recipe, target="feminine", **settings)[0] if recipe else None))
+        return self.save(self.draw(self.steer(recipe, **{"target": "feminine", **settings})[0] if recipe else None))
 
 
 def cards_of(server, entry: dict, node) -> dict:
@@ -126,7 +126,7 @@ def test_features_of_an_sae_do_nothing_until_they_are_ticked(server):
     assert len(found["features"]) == 500 and not any(card["on"] for card in found["features"])
     best = max(found["features"], key=lambda card: card["tells"][1])
     ticked = graph.explore({str(best["id"]): {"on": True, "weight": 3.0}}, sae=sae, labels=labels)
-    nodes = [graph.drawn(node, sae=sae) for node in (first[0], ticked[0])] + [graph.drawn()]
+    nodes = [graph.drawn(node, sae=sae, target="uniform") for node in (first[0], ticked[0])] + [graph.drawn()]
     entry = server.run(to_api(graph))
     nothing, one, plain = (latents(server, entry, node) for node in nodes)
     assert torch.equal(nothing, plain) and (one - plain).abs().max() > 0.01

@@ -190,7 +190,7 @@ def test_a_preview_is_cancelled_from_the_dialog_and_can_be_drawn_again(page):
     dialog = open_explorer(page)
     run_it(dialog)
     dialog.get_by_role("button", name="Preview").click()
-    expect(dialog.locator("progress")).to_have_js_property("max", 2000, timeout=PATIENCE)
+    expect(dialog.locator("progress")).to_have_js_property("max", 4000, timeout=PATIENCE)
     dialog.get_by_role("button", name="Cancel").click()
     expect(status(dialog)).to_have_text("Cancelled.", timeout=PATIENCE)
     expect(dialog.get_by_role("button", name="Cancel")).to_be_hidden()

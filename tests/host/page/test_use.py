@@ -98,7 +98,9 @@ def test_five_clicks_from_a_graph_of_ones_own_to_the_first_picture(canvas, shots
              app.canvas.ds.scale = 0.55; app.canvas.ds.offset = [60, 100]; app.canvas.setDirty(true, true) }"""
     )
     canvas.mouse.dblclick(600, 200)  # 1: the search box
-    canvas.keyboard.type("debias")
+    canvas.get_by_role("dialog").get_by_role("combobox").or_(
+        canvas.get_by_role("dialog").get_by_role("textbox")
+    ).first.fill("debias")
     canvas.get_by_test_id("result-item").filter(has_text="Debias").first.wait_for()
     canvas.keyboard.press("Enter")
     canvas.wait_for_function("app.graph.nodes.some(node => node.type === 'DiffLensDebias')")
@@ -160,6 +162,6 @@ def test_a_workflow_in_app_mode_is_a_form_that_draws(canvas, shots):
         assert label in shown, f"the form does not ask for {label}: {shown}"
     fewer(canvas)
     canvas.screenshot(path=str(shots / "form before.png"))
-    canvas.get_by_test_id("linear-run-button").first.click()
+    canvas.get_by_role("button", name="Run", exact=True).last.click()
     canvas.wait_for_function(PICTURE, timeout=DRAWN)
     canvas.screenshot(path=str(shots / "form.png"))
