@@ -122,7 +122,7 @@ def test_two_processes_make_what_one_makes(tmp_path, capsys):
 
 
 def test_a_capture_that_is_cut_off_goes_on(tmp_path):
-    study = study_of(tmp_path / "cut", "avatars", batch=1, steps=100)
+    study = study_of(tmp_path / "cut", "avatars", batch=1, steps=400)
     shards, process = read_study(study).folder / "activations", run("capture", study)
     while not [*shards.glob("shard_*")]:
         assert process.poll() is None, process.communicate()

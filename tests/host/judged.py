@@ -33,7 +33,7 @@ class Pairs(Avatars):
         first, second = self.sides
         self.judge = self.add("DiffLensJudge", first=first[0], second=second[0], **{**inputs, **settings})
         self.reported = report_on(
-            self, None, self.classifier[0], "presentation", "uniform", first, second, None, save_as=""
+            self, None, self.classifier[0], "presentation", "uniform", first[0], second[0], None, save_as=""
         )  # fmt: skip
         del self.reported.inputs["targets"]
         self.reported.inputs["judgements"] = self.judge[0]

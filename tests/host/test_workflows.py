@@ -155,7 +155,7 @@ def test_one_recipe_debiases_every_prompt(server, ran):
     prompt, entry = ran(NAMES[4])
     titles = {node.get("_meta", {}).get("title"): node_id for node_id, node in prompt.items()}
     for job in ("Doctor", "Nurse", "Firefighter", "Receptionist"):
-        report = numbers_of(entry, titles[job])
+        report = numbers_of(entry, titles[f"{job}, measured"])
         assert report["n"] == 16 and report["before"]["fd"] > 0.3 > 0.1 > report["after"]["fd"], job
         assert report["after"]["success"] >= 0.9 and report["kept"]["occupation"] >= 0.9, job
     grid = image_of(server, entry, find(prompt, "SaveImage", images=[find(prompt, "DiffLensCompare"), 0]))

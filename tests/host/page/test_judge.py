@@ -75,7 +75,7 @@ def judge(page: Page, object_info: dict, request) -> tuple[int, str]:
 
 def test_pairs_are_judged_by_keyboard_and_counted(page: Page, server, judge, shots, request):
     node, name = judge
-    path, way = server.output_dir / f"{name}.csv", request.node.callspec.params["page"]
+    path, way = server.output_dir / f"{name}.csv", request.node.callspec.params["page_and_console"]
     press_the_button(page, node)
     page.screenshot(path=shots / f"judge_start_{way}.png")
     page.keyboard.press("Escape")
@@ -171,7 +171,7 @@ def test_nothing_in_the_page_tells_which_picture_is_which(page: Page, judge):
 
 def test_it_can_be_read_in_a_light_theme_and_enlarged(page: Page, judge, shots, request):
     node, _ = judge
-    way = request.node.callspec.params["page"]
+    way = request.node.callspec.params["page_and_console"]
     begin(page, node, "lou")
     page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'light')")
     page.wait_for_timeout(1000)
