@@ -11,19 +11,17 @@ Needs an environment with torch, safetensors and numpy.
 from __future__ import annotations
 
 import argparse
-import gc
-import os
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from difflens_core.activations import open_store  # noqa: E402
 from difflens_core.files import DiffLensError  # noqa: E402
+from difflens_core.processes import own_device, together  # noqa: E402
 from difflens_core.sae import (  # noqa: E402
     Quality,
     TrainingOptions,
@@ -44,18 +42,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def device_of_process() -> str:
-    """Join the others if torchrun started this; returns the device to train on."""
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return device
-
-
 def main() -> None:
-    given = vars(parse())
-    device = device_of_process()
-    leader = not dist.is_initialized() or dist.get_rank() == 0
+    given, device = vars(parse()), own_device()
     options = TrainingOptions(**{option.name: given[option.name] for option in fields(TrainingOptions)})
     train, held_out = hold_out(open_store(given["store"]).activations(given["site"]))
 
@@ -64,15 +52,12 @@ def main() -> None:
             print(f"{step}/{options.steps} loss {float(loss):.4f} held out: {asdict(quality)}", flush=True)
 
     checkpoint = given["out"].with_suffix(".checkpoint")
-    sae = train_sae(train, options, report, checkpoint, held_out if leader else None, device)
-    if leader:
-        info = {**sae.info, "held_out": asdict(measure_sae(sae, held_out))}
-        save_sae(given["out"], replace(sae, info=info))
-        checkpoint.unlink(missing_ok=True)
-    if dist.is_initialized():
-        gc.collect()  # DistributedDataParallel must be gone before its process group, and
-        dist.barrier()  # nobody may leave while another still works.
-        dist.destroy_process_group()
+    with together(device) as leads:
+        sae = train_sae(train, options, report, checkpoint, held_out if leads else None, device)
+        if leads:
+            info = {**sae.info, "held_out": asdict(measure_sae(sae, held_out))}
+            save_sae(given["out"], replace(sae, info=info))
+            checkpoint.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

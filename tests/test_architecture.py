@@ -30,7 +30,7 @@ ROOMS = [
     "commands", "report", "experiments", "explore", "steer", "locate", "measure", "classifiers", "sae", "networks",
     "activations",
 ]  # fmt: skip
-SHARED = ["targets", "deal", "files"]  # from the top down, too
+SHARED = ["targets", "deal", "processes", "files"]  # from the top down, too
 CORE = sorted(path for path in (ROOT / "difflens_core").rglob("*.py"))
 NODES = sorted((ROOT / "nodes").rglob("*.py"))
 

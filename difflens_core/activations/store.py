@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files import METADATA_KEY, DiffLensError, NotWritten, digest, load_tensors, save_tensors, written
+from ..processes import process
 from .captured import Activations
 
 VERSION = 1
@@ -162,15 +163,13 @@ def record(
     return open_store(folder)
 
 
-def process() -> tuple[int, int]:
-    """This process's number and how many there are, under torchrun; else 0 and 1."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def begun_together(folder: Path, index: Index) -> set[int]:
     """What `begin` tells, where one process has made the folder before the others look."""
     rank, processes = process()
-    finished = begin(folder, index) if rank == 0 else set()
+    if rank == 0:
+        finished = begin(folder, index)
+        for leftover in folder.glob(".*.tmp"):  # of a capture that was killed while it wrote
+            leftover.unlink()
     if processes > 1:
         dist.barrier()
     return finished if rank == 0 else begin(folder, index)
@@ -202,9 +201,6 @@ def begin(folder: Path, index: Index) -> set[int]:
             )
     else:
         write_index(folder, index)
-    if process()[0] == 0:
-        for leftover in folder.glob(".*.tmp"):  # of a capture that was killed while it wrote
-            leftover.unlink()
     finished = {number for number in range(index.shards) if shard_path(folder, number).exists()}
     for number in finished:
         read_shard(folder, index, number)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import gc
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from ..files import DiffLensError
+from ..processes import together
 from .console import Console
 from .fairness import run_report, run_steer
 from .finding import run_attribute, run_calibrate, run_capture, run_train
-from .study import Study, read_study
+from .study import read_study
 
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "capture": run_capture, "train": run_train, "attribute": run_attribute, "calibrate": run_calibrate,
@@ -49,28 +44,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@contextmanager
-def together(study: Study) -> Iterator[bool]:
-    """Join the other processes if torchrun started this one; tells whether this is the one that speaks."""
-    if "RANK" not in os.environ:
-        yield True
-        return
-    dist.init_process_group("nccl" if torch.cuda.is_available() and study.device != "cpu" else "gloo")
-    try:
-        yield dist.get_rank() == 0
-        gc.collect()  # DistributedDataParallel must be gone before its process group, and
-        dist.barrier()  # nobody may leave while another still works.
-    finally:
-        dist.destroy_process_group()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     given = vars(parse(arguments))
     command, as_json = given.pop("command"), given.pop("json")
     try:
         study = read_study(given.pop("study"))
-        with together(study) as leads:
+        with together(study.computes_on) as leads:
             console = Console(as_json, leads)
             found = COMMANDS[command](study, console, **given)
             console.figures(found)
@@ -81,7 +61,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"difflens {command}: cut off. Run the same command again, and it goes on.", file=sys.stderr)
         return CUT_OFF
     return MISSED if command == "calibrate" and not found["reached"] else DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict, replace
 from typing import Any
@@ -62,7 +61,7 @@ def run_capture(study: Study, console: Console) -> dict[str, Any]:
 
 def run_train(study: Study, console: Console) -> dict[str, Any]:
     """Train an SAE on the store, under torchrun by several processes, and measure it."""
-    options, device = study.train, device_of(study)
+    options, device = study.train, study.computes_on
     activations = open_store(study.made(STORE, "capture")).activations()
     train, held_out = hold_out(activations)
     console.say(
@@ -75,11 +74,13 @@ def run_train(study: Study, console: Console) -> dict[str, Any]:
         def on_step(step: int, loss: Tensor, quality: Any) -> None:
             progress(step, f"held-out FVU {quality.fvu:.3f}" if quality else "")
 
-        sae = train_sae(train, options, on_step, checkpoint, held_out.part(0, VALIDATION_PICTURES), device)
+        some = held_out.part(0, VALIDATION_PICTURES) if console.leads else None
+        sae = train_sae(train, options, on_step, checkpoint, some, device)
+    if not console.leads:
+        return {}
     quality = asdict(measure_sae(sae.to(device), held_out))
-    if console.leads:
-        save_sae(study.folder / SAE, replace(sae, info={**sae.info, "held_out": quality}))
-        checkpoint.unlink(missing_ok=True)
+    save_sae(study.folder / SAE, replace(sae, info={**sae.info, "held_out": quality}))
+    checkpoint.unlink(missing_ok=True)
     console.say(
         f"on {held_out.pictures} pictures kept out of training: FVU {quality['fvu']:.3f}, L0 {quality['l0']:.1f}, dead "
         f"latents {quality['dead']:.1%}"
@@ -159,10 +160,3 @@ def run_calibrate(study: Study, console: Console) -> dict[str, Any]:
     if weighing:
         console.say(weighing_text(found.info["weighed"]))
     return record | {"strength": list(found.strength)}
-
-
-def device_of(study: Study) -> str:
-    """Where to train: what the study says, or this process's GPU if there is one."""
-    if study.device or not torch.cuda.is_available():
-        return study.device or "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"

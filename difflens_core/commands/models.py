@@ -61,7 +61,7 @@ def pipeline(study: Study, name: str) -> DiffusersSampler:
         raise DiffLensError(f"dtype is {study.dtype!r}, expected one of {', '.join(DTYPES)}.") from None
     except (OSError, ValueError) as error:
         raise DiffLensError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    pipe.to(study.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe.to(study.computes_on)
     network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     prompted = hasattr(pipe, "encode_prompt")
     if network is None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from ..experiments import CalibrationOptions
 from ..files import DiffLensError
+from ..processes import own_device
 from ..sae import TrainingOptions
 
 if sys.version_info >= (3, 11):
@@ -83,6 +84,11 @@ class Study:
     def path(self, name: str) -> Path:
         """A file that the study names, by itself or beside the study's file."""
         return self.file.parent / name
+
+    @property
+    def computes_on(self) -> str:
+        """The device that the study names, or this process's own."""
+        return self.device or own_device()
 
     @property
     def folder(self) -> Path:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..processes import process
 from .autoencoder import SparseAutoencoder
 from .sparse import Active, decode_active, dots, encode_active, threshold_active, top_k_active
 
@@ -59,7 +60,7 @@ class BatchLoss(nn.Module):
             pre = F.linear(rows, self.encoder, self.encoder_bias)
         active = self.encode(rows, batch_top_k(pre, o.k) if o.activation == "batchtopk" else top_k_active(pre, o.k))
         rebuilt = decode_active(active, self.decoder) + self.decoder_bias
-        scale = processes() / total_variance(rows)
+        scale = process()[1] / total_variance(rows)
         loss = F.mse_loss(rebuilt, rows, reduction="sum") * scale
         candidates = dead.nonzero()[:, 0]
         if len(candidates) and o.aux_k:
@@ -80,11 +81,6 @@ class BatchLoss(nn.Module):
             exact = dots(chosen, self.encoder, rows) + self.encoder_bias.detach()[chosen.indices]
             chosen = chosen._replace(values=exact)
         return encode_active(rows, self.encoder, self.encoder_bias, chosen)
-
-
-def processes() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def over_processes(tensor: Tensor, how: str = "SUM") -> Tensor:
@@ -119,7 +115,7 @@ def batch_top_k(pre: Tensor, k: int) -> Active:
 def kth_of_all(values: Tensor, count: int) -> Tensor:
     """The (count x processes)-th largest of the values of all processes."""
     if dist.is_initialized():
-        parts = [torch.empty_like(values) for _ in range(processes())]
+        parts = [torch.empty_like(values) for _ in range(process()[1])]
         dist.all_gather(parts, values)
         values = torch.cat(parts)
-    return values.topk(count * processes()).values[-1]
+    return values.topk(count * process()[1]).values[-1]

@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..activations import Activations
 from ..files import DiffLensError, read_content, written
+from ..processes import process
 from .autoencoder import TENSORS, SparseAutoencoder, fit_normalisation
-from .loss import ACTIVATIONS, PRECISIONS, BatchLoss, TrainingOptions, over_processes, processes
+from .loss import ACTIVATIONS, PRECISIONS, BatchLoss, TrainingOptions, over_processes
 from .quality import Quality, measure_sae
 
 
@@ -31,8 +32,8 @@ def initial_sae(activations: Activations, options: TrainingOptions) -> SparseAut
     for name, known in (("activation", ACTIVATIONS), ("precision", PRECISIONS)):
         if getattr(options, name) not in known:
             raise DiffLensError(f"Train SAE: {name} is {getattr(options, name)!r}, expected one of {', '.join(known)}.")
-    if options.batch % processes():
-        raise DiffLensError(f"Train SAE: a batch of {options.batch} cannot be shared by {processes()} processes.")
+    if options.batch % process()[1]:
+        raise DiffLensError(f"Train SAE: a batch of {options.batch} cannot be shared by {process()[1]} processes.")
     if not 1 <= options.k <= options.latents:
         raise DiffLensError(f"Train SAE: k is {options.k}, expected 1 to {options.latents}, the number of latents.")
     generator = torch.Generator().manual_seed(options.seed)
@@ -62,11 +63,11 @@ def train_sae(
     if checkpoint and checkpoint.exists():
         state.load(checkpoint)
     every = max(1, options.steps // 20)
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank, processes = process()
     file = checkpoint if rank == 0 else None
     try:
         while state.step < options.steps:
-            picks = activations.draw(options.batch, options.seed, state.step)[rank :: processes()]
+            picks = activations.draw(options.batch, options.seed, state.step)[rank::processes]
             loss = state.train_on(training_rows(activations, sae, picks).to(device))
             due = state.step % every == 0 or state.step == options.steps
             on_step(state.step, loss, measure_sae(state.sae(), held_out) if held_out and due else None)
@@ -118,7 +119,7 @@ class State:
             smallest = over_processes(smallest, "MIN")
             self.threshold = torch.lerp(self.threshold, smallest, 1 / min(self.step + 1, 100))
         self.step += 1
-        return over_processes(loss.detach()) / processes()
+        return over_processes(loss.detach()) / process()[1]
 
     def sae(self) -> SparseAutoencoder:
         """The SAE as it is now, on the CPU."""
