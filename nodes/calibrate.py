@@ -33,8 +33,6 @@ from .inputs import guidance_inputs, schedule_inputs, seed_input
 from .sockets import CATEGORY, SAE, Classifier, RecipeSocket, TargetsSocket
 from .steer import check_model
 
-WEIGHED_BY = 256  # pictures at most that tell what the features do
-
 
 class Calibrate(io.ComfyNode):
     @classmethod
@@ -136,7 +134,7 @@ class Calibrate(io.ComfyNode):
         mark = digest(run, host.recipe_mark(recipe), settings, f"{sorted(grey)}", *reads)
         folder = host.temporary_file(f"difflens_calibration_{mark}")
         weights = host.temporary_file(f"difflens_weights_{mark}.safetensors")
-        weighing = min(WEIGHED_BY, options.pictures) if spare_others else 0
+        weighing = options.weighed_by if spare_others else 0
         view, total = host.LiveView(), budget + 2 * weighing
         if weighing:
             recipe = weigh_latents(

@@ -14,10 +14,8 @@ from ..difflens_core.classifiers import (
     frames_of,
     join_readings,
     label_table,
-    other_attributes,
+    labelled,
     parse_prompts,
-    seen,
-    seen_classes,
 )
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.steer import Recipe
@@ -60,12 +58,9 @@ class ClassifyImages(io.ComfyNode):
         classes = classes_of(classifier, attribute)
         report = host.progress_bar(len(images))
         read = classify(classifier, images, report)
-        others = {
-            name: (classifier.attributes[name], seen_classes(seen(read, name)))
-            for name in other_attributes(classifier.attributes, attribute)
-        }
-        frames = frames_of(classifier, images)
-        labels = Labels(attribute, classes, seen_classes(seen(read, attribute)), others, frames)
+        labels = Labels(
+            attribute, classes, *labelled(read, classifier.attributes, attribute), frames_of(classifier, images)
+        )
         return io.NodeOutput(labels, label_table(read, classifier.attributes, attribute))
 
 

@@ -13,6 +13,7 @@ from ..difflens_core.report import loss_chart
 from ..difflens_core.sae import (
     ACTIVATIONS,
     PRECISIONS,
+    VALIDATION_PICTURES,
     Quality,
     TrainingOptions,
     hold_out,
@@ -26,7 +27,6 @@ from .inputs import seed_input
 from .sockets import CATEGORY, SAE, Activations
 
 CHART_EVERY = 50  # steps
-VALIDATION_PICTURES = 32  # of those held out, for the curve drawn during training
 SMALLER = "Take fewer latents, or a smaller batch_size."
 
 

@@ -106,6 +106,16 @@ def other_attributes(attributes: Mapping[str, Any], attribute: str) -> list[str]
     return [name for name in attributes if name != attribute.removesuffix(MISTAKE) and not name.endswith(MISTAKE)]
 
 
+def labelled(
+    read: Mapping[str, Tensor], attributes: Mapping[str, tuple[str, ...]], attribute: str
+) -> tuple[Tensor, dict[str, tuple[tuple[str, ...], Tensor]]]:
+    """The class of every picture (n, or NO_CLASS), and the same of what says something else: its classes, and n."""
+    others = {
+        name: (attributes[name], seen_classes(seen(read, name))) for name in other_attributes(attributes, attribute)
+    }
+    return seen_classes(seen(read, attribute)), others
+
+
 def label_table(read: Mapping[str, Tensor], attributes: Mapping[str, tuple[str, ...]], attribute: str) -> str:
     """CSV with a line a picture: its class and probabilities of `attribute`, what is left out, its other classes."""
     classes, others = attributes[attribute], other_attributes(attributes, attribute)

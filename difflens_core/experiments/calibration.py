@@ -36,6 +36,7 @@ ROUNDS = 4  # strengths tried for every class
 WEAKEST, STRONGEST = 0.2, 3.0  # times the recipe's own strength
 AT_MOST_ONE = ("move", "clamp", "ablate")  # modes in which a strength above 1 counts as 1
 FAILED = 0.97  # mean probability below which a class asked for is said to fail
+WEIGHED_BY = 256  # noises at most that tell what the latents do
 PARTS = 5  # of the budget: unsteered, dose-response, two for the search, fresh noises
 
 
@@ -59,6 +60,11 @@ class CalibrationOptions:
     def pictures(self) -> int:
         """Noises on which the mix is measured."""
         return self.budget // PARTS
+
+    @property
+    def weighed_by(self) -> int:
+        """Noises on which the latents are weighed, where they are (`steer.weigh_latents`)."""
+        return min(WEIGHED_BY, self.pictures)
 
     @property
     def margin(self) -> float:

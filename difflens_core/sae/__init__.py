@@ -13,7 +13,7 @@ from .autoencoder import (
 )
 from .formats import CONFIGS, WEIGHTS, load_any_sae, load_class_features
 from .loss import ACTIVATIONS, PRECISIONS, TrainingOptions
-from .quality import Quality, hold_out, measure_sae
+from .quality import VALIDATION_PICTURES, Quality, hold_out, measure_sae
 from .training import State, initial_sae, learning_rate_share, train_sae, training_bytes
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "SparseAutoencoder",
     "State",
     "TrainingOptions",
+    "VALIDATION_PICTURES",
     "WEIGHTS",
     "fit_normalisation",
     "hold_out",

@@ -10,6 +10,8 @@ from ..activations import Activations
 from ..files import DiffLensError
 from .autoencoder import SparseAutoencoder
 
+VALIDATION_PICTURES = 32  # of those held out, by which training is watched
+
 
 @dataclass(frozen=True)
 class Quality:
