@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..activations import noise_batches
+from ..classifiers import join_readings
 from ..experiments import asked_shares
 from ..files import DiffLensError, digest, write_whole
 from ..measure import measure_changes
@@ -19,8 +21,8 @@ from ..steer import at_dose, load_recipe, steerings
 from ..targets import Targets, parse_target
 from .console import Console
 from .finding import RECIPE
-from .models import open_classifier, open_model
-from .pictures import batches, begin_folder, pictures_in, read_classes, read_picture, save_picture
+from .models import decided_by, open_classifier, open_model
+from .pictures import batches, begin_folder, in_words, read_folder, save_picture
 from .study import Study
 
 BEFORE, AFTER, ASKED = "before", "after", "asked.json"
@@ -29,14 +31,15 @@ BEFORE, AFTER, ASKED = "before", "after", "asked.json"
 def run_steer(study: Study, console: Console) -> dict[str, Any]:
     """Draw pictures as the model draws them and steered, from the same noises."""
     options, model = study.steer, open_model(study)
-    recipe = at_dose(load_recipe(study.made(RECIPE, "attribute")), options.strength)
+    file = study.made(RECIPE, "attribute")
+    recipe = at_dose(load_recipe(file), options.strength)
     if not model.owns(recipe.model):
         console.say(f"the recipe was made on other weights than those of {study.model}; it may do anything.")
     shares = asked_shares(recipe, parse_target(study.target, recipe.classes))
     targets = Targets(recipe.attribute, recipe.classes, tuple(shares.tolist()), options.seed)
     edits = {BEFORE: [], AFTER: steerings(recipe, targets.of)}
-    settings = {"pictures": options.pictures, "seed": options.seed, "shape": list(model.shape), **model.info}
-    steered = {"recipe": digest(repr(recipe.info), recipe.model, repr(recipe.strength)), "target": study.target}
+    settings = {"pictures": options.pictures, "seed": options.seed, **decided_by(model)}
+    steered = {"recipe": digest(file.read_bytes()), "strength": options.strength, "target": study.target}
     console.say(f"draws {options.pictures} pictures twice into {study.folder / BEFORE} and {study.folder / AFTER}")
     with console.progress(2 * options.pictures, "pictures") as progress:
         done = 0
@@ -59,38 +62,36 @@ def run_report(study: Study, console: Console, before: Path | None = None, after
     """Read two folders of pictures, those that steer drew if none are given, and say how fair they are."""
     asked = None if before or after else study.made(ASKED, "steer")
     folders = [before or study.folder / BEFORE, *([after or study.folder / AFTER] if after or not before else [])]
-    paths = [pictures_in(folder) for folder in folders]
-    if len({len(found) for found in paths}) > 1:
-        raise DiffLensError(
-            f"{folders[0]} holds {len(paths[0])} pictures, {folders[1]} {len(paths[1])}; they are compared by pairs."
-        )
+    pictures = [read_folder(folder) for folder in folders]
+    if len({found.shape for found in pictures}) > 1:
+        told = ", ".join(f"{folder} {in_words(found)}" for folder, found in zip(folders, pictures, strict=True))
+        raise DiffLensError(f"{told}; they are compared by pairs. Give as many pictures of one size.")
     classifier, classes = open_classifier(study)
     question = Question(study.attribute, classifier.attributes, parse_target(study.target, classes))
-    with console.progress(sum(map(len, paths)), "pictures") as progress:
+    with console.progress(sum(map(len, pictures)), "pictures") as progress:
+        parts: list[list[dict[str, Tensor]]] = []
         done = 0
-
-        def on_pictures(more: int) -> None:
-            nonlocal done
-            done += more
-            progress(done)
-
-        read = [read_classes(classifier, found, study.batch, on_pictures) for found in paths]
+        for found in pictures:
+            parts.append([])
+            for batch in batches(found, study.batch):
+                parts[-1].append(classifier.classify(batch))
+                progress(done := done + len(batch))
+    read = [join_readings(part) for part in parts]
     assigned = np.array(json.loads(asked.read_text(encoding="utf-8"))["asked"]) if asked else None
     numbers = summary(question, read[0], read[1] if len(read) > 1 else None, assigned)
-    size = read_picture(paths[0][0]).shape
-    numbers |= {"size": (size[1], size[0])}
-    if len(paths) == 2:
-        whole = [torch.cat([*batches(found, study.batch)]) for found in paths]
-        changes = measure_changes(whole[0], whole[1])
+    numbers |= {"size": (pictures[0].shape[2], pictures[0].shape[1])}
+    if len(pictures) == 2:
+        first, second = (torch.from_numpy(found).float() / 255 for found in pictures)
+        changes = measure_changes(first, second)
         numbers |= {"changes": changes, "pixel_change": changes["rmse"]}
-    write_report(study, numbers, paths)
+    write_report(study, numbers, pictures)
     console.say(report_text(numbers))
     return numbers
 
 
-def write_report(study: Study, numbers: dict[str, Any], paths: list[list[Path]]) -> None:
+def write_report(study: Study, numbers: dict[str, Any], pictures: list[np.ndarray]) -> None:
     """The page and the figures of a report, into the study's folder."""
-    first, *others = (np.stack([read_picture(path) for path in some[:SHOWN]]) for some in paths)
+    first, *others = (found[:SHOWN] for found in pictures)
     page = report_page(numbers, share_chart(numbers), first, others[0] if others else None, time.strftime("%Y-%m-%d"))
     write_whole(study.folder / "report.html", page.encode())
     write_whole(study.folder / "report.json", json.dumps(numbers, indent=1, default=list).encode())

@@ -10,21 +10,19 @@ import torch
 from torch import Tensor
 
 from ..activations import DTYPES, Drawer, capture, noise_batches, open_store
-from ..classifiers import frames_of, join_readings, other_attributes, seen, seen_classes
+from ..classifiers import frames_of, join_readings, labelled, seen
 from ..experiments import Doses, calibrate
 from ..files import DiffLensError, digest
 from ..locate import attribute_features, balancing_weights, in_frames, train_probes
 from ..report import calibration_text, ranking_table, weighing_text
-from ..sae import hold_out, load_sae, measure_sae, save_sae, train_sae
+from ..sae import VALIDATION_PICTURES, hold_out, load_sae, measure_sae, save_sae, train_sae
 from ..steer import as_stored, build_recipe, load_recipe, save_recipe, weigh_latents
 from ..targets import parse_target
 from .console import Console
-from .models import open_classifier, open_model
+from .models import decided_by, open_classifier, open_model
 from .study import Study
 
 STORE, SAE, FOUND, RECIPE = "activations", "sae.safetensors", "found.safetensors", "recipe.safetensors"
-VALIDATION_PICTURES = 64  # pictures on which training measures the SAE as it goes
-WEIGHED_BY = 256  # pictures at most that tell what the features do
 
 
 def run_capture(study: Study, console: Console) -> dict[str, Any]:
@@ -105,12 +103,8 @@ def run_attribute(study: Study, console: Console) -> dict[str, Any]:
             read.append(classifier.classify(pictures))
             frames.append(frames_of(classifier, pictures))
             progress(sum(len(next(iter(part.values()))) for part in read))
-    seen_all, found_frames = join_readings(read), None if frames[0] is None else torch.cat(frames)  # type: ignore[arg-type]
-    labels = seen_classes(seen(seen_all, study.attribute))
-    others = {
-        name: (classifier.attributes[name], seen_classes(seen(seen_all, name)))
-        for name in other_attributes(classifier.attributes, study.attribute)
-    }
+    found_frames = None if frames[0] is None else torch.cat(frames)  # type: ignore[arg-type]
+    labels, others = labelled(join_readings(read), classifier.attributes, study.attribute)
     activations = in_frames(activations, found_frames, sae)
     weights = balancing_weights(labels, [indices for _, indices in others.values()])
     with console.progress(3 * steps, "steps") as progress:
@@ -134,12 +128,15 @@ def run_calibrate(study: Study, console: Console) -> dict[str, Any]:
     """Find the strengths with which the recipe meets the target, by drawing pictures."""
     options, model = study.calibrate, open_model(study)
     classifier, classes = open_classifier(study)
-    recipe = load_recipe(study.made(FOUND, "attribute"))
+    found_file = study.made(FOUND, "attribute")
+    recipe = load_recipe(found_file)
     target = parse_target(study.target, classes)
-    weighing = min(WEIGHED_BY, options.pictures) if study.spare_others else 0
+    weighing = options.weighed_by if study.spare_others else 0
     console.say(f"draws {options.budget + 2 * weighing} pictures at most to meet {study.target}")
     noise = next(noise_batches(model.shape, 2 * options.pictures, options.seed, 2 * options.pictures))
-    mark = digest(repr(options), study.target, recipe.model, repr(recipe.info), repr(model.info))
+    readers = [study.path(name).read_bytes() for name in (study.classifier, study.face_detector) if name]
+    settings = f"{options}{study.target}{decided_by(model)}"
+    mark = digest(settings, found_file.read_bytes(), *readers)
     folder, weights = study.folder / f"calibration_{mark}", study.folder / f"weights_{mark}.safetensors"
     with console.progress(options.budget + 2 * weighing, "pictures") as progress:
         if weighing:

@@ -39,6 +39,11 @@ def open_classifier(study: Study) -> tuple[ImageClassifier, tuple[str, ...]]:
     return classifier, classifier.attributes[study.attribute]
 
 
+def decided_by(model: Sampler) -> dict[str, Any]:
+    """All that decides a picture besides its noise and edits, JSON-able: tells whether one that is there is current."""
+    return {"model": model.fingerprint, "progress": list(model.progress), "shape": list(model.shape), **model.info}
+
+
 def avatars(study: Study, path: Path) -> DenoiserSampler:
     """A denoiser that the pack ships, prompted or not."""
     size = (study.size[0], study.size[1]) if study.size else None

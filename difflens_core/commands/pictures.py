@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..classifiers import ImageClassifier, join_readings
 from ..files import DiffLensError, write_whole
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -55,24 +54,22 @@ def read_picture(path: Path) -> np.ndarray:
         raise DiffLensError(f"{path} cannot be read as a picture ({error}). Take it out, or draw it again.") from error
 
 
-def batches(paths: list[Path], size: int) -> Iterator[Tensor]:
-    """The pictures in [0, 1] (B x H x W x 3), at most `size` at once, those of a batch of one height and width."""
-    some: list[np.ndarray] = []
-    for path in paths:
-        picture = read_picture(path)
-        if some and (some[0].shape != picture.shape or len(some) == size):
-            yield torch.from_numpy(np.stack(some)).float() / 255
-            some = []
-        some.append(picture)
-    yield torch.from_numpy(np.stack(some)).float() / 255
+def read_folder(folder: Path) -> np.ndarray:
+    """All pictures of a folder (n x H x W x 3, uint8). Raises `DiffLensError` if they are not of one size."""
+    paths = pictures_in(folder)
+    found = [read_picture(path) for path in paths]
+    for path, picture in zip(paths, found, strict=True):
+        if picture.shape != found[0].shape:
+            sizes = " and ".join(f"{one.shape[1]} x {one.shape[0]}" for one in (found[0], picture))
+            raise DiffLensError(f"{folder} holds pictures of {sizes} ({path.name}). Give pictures of one size.")
+    return np.stack(found)
 
 
-def read_classes(
-    classifier: ImageClassifier, paths: list[Path], size: int, on_pictures: Callable[[int], None]
-) -> dict[str, Tensor]:
-    """What the classifier reads off pictures; on_pictures is told how many more were read."""
-    parts = []
-    for batch in batches(paths, size):
-        parts.append(classifier.classify(batch))
-        on_pictures(len(batch))
-    return join_readings(parts)
+def in_words(pictures: np.ndarray) -> str:
+    return f"holds {len(pictures)} pictures of {pictures.shape[2]} x {pictures.shape[1]}"
+
+
+def batches(pictures: np.ndarray, size: int) -> Iterator[Tensor]:
+    """Pictures (n x H x W x 3, uint8) in [0, 1], at most `size` at once."""
+    for some in torch.from_numpy(pictures).split(size):
+        yield some.float() / 255

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -152,6 +153,15 @@ def test_pictures_that_were_drawn_by_other_settings_are_drawn_anew(tmp_path, cap
     study.write_text(study.read_text().replace("[steer]", "[steer]\nstrength = 2"))
     figures(capsys, "steer", study)
     assert times("before") == before and not set(times("after")) & set(after)
+    before, after = times("before"), times("after")
+    study.write_text(study.read_text().replace("steps = 3", "steps = 4"))
+    figures(capsys, "steer", study)
+    assert not set(times("before")) & set(before) and not set(times("after")) & set(after)
+    before, after = times("before"), times("after")
+    study.write_text(study.read_text().replace("features_per_class = 8", "features_per_class = 2"))
+    figures(capsys, "attribute", study)
+    figures(capsys, "steer", study)
+    assert times("before") == before and not set(times("after")) & set(after)
 
 
 def test_what_does_not_fit_is_said_in_one_sentence(tmp_path, capsys):
@@ -175,3 +185,17 @@ def test_what_does_not_fit_is_said_in_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["captur", str(study)])
     assert stopped.value.code == 2
+
+
+def test_pictures_that_cannot_be_compared_are_named(tmp_path, capsys):
+    study = study_of(tmp_path / "sizes", "avatars")
+    for name, sizes in (("a", (16, 16)), ("b", (16,)), ("c", (16, 20))):
+        (tmp_path / name).mkdir()
+        for number, size in enumerate(sizes):
+            Image.new("RGB", (size, 16)).save(tmp_path / name / f"{number}.png")
+    for folders, said in (
+        ("ab", "a holds 2 pictures of 16 x 16, .*b holds 1 pictures of 16 x 16; they are compared by pairs"),
+        ("ac", "c holds pictures of 16 x 16 and 20 x 16 .1.png.. Give pictures of one size"),
+    ):
+        assert main(["report", str(study), *(str(tmp_path / name) for name in folders)]) == 1
+        assert re.search(said, capsys.readouterr().err)
