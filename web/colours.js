@@ -10,6 +10,7 @@ const COLOURS = {
   DIFFLENS_PROBES: "#6f9fd8",
   DIFFLENS_RECIPE: "#7cae4e",
   DIFFLENS_TARGETS: "#d8664b",
+  DIFFLENS_JUDGEMENTS: "#b0a35a",
 }
 
 app.registerExtension({

@@ -2,7 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { element } from "./explorer/elements.js";
+import { element } from "./elements.js";
 import { openExplorer } from "./explorer/dialog.js";
 import { dataOf, explorers, know, NODE } from "./explorer/graph.js";
 

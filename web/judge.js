@@ -4,6 +4,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { element } from "./elements.js";
 
 const NODE = "DiffLensJudge";
 const NAME = "DiffLens.judge"; // where the browser keeps the judge's name
@@ -39,12 +40,6 @@ const STYLE = `
 .difflens-judge [role=alert] { text-align: center; color: var(--error-text, #ff6b6b); min-height: 1.5em; }
 `;
 
-function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-}
-
 async function ask(run, options = {}, query = "") {
   const reply = await api.fetchApi(`/difflens/judging/${encodeURIComponent(run)}${query}`, options);
   const found = await reply.json();
@@ -55,7 +50,7 @@ async function ask(run, options = {}, query = "") {
 class Judge {
   constructor(run) {
     this.run = run;
-    this.dialog = element("dialog", { className: "difflens-judge", ariaLabel: "Judge by Eye" });
+    this.dialog = element("dialog", { class: "difflens-judge", "aria-label": "Judge by Eye" });
     this.alert = element("div", { role: "alert" });
     this.dialog.addEventListener("keydown", (event) => this.key(event));
     this.dialog.addEventListener("close", () => this.dialog.remove());
@@ -86,11 +81,11 @@ class Judge {
     this.pairs = null;
     if (!this.run) {
       const words = "Run the graph first: then there are pictures to judge.";
-      return this.show([element("h1", {}, "Judge by Eye")], element("p", { className: "words" }, words));
+      return this.show([element("h1", {}, "Judge by Eye")], element("p", { class: "words" }, words));
     }
     this.show(
       [element("h1", {}, "Judge by Eye")],
-      element("form", { className: "words", onsubmit: begin },
+      element("form", { class: "words", onsubmit: begin },
         element("p", {}, "You will see pictures in pairs. Say of each pair which picture looks better, and what differs."),
         element("p", {}, "Keys: ← → choose a picture, = or the space bar says that neither is better, the numbers say ",
           "what differs, Enter goes on, Backspace goes back. Each pair is kept as soon as you go on, so you may stop at ",
@@ -138,12 +133,12 @@ class Judge {
       return button;
     });
     this.show(
-      [element("span", { ariaLive: "polite" }, `Pair ${this.place + 1} of ${total}, ${done} judged`),
-        element("progress", { max: total, value: done, ariaLabel: "judged" })],
-      element("div", { className: "pictures" }, ...pictures),
+      [element("span", { "aria-live": "polite" }, `Pair ${this.place + 1} of ${total}, ${done} judged`),
+        element("progress", { max: total, value: done, "aria-label": "judged" })],
+      element("div", { class: "pictures" }, ...pictures),
       this.question("Which looks better?", answers),
       this.question("What differs between them? Choose all that do.", kinds),
-      element("div", { className: "answers" },
+      element("div", { class: "answers" },
         this.button(() => this.back(), "Back ", element("kbd", {}, "Backspace")),
         this.button(() => this.save(), "Next ", element("kbd", {}, "Enter"))),
     );
@@ -167,7 +162,7 @@ class Judge {
   }
 
   question(text, buttons) {
-    return element("fieldset", {}, element("legend", {}, text), element("div", { className: "answers" }, ...buttons));
+    return element("fieldset", {}, element("legend", {}, text), element("div", { class: "answers" }, ...buttons));
   }
 
   button(action, ...children) {
@@ -236,8 +231,8 @@ class Judge {
       return this.pair();
     }
     this.show(
-      [element("h1", { ariaLive: "polite" }, `All ${total} pairs judged`)],
-      element("div", { className: "words" },
+      [element("h1", { "aria-live": "polite" }, `All ${total} pairs judged`)],
+      element("div", { class: "words" },
         element("p", {}, "Thank you. Close this and run the graph again: the report then counts what you said."),
         this.button(() => this.back(), "Back ", element("kbd", {}, "Backspace"))),
     );

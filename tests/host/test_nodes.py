@@ -46,6 +46,12 @@ def test_help_comes_in_whatever_language_the_page_asks_for(server):
         server.request(f"/extensions/{PACK_NAME}/docs/DiffLensNothing/en.md")
 
 
+def test_each_type_of_ours_has_a_colour_in_the_page(server, object_info):
+    outputs = {kind for node in object_info.values() for kind in node["output"] if str(kind).startswith("DIFFLENS_")}
+    coloured = server.request(f"/extensions/{PACK_NAME}/colours.js").decode()
+    assert "DIFFLENS_RECIPE" in outputs and not [kind for kind in outputs if f"{kind}:" not in coloured]
+
+
 def test_seeds_stay_as_they_are_from_run_to_run(object_info):
     """ComfyUI makes a seed random after every run unless it is told otherwise: every run would deal and train anew."""
     seeds = {

@@ -1,7 +1,7 @@
 // One feature as a card.
 
 import { classBars, colour, drawLit, sharp, stepLines } from "./drawings.js";
-import { element, percent } from "./elements.js";
+import { element, percent } from "../elements.js";
 
 const COLUMNS = 3;
 const TILE = 96; // CSS pixels of a picture's width on the canvas

@@ -3,7 +3,7 @@
 import { fill, makeCard, setTabStops, speaksFor } from "./card.js";
 import { Choice } from "./choice.js";
 import { readCards } from "./data.js";
-import { element, later } from "./elements.js";
+import { element, later } from "../elements.js";
 import { dataOf, noteChange } from "./graph.js";
 import { Lens } from "./lens.js";
 import { Runs } from "./run.js";

@@ -1,6 +1,6 @@
 // What is drawn on a card: pictures that are lit where the feature fires, bars by class, lines over the steps.
 
-import { drawing, element } from "./elements.js";
+import { drawing, element } from "../elements.js";
 
 // As in the charts (Okabe & Ito 2008).
 export const COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C8C8C", "#B39B00"];

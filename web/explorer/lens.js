@@ -1,7 +1,7 @@
 // What fires under the pointer: the features, how much, and where else in the same picture each of them fires.
 
 import { drawLit, sharp } from "./drawings.js";
-import { element, percent } from "./elements.js";
+import { element, percent } from "../elements.js";
 
 const SMALL = 56;
 const LARGE = 150;

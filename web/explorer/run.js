@@ -3,7 +3,7 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { viewURL } from "./data.js";
-import { element, later } from "./elements.js";
+import { element, later } from "../elements.js";
 import { imagesOf, previews } from "./graph.js";
 
 const PAUSE = 800; // milliseconds without a change until a preview begins by itself

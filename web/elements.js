@@ -2,13 +2,13 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** An element with attributes, `on...` listeners and children: elements or text. */
-export function element(tag, attributes = {}, children = []) {
+/** An element with attributes, `on...` listeners and children: elements or text, or lists of them. */
+export function element(tag, attributes = {}, ...children) {
   return filled(document.createElement(tag), attributes, children);
 }
 
 /** The same for a drawing. */
-export function drawing(tag, attributes = {}, children = []) {
+export function drawing(tag, attributes = {}, ...children) {
   return filled(document.createElementNS(SVG, tag), attributes, children);
 }
 
@@ -19,7 +19,7 @@ function filled(made, attributes, children) {
     else if (name === "value") made.value = value;
     else made.setAttribute(name, value);
   }
-  made.append(...children);
+  made.append(...children.flat());
   return made;
 }
 
