@@ -32,6 +32,7 @@ NODES: list[type[io.ComfyNode]] = [
 class DiffLensExtension(ComfyExtension):
     async def on_load(self) -> None:
         host.serve_help()
+        host.serve_judging()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

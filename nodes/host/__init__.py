@@ -32,7 +32,7 @@ from .files import (
     times_missed,
 )
 from .help import serve_help
-from .judging import begin_judging, judgement_file
+from .judging import begin_judging, judgement_file, serve_judging
 from .marks import (
     belongs,
     content_mark,
@@ -131,6 +131,7 @@ __all__ = [
     "reference_sampler",
     "run_mark",
     "serve_help",
+    "serve_judging",
     "site_width",
     "tell",
     "some_sites",

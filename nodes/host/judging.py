@@ -89,6 +89,11 @@ def begin_judging(
     return run
 
 
+def sides_of(first_left: bool) -> dict[str, str]:
+    """Which pictures are on which side."""
+    return {LEFT: FIRST, RIGHT: SECOND} if first_left else {LEFT: SECOND, RIGHT: FIRST}
+
+
 def pairs_for(run: Judging, judge: str) -> dict[str, Any]:
     """The pairs in the order for a judge, with what that judge said before."""
     said = {
@@ -96,7 +101,7 @@ def pairs_for(run: Judging, judge: str) -> dict[str, Any]:
     }  # fmt: skip
     pairs = []
     for number, first_left in order_for(judge, len(run.pictures), run.seed):
-        sides = {LEFT: FIRST, RIGHT: SECOND} if first_left else {LEFT: SECOND, RIGHT: FIRST}
+        sides = sides_of(first_left)
         pair: dict[str, Any] = {side: run.pictures[number][which] for side, which in sides.items()}
         if one := said.get(run.judged.pairs[number].mark):
             better = next((side for side, which in sides.items() if which == one.better), NEITHER)
@@ -119,7 +124,7 @@ def judgement_from(run: Judging, said: Any) -> Judgement:
     if type(place) is not int or not 0 <= place < len(run.pictures):
         raise DiffLensError(f"pair is a number from 0 to {len(run.pictures) - 1}.")
     number, first_left = order_for(judge, len(run.pictures), run.seed)[place]
-    choices = {LEFT: FIRST if first_left else SECOND, RIGHT: SECOND if first_left else FIRST, NEITHER: NEITHER}
+    choices = sides_of(first_left) | {NEITHER: NEITHER}
     if not isinstance(better, str) or better not in choices:
         raise DiffLensError(f"better is one of {', '.join(choices)}.")
     if "attribute" in changed and not run.judged.attribute:
@@ -170,6 +175,7 @@ async def take_judgement(request: web.Request) -> web.Response:
     return await answer(request, lambda run: {"judged": hand_in(run, json.loads(body))})
 
 
-if server := getattr(PromptServer, "instance", None):
-    server.routes.get(ROUTE)(show_pairs)
-    server.routes.post(ROUTE)(take_judgement)
+def serve_judging() -> None:
+    """Answer the page that shows pairs and hands in judgements."""
+    PromptServer.instance.routes.get(ROUTE)(show_pairs)
+    PromptServer.instance.routes.post(ROUTE)(take_judgement)

@@ -19,12 +19,8 @@ OPENING = {"scale": 1.0, "offset": [75, 105]}
 
 # Pixels on ComfyUI's canvas.
 WIDTH, TITLE, SLOT, WIDGET, PADDING, BADGE = 320, 30, 22, 26, 20, 18
-GAP, BETWEEN, GROUP_GAP, GROUP_TITLE = (
-    40,
-    44,
-    40,
-    60,
-)  # between: room for the line that the page puts below a faulty node
+GAP, GROUP_GAP, GROUP_TITLE = 40, 40, 60
+BETWEEN = 44  # two nodes: room for the line that the page puts below a faulty one
 # Type or title: (width, height beyond its slots and widgets). The large ones draw a picture or text on themselves.
 SIZES = {
     NOTE: (400, 0),
