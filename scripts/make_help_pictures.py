@@ -23,7 +23,7 @@ MOST = 30_000  # bytes of a picture
 WIDTH = 420  # of a node
 READY = "node => window.app?.extensionManager && window.LiteGraph?.registered_node_types?.[node]"
 SHOW = """async ([type, width]) => {
-  app.graph.clear()
+  for (const old of [...app.graph.nodes]) app.graph.remove(old) // clearing would give the next its number and values
   const node = LiteGraph.createNode(type)
   node.pos = [200, 150]
   app.graph.add(node)
