@@ -64,7 +64,7 @@ SAE_FILE = OUT / "difflens_saes" / "scenes.safetensors"
 RECIPES = OUT / "difflens_recipes"
 
 DENOISER = {
-    "images": 10_000, "share": (0.3, 0.2, 0.2, 0.3), "steps": 12_000, "batch": 2_048, "lr": 1e-3, "ema": 0.999,
+    "images": 10_000, "share": (0.3, 0.2, 0.2, 0.3), "steps": 7_000, "batch": 2_048, "lr": 1e-3, "ema": 0.999,
     "seed": 21, "unconditional": 0.1, "unknown": 0.03, "figure": 3.0, "face": 12.0, "shift": (3.0, 0.6), "told": 0.05,
 }  # fmt: skip
 CLASSIFIER = {"images": 16_000, "test_images": 1_000, "epochs": 6, "batch": 100, "lr": 3e-3, "seed": 1_200}

@@ -132,10 +132,15 @@ def draw(traits: dict[str, int], seed: int) -> np.ndarray:
 
 
 def paint(traits: dict[str, int], seed: int, alone: bool = False) -> Image.Image:
-    """The canvas of a portrait before it is cut and made smaller; `alone`: RGBA, with nothing behind the figure."""
+    """The canvas of a portrait before it is cut and made smaller.
+
+    alone: RGBA, with nothing behind the figure, whose marks of age are bolder: it may be drawn small.
+    """
     u = np.random.default_rng(seed).uniform(-1.0, 1.0, 24)
     fem, age, tone = traits["presentation"] == 1, int(traits["age"]), int(traits["skin_tone"])
     young, senior, grey = age == 0, age == 2, traits["hair_colour"] == GREY
+    bold = 1.7 if alone else 1.0  # times the width of its lines
+    grown = bold**0.4
     glow = u[0:3] * 3 + u[3] * 3
     skin, shade, line, blush = (_shift(c[tone], glow) for c in (_SKIN, _SHADE, _LINE, _BLUSH))
     lips = _shift(_LIPS[tone] if fem else _PLAIN_LIPS[tone], glow)
@@ -210,7 +215,7 @@ def paint(traits: dict[str, int], seed: int, alone: bool = False) -> Image.Image
     # Features' positions.
     eye_y = cy + (8 if young else 5)
     gap = 22.5 + 1.5 * u[20]
-    rx, ry = (13, 13) if young else ((11, 8.5) if not senior else (10.5, 7))
+    rx, ry = (13 * grown, 13 * grown) if young else ((11, 8.5) if not senior else (10.5, 7))
     mouth_y = cy + (33 if young else 38)
     nose_y = cy + (21 if young else 25)
     beard = traits["beard"] == 1
@@ -228,7 +233,7 @@ def paint(traits: dict[str, int], seed: int, alone: bool = False) -> Image.Image
     if young:
         for s in (-1, 1):
             bx = cx + s * (w - 18)
-            d.ellipse((bx - 12, cy + 23, bx + 12, cy + 38), fill=blush)
+            d.ellipse((bx - 12 * grown, cy + 23, bx + 12 * grown, cy + 38 + 5 * (bold - 1)), fill=blush)
 
     # Hair in front: fringe between the head's top and the hairline, over a narrow shadow.
     lift = 8 if senior else 0
@@ -276,16 +281,19 @@ def paint(traits: dict[str, int], seed: int, alone: bool = False) -> Image.Image
 
     # Wrinkles.
     if senior:
+        thick, thin = round(4 * bold), round(3 * bold)
         for k, half in ((0, 24), (1, 20)):
             y = cy - 24 - 10 * k
-            d.line(_curve(cx - half, y + 1, cx, y - 2, cx + half, y + 1), fill=line, width=4)
+            d.line(_curve(cx - half, y + 1, cx, y - 2, cx + half, y + 1), fill=line, width=thick)
         for s in (-1, 1):
             x = cx + s * gap
-            d.line(_curve(x - s * 9, eye_y + 12, x, eye_y + 15, x + s * 10, eye_y + 11), fill=line, width=4)
+            d.line(_curve(x - s * 9, eye_y + 12, x, eye_y + 15, x + s * 10, eye_y + 11), fill=line, width=thick)
             for k in (-6, 0, 6):
-                d.line((x + s * 14, eye_y + k * 0.6, x + s * 21, eye_y + k * 1.3), fill=line, width=3)
+                d.line((x + s * 14, eye_y + k * 0.6, x + s * 21, eye_y + k * 1.3), fill=line, width=thin)
             d.line(
-                _curve(cx + s * 14, nose_y + 1, cx + s * 22, nose_y + 8, cx + s * 26, mouth_y + 4), fill=line, width=4
+                _curve(cx + s * 14, nose_y + 1, cx + s * 22, nose_y + 8, cx + s * 26, mouth_y + 4),
+                fill=line,
+                width=thick,
             )
 
     # Eyes and brows.
@@ -293,7 +301,7 @@ def paint(traits: dict[str, int], seed: int, alone: bool = False) -> Image.Image
     for s in (-1, 1):
         x = cx + s * gap
         d.ellipse((x - rx, eye_y - ry, x + rx, eye_y + ry), fill=_WHITE)
-        r = 10 if young else 6.8
+        r = 10 * grown if young else 6.8
         ri = min(r, ry)
         d.ellipse((x - r, eye_y - ri, x + r, eye_y + ri), fill=iris)
         p = r * 0.56

@@ -15,6 +15,7 @@ import torch
 from precision import autocast
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from difflens_core.activations import Activations
 from difflens_core.classifiers import AttributeClassifier, FramedClassifier
@@ -54,7 +55,7 @@ def denoiser_loss(
     sigma = shift * u / (1 + (shift - 1) * u)
     s = sigma[:, None, None, None]
     noisy = (1 - s) * x0 + s * torch.randn_like(x0)
-    with autocast():
+    with autocast(), sdpa_kernel(SDPBackend.MATH):  # attention over few positions: the whole step is a tenth faster
         predicted = predict(noisy, sigma)
     error = ((predicted.float() - x0).square() * (1 + (1 - s) * counts_more)).mean(dim=(1, 2, 3))
     return (error / (sigma.square() + 0.02)).mean()
