@@ -6,10 +6,11 @@ import json
 import re
 
 import pytest
+from environment import REPOSITORY
 
 from difflens_core.measure import kinds_shown
 
-LANGUAGES = ("de", "zh")
+LANGUAGES = sorted(path.name for path in (REPOSITORY / "locales").iterdir())
 # What stays as it is in a translation: names of files and of options with a sign in them, and whole numbers.
 AS_IT_IS = re.compile(r"[a-z]+(?:[_/][a-z]+)+|(?<![\d.])\d{2,}(?![\d.])")
 
@@ -63,7 +64,7 @@ def english(object_info) -> dict[str, str]:
 
 def test_the_reader_sees_what_a_choice_brings(english):
     assert {"DiffLensDebias.inputs.recipe_mix.tooltip", "DiffLensCompare.inputs.rows.name"} <= english.keys()
-    assert "DiffLensSteer.outputs.0.name" not in english and len(english) > 500
+    assert "DiffLensSteer.outputs.0.name" not in english and len(english) > 500 and {"de", "zh"} <= {*LANGUAGES}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
