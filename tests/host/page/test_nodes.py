@@ -89,21 +89,19 @@ def test_every_widget_keeps_what_it_is_set_to(page, mounted, ours):
     assert told[next(node for node in told if node.startswith("DiffLensDebias"))]["recipe.mix"] == "own shares"
 
 
-def test_the_page_speaks_the_language_that_is_set(page):
-    """Names of nodes, sockets and widgets, and our own dialogs."""
-    set_language = "language => app.extensionManager.setting.set('Comfy.Locale', language)"
+def test_the_page_speaks_the_language_that_is_set(open_page, server):
+    """Names of nodes, sockets and widgets, and our own button."""
     try:
-        page.evaluate(set_language, "zh")
-        page.wait_for_function("LiteGraph.registered_node_types.DiffLensDebias.title === '去偏见'")
-        debias, explore = page.evaluate(
-            """() => ['DiffLensDebias', 'DiffLensExplore'].map(name => {
-              const node = LiteGraph.createNode(name)
-              return [...node.inputs.map(one => one.localized_name), ...node.outputs.map(one => one.localized_name),
-                ...node.widgets.map(one => one.label ?? one.name)]
-            })"""
-        )
-        assert {"模型", "目标", "配方", "比例", "强度"} <= set(debias)
-        assert {"激活值", "图片表", "浏览特征…"} <= set(explore)
+        with open_page(server, {"Comfy.Locale": "zh"}) as (page, _):
+            page.wait_for_function("LiteGraph.registered_node_types.DiffLensDebias.title === '去偏见'")
+            debias, explore = page.evaluate(
+                """() => ['DiffLensDebias', 'DiffLensExplore'].map(name => {
+                  const node = LiteGraph.createNode(name)
+                  return [...node.inputs, ...node.outputs].map(one => one.localized_name)
+                    .concat(node.widgets.map(one => one.label ?? one.name))
+                })"""
+            )
     finally:
-        page.evaluate(set_language, "en")
-    page.wait_for_function("LiteGraph.registered_node_types.DiffLensDebias.title === 'Debias'")
+        server.request("/settings/Comfy.Locale", b'"en"')
+    assert {"模型", "目标", "配方", "比例", "强度"} <= set(debias)
+    assert {"激活值", "图片表", "浏览特征…"} <= set(explore)
