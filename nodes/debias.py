@@ -12,7 +12,8 @@ from . import host
 from .sockets import CATEGORY, TargetsSocket
 from .steer import steer
 
-EVEN, ONLY, OWN = "even mix", "only", "own shares"
+EVEN, GENTLE, ONLY, AS_IT_WAS, OWN = "even mix", "gentle", "only", "as it was", "own shares"
+DOSE = {GENTLE: 0.5, AS_IT_WAS: 0.0}  # times the strength; of the other choices 1
 
 
 def slider(name: str) -> str:
@@ -29,11 +30,11 @@ def mix_of(classes: list[str]) -> io.Input:
         )
         for name in classes
     ]  # fmt: skip
-    choices = [EVEN, *(f"{ONLY} {name}" for name in classes)]
+    choices = [EVEN, GENTLE, *(f"{ONLY} {name}" for name in classes), AS_IT_WAS]
     options = [io.DynamicCombo.Option(choice, []) for choice in choices] + [io.DynamicCombo.Option(OWN, shares)]
     return io.DynamicCombo.Input(
-        "mix", options=options, tooltip="Which pictures you want: all alike in number, one class alone, or your own "
-        "shares.",
+        "mix", options=options, tooltip="Which pictures you want: all classes alike in number; the same gently, with "
+        "half the strength; one class alone; the pictures as they were; or your own shares.",
     )  # fmt: skip
 
 
@@ -93,13 +94,14 @@ class Debias(io.ComfyNode):
             host.find_file(host.RECIPES, str(named))
             raise DiffLensError(f"{named} is no recipe with classes to choose from. Choose another.")
         loaded = load_recipe(host.find_file(host.RECIPES, recipe["recipe"]))
-        return steer(cls, model, loaded, target_of(recipe["mix"], loaded.classes), strength)
+        mix = recipe["mix"]
+        return steer(cls, model, loaded, target_of(mix, loaded.classes), strength * DOSE.get(mix["mix"], 1.0))
 
 
 def target_of(mix: dict, classes: tuple[str, ...]) -> str:
     """The target as Steer takes it. Raises `DiffLensError` if no class is asked for."""
     choice = mix["mix"]
-    if choice == EVEN:
+    if choice in (EVEN, GENTLE, AS_IT_WAS):
         return "uniform"
     if choice != OWN:
         return choice.removeprefix(f"{ONLY} ")

@@ -83,7 +83,7 @@ class FairnessReport(io.ComfyNode):
                 io.String.Output(display_name="text", tooltip="The report in words."),
                 io.String.Output(display_name="json", tooltip="The same numbers for programs."),
                 io.Image.Output(display_name="chart", tooltip="Share of every class, also drawn on the node."),
-                io.String.Output(display_name="page", tooltip="Path of the page that save_as wrote, or nothing."),
+                io.String.Output(display_name="page", tooltip="Path of the page that was written, or nothing."),
             ],
             is_output_node=True,
         )

@@ -18,7 +18,9 @@ PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS, *sorted(ROOT.glob("models/*/RE
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?:<([^>]+)>|([^)\s]+))\)")
 COMMAND = re.compile(r"python ((?:scripts|benchmarks|models/making)/\w+\.py)((?: +[^\s`]+)*)")
-FOLDERS = "difflens_core|nodes|web|workflows|scripts|benchmarks|tests|docs|models/(?:avatars|prompted_avatars|making)"
+FOLDERS = (
+    "difflens_core|nodes|web|locales|workflows|scripts|benchmarks|tests|docs|models/(?:avatars|prompted_avatars|making)"
+)
 
 
 def label(path: Path) -> str:

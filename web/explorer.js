@@ -5,6 +5,7 @@ import { api } from "../../scripts/api.js";
 import { element } from "./elements.js";
 import { openExplorer } from "./explorer/dialog.js";
 import { dataOf, explorers, know, NODE } from "./explorer/graph.js";
+import { t } from "./words.js";
 
 const STYLE = new URL("./explorer.css", import.meta.url);
 
@@ -22,16 +23,17 @@ function listNodes(place) {
   const rows = found.map(({ id, title, seen }) =>
     element("button", { class: "difflens-open", onclick: () => open(id) }, [
       element("strong", {}, [title]),
-      element("span", {}, [seen ? `Node ${id}: look at its features` : `Node ${id}: not run yet`]),
+      element("span", {}, [seen ? t("Node {id}: look at its features", { id }) : t("Node {id}: not run yet", { id })]),
     ]),
   );
   const empty = element("p", {}, [
-    "No Explore Features node is in this graph. Put one between a recipe and Steer, with a capture and its pictures.",
+    t("No Explore Features node is in this graph."), " ",
+    t("Put one between a recipe and Steer, with a capture and its pictures."),
   ]);
   place.replaceChildren(
     element("div", { class: "difflens-tab" }, [
-      element("h3", {}, ["Features"]),
-      ...(rows.length ? rows : [empty, element("button", { onclick: addNode }, ["Add Explore Features"])]),
+      element("h3", {}, [t("Features")]),
+      ...(rows.length ? rows : [empty, element("button", { onclick: addNode }, [t("Add Explore Features")])]),
     ]),
   );
 }
@@ -53,8 +55,8 @@ app.registerExtension({
     app.extensionManager.registerSidebarTab({
       id: "difflens-features",
       icon: "pi pi-images",
-      title: "Features",
-      tooltip: "Features: look at what Explore Features found",
+      title: t("Features"),
+      tooltip: t("Features: look at what Explore Features found"),
       type: "custom",
       render: (place) => {
         delete place.dataset.state;
@@ -76,6 +78,6 @@ app.registerExtension({
     if (node.comfyClass !== NODE) return;
     const shown = () => open(explorers().find((own) => own.node === node)?.id);
     // Neither in the workflow nor in what is sent to the server.
-    node.addWidget("button", "Explore features…", null, shown, { serialize: false }).serialize = false;
+    node.addWidget("button", t("Explore features…"), null, shown, { serialize: false }).serialize = false;
   },
 });

@@ -5,12 +5,13 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { element } from "./elements.js";
+import { t } from "./words.js";
 
 const NODE = "DiffLensJudge";
 const NAME = "DiffLens.judge"; // where the browser keeps the judge's name
-const SIDES = { left: "Left", neither: "No difference", right: "Right" };
+const SIDES = { left: () => t("Left"), neither: () => t("No difference"), right: () => t("Right") };
 const KEYS = { ArrowLeft: "left", "=": "neither", " ": "neither", ArrowRight: "right" };
-const SHOWN = { left: "←", neither: "= or space", right: "→" };
+const SHOWN = { left: () => "←", neither: () => t("= or space"), right: () => "→" };
 
 const STYLE = `
 .difflens-judge { width: 100vw; height: 100vh; max-width: none; max-height: none; margin: 0; border: 0; padding: 16px;
@@ -43,14 +44,14 @@ const STYLE = `
 async function ask(run, options = {}, query = "") {
   const reply = await api.fetchApi(`/difflens/judging/${encodeURIComponent(run)}${query}`, options);
   const found = await reply.json();
-  if (!reply.ok) throw new Error(found.error ?? `The server answered ${reply.status}.`);
+  if (!reply.ok) throw new Error(found.error ?? t("The server answered {status}.", { status: reply.status }));
   return found;
 }
 
 class Judge {
   constructor(run) {
     this.run = run;
-    this.dialog = element("dialog", { class: "difflens-judge", "aria-label": "Judge by Eye" });
+    this.dialog = element("dialog", { class: "difflens-judge", "aria-label": t("Judge by Eye") });
     this.alert = element("div", { role: "alert" });
     this.dialog.addEventListener("keydown", (event) => this.key(event));
     this.dialog.addEventListener("close", () => this.dialog.remove());
@@ -61,7 +62,7 @@ class Judge {
 
   /** What the dialog shows: a line above, and the rest below. */
   show(above, ...below) {
-    const close = element("button", { type: "button", onclick: () => this.dialog.close() }, "Close");
+    const close = element("button", { type: "button", onclick: () => this.dialog.close() }, t("Close"));
     this.main = element("main", { tabIndex: -1 }, ...below);
     this.alert.textContent = "";
     this.dialog.replaceChildren(element("style", {}, STYLE), element("header", {}, ...above, close), this.main, this.alert);
@@ -80,18 +81,21 @@ class Judge {
     };
     this.pairs = null;
     if (!this.run) {
-      const words = "Run the graph first: then there are pictures to judge.";
-      return this.show([element("h1", {}, "Judge by Eye")], element("p", { class: "words" }, words));
+      const words = t("Run the graph first: then there are pictures to judge.");
+      return this.show([element("h1", {}, t("Judge by Eye"))], element("p", { class: "words" }, words));
     }
     this.show(
-      [element("h1", {}, "Judge by Eye")],
+      [element("h1", {}, t("Judge by Eye"))],
       element("form", { class: "words", onsubmit: begin },
-        element("p", {}, "You will see pictures in pairs. Say of each pair which picture looks better, and what differs."),
-        element("p", {}, "Keys: ← → choose a picture, = or the space bar says that neither is better, the numbers say ",
-          "what differs, Enter goes on, Backspace goes back. Each pair is kept as soon as you go on, so you may stop at ",
-          "any time and take it up again under the same name."),
-        element("label", {}, "Your name or initials, which the file and the report will show: ", name), " ",
-        element("button", {}, "Begin")),
+        element("p", {},
+          t("You will see pictures in pairs. Say of each pair which picture looks better, and what differs.")),
+        element("p", {},
+          t("Keys: ← → choose a picture, = or the space bar says that neither is better."), " ",
+          t("The numbers say what differs."), " ", t("Enter goes on, Backspace goes back."), " ",
+          t("Each pair is kept as soon as you go on."), " ",
+          t("So you may stop at any time and take it up again under the same name.")),
+        element("label", {}, t("Your name or initials, which the file and the report will show:"), " ", name), " ",
+        element("button", {}, t("Begin"))),
     );
     name.focus();
   }
@@ -126,21 +130,22 @@ class Judge {
     this.changed = new Set(pair.said?.changed);
     const pictures = ["left", "right"].map((side) => this.choice(side, this.picture(pair, side)));
     const answers = Object.keys(SIDES).map((side) =>
-      this.choice(side, `${SIDES[side]} `, element("kbd", {}, SHOWN[side])));
+      this.choice(side, `${SIDES[side]()} `, element("kbd", {}, SHOWN[side]())));
     const kinds = this.kinds.map(([kind, name], key) => {
-      const button = this.button(() => this.toggle(kind), element("kbd", {}, `${key} `), name);
+      const button = this.button(() => this.toggle(kind), element("kbd", {}, `${key} `), t(name));
       button.dataset.kind = kind;
       return button;
     });
     this.show(
-      [element("span", { "aria-live": "polite" }, `Pair ${this.place + 1} of ${total}, ${done} judged`),
-        element("progress", { max: total, value: done, "aria-label": "judged" })],
+      [element("span", { "aria-live": "polite" },
+        t("Pair {place} of {total}, {done} judged", { place: this.place + 1, total, done })),
+        element("progress", { max: total, value: done, "aria-label": t("judged") })],
       element("div", { class: "pictures" }, ...pictures),
-      this.question("Which looks better?", answers),
-      this.question("What differs between them? Choose all that do.", kinds),
+      this.question(t("Which looks better?"), answers),
+      this.question(t("What differs between them? Choose all that do."), kinds),
       element("div", { class: "answers" },
-        this.button(() => this.back(), "Back ", element("kbd", {}, "Backspace")),
-        this.button(() => this.save(), "Next ", element("kbd", {}, "Enter"))),
+        this.button(() => this.back(), t("Back"), " ", element("kbd", {}, "Backspace")),
+        this.button(() => this.save(), t("Next"), " ", element("kbd", {}, "Enter"))),
     );
     this.mark();
     const after = this.pairs[this.place + 1];
@@ -152,12 +157,15 @@ class Judge {
   }
 
   picture(pair, side) {
-    const image = element("img", { src: this.address(pair[side]), alt: `${SIDES[side]} picture`, draggable: false });
+    const alt = t("{side} picture", { side: SIDES[side]() });
+    const image = element("img", { src: this.address(pair[side]), alt, draggable: false });
     image.onload = () => { // as Compare Images does, small pictures are enlarged so that every pixel can be seen
       const large = Math.min(image.clientWidth / image.naturalWidth, image.clientHeight / image.naturalHeight);
       image.style.imageRendering = large >= 2 ? "pixelated" : "auto";
     };
-    image.onerror = () => { this.alert.textContent = "A picture is no longer there. Run the graph again, then go on."; };
+    image.onerror = () => {
+      this.alert.textContent = t("A picture is no longer there. Run the graph again, then go on.");
+    };
     return image;
   }
 
@@ -205,8 +213,8 @@ class Judge {
 
   async save() {
     const pair = this.pairs[this.place];
-    if (!this.better) return void (this.alert.textContent = "Say which looks better first: ← = →");
-    if (!this.changed.size) return void (this.alert.textContent = "Say what differs first: 0 if nothing does");
+    if (!this.better) return void (this.alert.textContent = t("Say which looks better first: ← = →"));
+    if (!this.changed.size) return void (this.alert.textContent = t("Say what differs first: 0 if nothing does"));
     const said = { better: this.better, changed: [...this.changed] };
     await this.attempt(async () => {
       const body = JSON.stringify({ judge: this.judge, pair: this.place, ...said });
@@ -231,10 +239,11 @@ class Judge {
       return this.pair();
     }
     this.show(
-      [element("h1", { "aria-live": "polite" }, `All ${total} pairs judged`)],
+      [element("h1", { "aria-live": "polite" }, t("All {total} pairs judged", { total }))],
       element("div", { class: "words" },
-        element("p", {}, "Thank you. Close this and run the graph again: the report then counts what you said."),
-        this.button(() => this.back(), "Back ", element("kbd", {}, "Backspace"))),
+        element("p", {},
+          t("Thank you. Close this and run the graph again: the report then counts what you said.")),
+        this.button(() => this.back(), t("Back"), " ", element("kbd", {}, "Backspace"))),
     );
   }
 
@@ -274,6 +283,6 @@ app.registerExtension({
       if (output?.judging) runs.set(nameOf(this), output.judging[0]);
     };
     const open = () => new Judge(runs.get(nameOf(node)));
-    node.addWidget("button", "Judge the pairs", null, open, { serialize: false }).serialize = false;
+    node.addWidget("button", t("Judge the pairs"), null, open, { serialize: false }).serialize = false;
   },
 });

@@ -144,7 +144,8 @@ def summary(
 def share_chart(numbers: Mapping[str, Any]) -> np.ndarray:
     """Bar chart of the class shares with their intervals (H x W x 3, uint8).
 
-    A dashed line shows a target that is the same for all, bars any other.
+    A dashed line shows a target that is the same for all, bars any other. They come last: before and after have
+    the same colours in every chart.
     """
     classes, target = numbers["classes"], numbers["target"]
     sides = {name: numbers[name] for name in ("before", "after") if numbers[name]}
@@ -152,6 +153,6 @@ def share_chart(numbers: Mapping[str, Any]) -> np.ndarray:
     errors = {name: {side: found["shares_ci"][i] for side, found in sides.items()} for i, name in enumerate(classes)}
     reference = target[0] if len(set(target)) == 1 else None
     if reference is None:
-        groups = {name: {"target": target[i]} | bars for i, (name, bars) in enumerate(groups.items())}
+        groups = {name: bars | {"target": target[i]} for i, (name, bars) in enumerate(groups.items())}
     title = f"{numbers['attribute']}: share of each class in {numbers['n']} pictures"
     return bar_chart(title, groups, reference, errors)

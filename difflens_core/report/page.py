@@ -39,11 +39,12 @@ figure { margin: 14px 0; } figcaption { color: #444; font-size: 13px; margin-top
 .pairs { display: flex; flex-wrap: wrap; gap: 10px; }
 .pair { width: 96px; font-size: 12px; line-height: 1.3; } .pair img { width: 96px; height: auto; display: block;
   margin-bottom: 3px; }
+summary { font-size: 19px; margin: 34px 0 8px; cursor: pointer; }
 dt { font-weight: bold; margin-top: 8px; } dd { margin: 0; }
 footer { margin-top: 36px; border-top: 1px solid #ccc; padding-top: 8px; color: #666; font-size: 12px; }
 @page { margin: 16mm; }
 @media print { body { padding: 0; max-width: none; } h2 { break-after: avoid; } tr, figure, .pair, dl div {
-  break-inside: avoid; } }
+  break-inside: avoid; } details::details-content { content-visibility: visible; } }
 """
 
 
@@ -52,6 +53,8 @@ def report_page(
 ) -> str:
     """HTML of a `report.summary`, with no script and no link to anything outside. All text is escaped.
 
+    First what anybody reads: a sentence, the chart, the pictures. The statistics are folded, and open in print.
+
     numbers: with size (width, height), notes, changes (what `changes` measures, or None) and not_measured (sentences)
     beside the summary's; chart: H x W x 3, uint8; before, after: pictures n x H x W x 3, uint8, paired by seed, of
     which the first `SHOWN` are shown; day: when it was written.
@@ -59,11 +62,12 @@ def report_page(
     rows, changes, paired = fairness_rows(numbers), change_rows(numbers), paired_rows(numbers)
     chart_shown = picture(chart, "chart", "Share of each class", "Whiskers: 95 % intervals.")
     parts = [
-        section("In short", paragraphs([in_short(numbers), *findings(numbers)])),
+        section("In short", paragraphs([in_short(numbers)]) + chart_shown),
+        section("The first pictures", pairs(numbers, before, after)),
+        "<details>\n<summary>Statistics</summary>\n",
         section("What was measured", settings_table(settings(numbers))),
-        section("Fairness", table(["", *columns_of(numbers)], rows, SMALL_PRINT) + chart_shown),
+        section("Fairness", paragraphs(findings(numbers)) + table(["", *columns_of(numbers)], rows, SMALL_PRINT)),
     ]
-    parts.append(section("The first pictures", pairs(numbers, before, after)))
     if paired:
         parts.append(
             section("Before and after, picture by picture", table(["", "value"], paired) + transitions(numbers))
@@ -74,9 +78,10 @@ def report_page(
         parts.append(section("What else changed", table(["", "value"], changes)))
     if judged := judged_rows(numbers):
         parts.append(section(JUDGED, table(["", "value"], judged)))
+    parts.append(section("What the numbers mean", meanings([*rows, *paired, *changes, *judged])))
+    parts.append("</details>\n")
     if notes := left_open(numbers):
         parts.append(section("Not measured", paragraphs(notes)))
-    parts.append(section("What the numbers mean", meanings([*rows, *paired, *changes, *judged])))
     parts.append(section("Limits", paragraphs(LIMITS)))
     title = f"Fairness report: {numbers['attribute']}"
     return (

@@ -19,21 +19,24 @@ def debias(graph: Avatars, mix: dict, **settings: object):
 
 
 MIXES = {
-    "even mix": ({"mix": "even mix"}, "uniform"),
-    "one class": ({"mix": "only senior"}, "senior"),
+    "even mix": ({"mix": "even mix"}, "uniform", 1.0),
+    "gentle": ({"mix": "gentle"}, "uniform", 0.5),
+    "one class": ({"mix": "only senior"}, "senior", 1.0),
+    "as it was": ({"mix": "as it was"}, "uniform", 0.0),
     "own shares": (
         {"mix": "own shares", "mix.young %": 60, "mix.adult %": 0, "mix.senior %": 20},
         "young: 3, senior: 1",
+        1.0,
     ),
 }
 
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_it_draws_what_steer_draws(server, mix):
-    chosen, target = MIXES[mix]
+    chosen, target, strength = MIXES[mix]
     graph = Avatars(pictures=4)
     one = graph.save(graph.draw(debias(graph, chosen)[0]))
-    other = graph.save(graph.draw(graph.steer(graph.recipe("avatars_age"), target=target, run=0)[0]))
+    other = graph.save(graph.draw(graph.steer(graph.recipe("avatars_age"), target=target, strength=strength, run=0)[0]))
     entry = server.run(to_api(graph))
     found, expected = (latents(server, entry, node) for node in (one, other))
     assert torch.equal(found, expected)
@@ -44,7 +47,7 @@ def test_the_page_is_told_the_classes_of_every_recipe(object_info):
     options = {option["key"]: option["inputs"]["required"]["mix"][1]["options"] for option in settings["options"]}
     assert recipe == "COMFY_DYNAMICCOMBO_V3" and {RECIPE, "avatars_skin_tone.safetensors"} <= options.keys()
     names = [option["key"] for option in options[RECIPE]]
-    assert names == ["even mix", "only young", "only adult", "only senior", "own shares"]
+    assert names == ["even mix", "gentle", "only young", "only adult", "only senior", "as it was", "own shares"]
     sliders = options[RECIPE][-1]["inputs"]["required"]
     assert [*sliders] == ["young %", "adult %", "senior %"]
 

@@ -13,6 +13,7 @@ from difflens_core.classifiers.readings import NO_FACE
 from difflens_core.files import DiffLensError
 from difflens_core.measure import correct_for_errors, joint_report, measure_fairness, paired_test
 from difflens_core.report import report_text, share_chart, summary
+from difflens_core.report.charts import PALETTE
 from difflens_core.report.figures import side_figures
 
 
@@ -76,3 +77,13 @@ def test_the_chart_has_whiskers_and_the_target():
     assert chart.shape == (440, 720, 3) and (chart != share_chart(plain)).any()
     moved = json.loads(json.dumps(numbers)) | {"target": [0.2, 0.4, 0.4]}
     assert (chart != share_chart(moved)).any()
+
+
+@pytest.mark.parametrize("target", [[1 / 3, 1 / 3, 1 / 3], [0.2, 0.4, 0.4]])
+def test_before_and_after_have_their_colours_whatever_the_target(target):
+    for side, colour in (("before", PALETTE[0]), ("after", PALETTE[1])):
+        numbers = json.loads(json.dumps(full())) | {"target": target}
+        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        seen = (share_chart(numbers) == wanted).all(axis=-1).sum()
+        numbers[side]["shares"] = [0.0, 0.0, 0.0]
+        assert (share_chart(numbers) == wanted).all(axis=-1).sum() < seen / 2

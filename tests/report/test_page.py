@@ -16,6 +16,7 @@ from PIL import Image
 
 from difflens_core.report import SHOWN, Question, report_page, report_text, share_chart, summary
 from difflens_core.report.rows import MEANINGS, NAMES
+from difflens_core.report.text import LIMITS, in_short
 
 VOID = {"meta", "img", "br"}
 
@@ -41,6 +42,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict]] = []
         self.rows: list[list[str]] = []
         self.words: list[str] = []
+        self.unfolded: list[str] = []
         self.feed(page)
         self.close()
         assert not self.open
@@ -61,6 +63,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
+        if "details" not in self.open:
+            self.unfolded.append(data)
         if self.rows and self.open and {"td", "th"} & set(self.open):
             self.rows[-1][-1] += data
 
@@ -84,6 +88,14 @@ def test_page_is_whole_and_needs_nothing_beside_itself():
     for _, attrs in page.tags:
         assert not [name for name in attrs if name.startswith("on") or name in ("href", "srcset", "style")]
     assert not re.search(r"https?:|url\(|@import", text)
+
+
+def test_what_anybody_reads_comes_first_and_the_statistics_are_folded():
+    numbers = full()
+    text = page_of(numbers)
+    open_words = " ".join(Page(text).unfolded)
+    assert in_short(numbers) in open_words and "KID needs 100 pictures" in open_words and LIMITS[0] in open_words
+    assert "discrepancy" not in open_words and "<details>" in text and text.index("<img") < text.index("<details>")
 
 
 def test_pictures_on_the_page_are_the_first_ones_with_their_classes():

@@ -2,6 +2,7 @@
 
 import { classBars, colour, drawLit, sharp, stepLines } from "./drawings.js";
 import { element, percent } from "../elements.js";
+import { t } from "../words.js";
 
 const COLUMNS = 3;
 const TILE = 96; // CSS pixels of a picture's width on the canvas
@@ -21,23 +22,25 @@ export function fill(article, card, explorer) {
   const number = `#${card.id}`;
   const change = (what) => explorer.change([card], what);
   const tick = element("input", {
-    type: "checkbox", "aria-label": `Use feature ${number}`,
+    type: "checkbox", "aria-label": t("Use feature {number}", { number }),
     onchange: () => change({ on: tick.checked }),
   });
   const name = element("input", {
-    type: "text", class: "name", placeholder: "name it", maxLength: 80, "aria-label": `Name of feature ${number}`,
+    type: "text", class: "name", placeholder: t("name it"), maxLength: 80,
+    "aria-label": t("Name of feature {number}", { number }),
     onchange: () => change({ name: name.value.trim() }),
     onkeydown: (event) => event.key === "Enter" && article.focus(),
   });
   const group = element("input", {
-    type: "text", class: "group", placeholder: "group", maxLength: 80, list: explorer.groupList,
-    "aria-label": `Group of feature ${number}`,
+    type: "text", class: "group", placeholder: t("group"), maxLength: 80, list: explorer.groupList,
+    "aria-label": t("Group of feature {number}", { number }),
     onchange: () => explorer.regroup([card], group.value.trim()),
     onkeydown: (event) => event.key === "Enter" && article.focus(),
   });
   const slider = element("input", {
     type: "range", min: String(Math.min(0, card.weight)), max: String(Math.max(2, card.weight)), step: "0.05",
-    "aria-label": `Weight of feature ${number}`, title: "How much of its change it makes: 1 is all",
+    "aria-label": t("Weight of feature {number}", { number }),
+    title: t("How much of its change it makes: 1 is all"),
     oninput: () => change({ weight: Number(slider.value) }),
     ondblclick: () => change({ weight: card.weight }),
   });
@@ -55,7 +58,7 @@ export function fill(article, card, explorer) {
   article.show = () => {
     const now = choice.of(card);
     article.classList.toggle("off", !now.on);
-    article.setAttribute("aria-label", `${now.name || number}, ${now.on ? "ticked" : "not ticked"}`);
+    article.setAttribute("aria-label", `${now.name || number}, ${now.on ? t("ticked") : t("not ticked")}`);
     tick.checked = now.on;
     if (document.activeElement !== name) name.value = now.name;
     if (document.activeElement !== group) group.value = now.group;
@@ -85,14 +88,18 @@ function facts(card, cards) {
   if (speaks) {
     const badge = element("span", {
       class: "badge",
-      title: "How well it tells pictures of this class from the others: 1 is always, .5 is chance (AUC)",
+      title: t("How well it tells pictures of this class from the others: 1 is always, .5 is chance (AUC)"),
     }, [`${cards.classes[speaks.best]} ${speaks.score.toFixed(2)}`]);
     badge.style.setProperty("--own", colour(speaks.best));
     found.push(badge);
   }
-  found.push(element("span", { title: "Share of all places, steps and pictures" }, [`fires at ${percent(card.fires)}`]));
+  found.push(element("span", { title: t("Share of all places, steps and pictures") }, [
+    t("fires at {share}", { share: percent(card.fires) }),
+  ]));
   if (card.score !== null) {
-    found.push(element("span", { title: `Score in the recipe: ${cards.ranking}` }, [`score ${card.score.toPrecision(2)}`]));
+    found.push(element("span", { title: t("Score in the recipe: {ranking}", { ranking: cards.ranking }) }, [
+      t("score {score}", { score: card.score.toPrecision(2) }),
+    ]));
   }
   return found;
 }
@@ -106,7 +113,9 @@ function strip(card, explorer) {
   const whole = [COLUMNS * TILE + (COLUMNS - 1) * GAP, rows * height + (rows - 1) * GAP];
   const canvas = element("canvas", {
     class: "strip", role: "img",
-    "aria-label": `The ${card.top.length} pictures in which feature #${card.id} fires most, light where it does`,
+    "aria-label": t("The {count} pictures in which feature {number} fires most, light where it does", {
+      count: card.top.length, number: `#${card.id}`,
+    }),
   });
   const context = sharp(canvas, ...whole);
   const place = (rank) => [(rank % COLUMNS) * (TILE + GAP), Math.floor(rank / COLUMNS) * (height + GAP)];

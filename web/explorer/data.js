@@ -1,6 +1,7 @@
 // The cards that the node wrote, as the page uses them.
 
 import { api } from "../../../scripts/api.js";
+import { t } from "../words.js";
 
 export function viewURL({ filename, subfolder = "", type = "output" }) {
   return api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
@@ -14,7 +15,7 @@ function picture(address) {
   return new Promise((done, failed) => {
     const image = new Image();
     image.onload = () => done(image);
-    image.onerror = () => failed(new Error("the small pictures could not be read"));
+    image.onerror = () => failed(new Error(t("the small pictures could not be read")));
     image.src = address;
   });
 }
@@ -22,7 +23,7 @@ function picture(address) {
 /** Read the cards; `reference` says where they lie. */
 export async function readCards(reference) {
   const reply = await fetch(viewURL(reference));
-  if (!reply.ok) throw new Error("its cards are gone, as ComfyUI was started anew");
+  if (!reply.ok) throw new Error(t("its cards are gone, as ComfyUI was started anew"));
   const data = await reply.json();
   const sheets = await Promise.all(data.sheets.map((sheet) => picture(viewURL(sheet))));
   return new Cards(data, sheets);

@@ -7,24 +7,30 @@ import { element, later } from "../elements.js";
 import { dataOf, noteChange } from "./graph.js";
 import { Lens } from "./lens.js";
 import { Runs } from "./run.js";
+import { t } from "../words.js";
 
 const ORDERS = {
-  "tells a class best": (card) => -Math.max(...card.tells),
-  "score in the recipe": (card) => -(card.score ?? -Infinity),
-  "fires most": (card) => -card.fires,
-  "fires least": (card) => card.fires,
-  "most active": (card) => -card.peak[0],
-  number: (card) => card.id,
+  tells: { said: () => t("tells a class best"), key: (card) => -Math.max(...card.tells) },
+  score: { said: () => t("score in the recipe"), key: (card) => -(card.score ?? -Infinity) },
+  most: { said: () => t("fires most"), key: (card) => -card.fires },
+  least: { said: () => t("fires least"), key: (card) => card.fires },
+  active: { said: () => t("most active"), key: (card) => -card.peak[0] },
+  number: { said: () => t("number"), key: (card) => card.id },
 };
-const KEYS = [
-  ["Arrows", "from card to card"],
-  ["Space", "tick or untick"],
-  ["+ and −", "weight"],
-  ["Enter", "name it, and back"],
-  ["F", "what else fires there; arrows move"],
-  ["Ctrl Enter", "preview"],
-  ["Esc", "close"],
-];
+const SPEAKS = "speaks for "; // begin of the filter for a class
+
+/** What each key does. */
+function keys() {
+  return [
+    [t("Arrows"), t("from card to card")],
+    [t("Space"), t("tick or untick")],
+    ["+ −", t("weight")],
+    ["Enter", t("name it, and back")],
+    ["F", t("what else fires there; arrows move")],
+    ["Ctrl Enter", t("preview")],
+    ["Esc", t("close")],
+  ];
+}
 
 export function openExplorer(node, id) {
   const explorer = new Explorer(node, id);
@@ -50,32 +56,33 @@ class Explorer {
     this.title = element("h2", {}, [this.node.title]);
     this.count = element("span", { class: "count", role: "status" });
     this.search = element("input", {
-      type: "search", placeholder: "Search name, number or group", "aria-label": "Search", oninput: () => this.arrange(),
+      type: "search", placeholder: t("Search name, number or group"), "aria-label": t("Search"),
+      oninput: () => this.arrange(),
     });
-    this.order = element("select", { "aria-label": "Order", onchange: () => this.arrange() },
-      Object.keys(ORDERS).map((name) => element("option", { value: name }, [name])));
-    this.filter = element("select", { "aria-label": "Which to show", onchange: () => this.arrange() });
+    this.order = element("select", { "aria-label": t("Order"), onchange: () => this.arrange() },
+      Object.entries(ORDERS).map(([value, { said }]) => element("option", { value }, [said()])));
+    this.filter = element("select", { "aria-label": t("Which to show"), onchange: () => this.arrange() });
     this.list = element("datalist", { id: this.groupList });
     this.grid = element("div", { class: "grid" });
     this.body = element("div", { class: "body" }, [this.grid]);
     const button = (text, title, call) => element("button", { type: "button", title, onclick: call }, [text]);
-    this.dialog = element("dialog", { class: "difflens-explorer", "aria-label": "Feature explorer" }, [
+    this.dialog = element("dialog", { class: "difflens-explorer", "aria-label": t("Feature explorer") }, [
       element("div", { class: "head" }, [
         this.title,
         this.count,
         this.search,
-        element("label", {}, ["Order ", this.order]),
-        element("label", {}, ["Show ", this.filter]),
-        button("Tick", "Tick all that are shown", () => this.change(this.shown, { on: true })),
-        button("Untick", "Untick all that are shown", () => this.change(this.shown, { on: false })),
-        button("Reset", "Everything as in the recipe", () => this.reset()),
+        element("label", {}, [`${t("Order")} `, this.order]),
+        element("label", {}, [`${t("Show")} `, this.filter]),
+        button(t("Tick"), t("Tick all that are shown"), () => this.change(this.shown, { on: true })),
+        button(t("Untick"), t("Untick all that are shown"), () => this.change(this.shown, { on: false })),
+        button(t("Reset"), t("Everything as in the recipe"), () => this.reset()),
         element("details", { class: "keys" }, [
-          element("summary", {}, ["Keys"]),
-          element("dl", {}, KEYS.flatMap(([key, does]) => [element("dt", {}, [key]), element("dd", {}, [does])])),
+          element("summary", {}, [t("Keys")]),
+          element("dl", {}, keys().flatMap(([key, does]) => [element("dt", {}, [key]), element("dd", {}, [does])])),
         ]),
-        element("button", { type: "button", class: "close", "aria-label": "Close", onclick: () => this.dialog.close() }, [
-          "✕",
-        ]),
+        element("button", {
+          type: "button", class: "close", "aria-label": t("Close"), onclick: () => this.dialog.close(),
+        }, ["✕"]),
       ]),
       this.body,
       this.list,
@@ -107,24 +114,24 @@ class Explorer {
   /** Read the cards that lie at `reference` and show them. */
   async load(reference) {
     this.reference = reference;
-    if (!reference) return this.tellToRun("This node has not been run yet.");
-    this.tell("Reading the features …");
+    if (!reference) return this.tellToRun(t("This node has not been run yet."));
+    this.tell(t("Reading the features …"));
     try {
       this.cards = await readCards(reference);
     } catch (error) {
-      return this.tellToRun(`There is nothing to show: ${error.message}.`);
+      return this.tellToRun(t("There is nothing to show: {why}.", { why: error.message }));
     }
     const { attribute, site, classes } = this.cards;
-    this.title.textContent = `${attribute.replaceAll("_", " ")} at ${site}`;
+    this.title.textContent = t("{attribute} at {site}", { attribute: attribute.replaceAll("_", " "), site });
     this.choice = new Choice(this.node, this.cards.features);
     this.articles = new Map(this.cards.features.map((card) => [card, makeCard(card, this)]));
-    const speak = classes.length > 1 ? classes.map((name) => `speaks for ${name}`) : [];
-    this.filter.replaceChildren(...["all", "ticked", "not ticked", "named", ...speak].map((name) =>
-      element("option", { value: name }, [name])));
-    if (this.cards.features.some((card) => card.score !== null)) this.order.value = "score in the recipe";
+    const shows = { all: t("all"), ticked: t("ticked"), "not ticked": t("not ticked"), named: t("named") };
+    if (classes.length > 1) for (const name of classes) shows[SPEAKS + name] = t("speaks for {name}", { name });
+    this.filter.replaceChildren(...Object.entries(shows).map(([value, said]) => element("option", { value }, [said])));
+    if (this.cards.features.some((card) => card.score !== null)) this.order.value = "score";
     this.arrange();
     if (this.choice.broken) {
-      this.runs.say("The node's choice cannot be read. What you change here replaces it.", true);
+      this.runs.say(t("The node's choice cannot be read. What you change here replaces it."), true);
     }
     this.focusCard(this.shown[0]);
   }
@@ -140,7 +147,7 @@ class Explorer {
 
   tellToRun(text) {
     const run = element("button", { type: "button", class: "main", onclick: () => this.runs.queue([this.id]) }, [
-      "Run it now",
+      t("Run it now"),
     ]);
     this.tell(element("p", {}, [text]), run);
     run.focus();
@@ -156,12 +163,12 @@ class Explorer {
     if (show === "ticked" || show === "not ticked") return now.on === (show === "ticked");
     if (show === "named") return Boolean(now.name);
     const speaks = speaksFor(card);
-    return !show.startsWith("speaks for ") || (speaks && show === `speaks for ${this.cards.classes[speaks.best]}`);
+    return !show.startsWith(SPEAKS) || (speaks && show === SPEAKS + this.cards.classes[speaks.best]);
   }
 
   /** Groups as [title, hand-made or not, cards]: those made by hand first, then those that fire together. */
   groups() {
-    const key = ORDERS[this.order.value];
+    const { key } = ORDERS[this.order.value];
     const kept = this.cards.features.filter((card) => this.matches(card)).sort((a, b) => key(a) - key(b));
     const byHand = new Map();
     const together = new Map();
@@ -174,8 +181,8 @@ class Explorer {
     together.delete(0);
     return [
       ...[...byHand].sort(([a], [b]) => a.localeCompare(b)).map(([name, cards]) => ({ name, cards })),
-      ...[...together].map(([, cards]) => ({ name: "", title: "Fire together", cards })),
-      ...(alone ? [{ name: "", title: "On their own", cards: alone }] : []),
+      ...[...together].map(([, cards]) => ({ name: "", title: t("Fire together"), cards })),
+      ...(alone ? [{ name: "", title: t("On their own"), cards: alone }] : []),
     ];
   }
 
@@ -188,7 +195,7 @@ class Explorer {
     this.shown = groups.flatMap(({ cards }) => cards);
     this.sections = groups.map((group) => this.section(group));
     this.grid.replaceChildren(...this.sections);
-    if (!this.shown.length) this.tell("No feature is like that.");
+    if (!this.shown.length) this.tell(t("No feature is like that."));
     for (const card of this.shown) this.near.observe(this.articles.get(card));
     const names = [...new Set(this.cards.features.map((card) => this.choice.of(card).group).filter(Boolean))];
     this.list.replaceChildren(...names.map((name) => element("option", { value: name })));
@@ -197,16 +204,18 @@ class Explorer {
 
   section({ name, title, cards }) {
     const tick = element("input", {
-      type: "checkbox", "aria-label": `Use all of ${name || title}`, title: "Tick or untick the group",
+      type: "checkbox", "aria-label": t("Use all of {name}", { name: name || title }),
+      title: t("Tick or untick the group"),
       onchange: () => this.change(cards, { on: tick.checked }),
     });
     const named = element("input", {
-      type: "text", class: "title", value: name, placeholder: title ?? "group", maxLength: 80,
-      "aria-label": "Name of the group", title: "Write a name to make it a group of your own",
+      type: "text", class: "title", value: name, placeholder: title ?? t("group"), maxLength: 80,
+      "aria-label": t("Name of the group"), title: t("Write a name to make it a group of your own"),
       onchange: () => this.regroup(cards, named.value.trim()),
     });
+    const many = cards.length > 1 ? t("{count} features", { count: cards.length }) : t("1 feature");
     const made = element("section", {}, [
-      element("h3", {}, [tick, named, element("span", {}, [`${cards.length} feature${cards.length > 1 ? "s" : ""}`])]),
+      element("h3", {}, [tick, named, element("span", {}, [many])]),
       element("div", { class: "cards" }, cards.map((card) => this.articles.get(card))),
     ]);
     made.show = () => {
@@ -256,8 +265,12 @@ class Explorer {
   /** Counts and group ticks. */
   show() {
     const on = this.cards.features.filter((card) => this.choice.of(card).on).length;
-    const shown = this.shown.length < this.cards.features.length ? `, ${this.shown.length} shown` : "";
-    this.count.textContent = `${on} of ${this.cards.features.length} ticked${shown}`;
+    const all = this.cards.features.length;
+    const shown = this.shown.length;
+    this.count.textContent =
+      shown < all
+        ? t("{on} of {all} ticked, {shown} shown", { on, all, shown })
+        : t("{on} of {all} ticked", { on, all });
     for (const section of this.sections) section.show();
   }
 

@@ -1,6 +1,7 @@
 // What is drawn on a card: pictures that are lit where the feature fires, bars by class, lines over the steps.
 
 import { drawing, element } from "../elements.js";
+import { t } from "../words.js";
 
 // As in the charts (Okabe & Ito 2008).
 export const COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C8C8C", "#B39B00"];
@@ -60,10 +61,13 @@ export function classBars(card, { classes, pictures }) {
     const bar = element("span", { class: "bar" });
     bar.style.width = `${(100 * means[number]) / largest}%`;
     bar.style.background = colour(number);
-    const says = `${name}: ${means[number].toPrecision(2)} on average of ${pictures[number]} pictures`;
-    return element("div", { class: "row", title: pictures[number] ? says : `No picture shows ${name}.` }, [
+    const much = means[number].toPrecision(2);
+    const says = t("{name}: {much} on average of {count} pictures", { name, much, count: pictures[number] });
+    return element("div", { class: "row", title: pictures[number] ? says : t("No picture shows {name}.", { name }) }, [
       element("span", { class: "label" }, [name]),
-      pictures[number] ? element("span", { class: "track" }, [bar]) : element("span", { class: "label" }, ["no picture"]),
+      pictures[number]
+        ? element("span", { class: "track" }, [bar])
+        : element("span", { class: "label" }, [t("no picture")]),
     ]);
   }));
 }
@@ -76,7 +80,9 @@ export function stepLines(card, classes, progress) {
     const points = values.map((value, s) => `${(100 * progress[s]) / last},${29 - (27 * value) / largest}`);
     return drawing("polyline", { points: points.join(" "), stroke: colour(number) });
   });
-  const title = drawing("title", {}, ["How active over the steps, from noise (left) to picture (right), by class"]);
+  const title = drawing("title", {}, [
+    t("How active over the steps, from noise (left) to picture (right), by class"),
+  ]);
   return drawing("svg", { class: "steps", viewBox: "0 0 100 30", preserveAspectRatio: "none", role: "img" }, [
     title,
     drawing("line", { x1: 0, x2: 100, y1: 29.5, y2: 29.5, class: "axis" }),

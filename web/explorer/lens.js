@@ -2,6 +2,7 @@
 
 import { drawLit, sharp } from "./drawings.js";
 import { element, percent } from "../elements.js";
+import { t } from "../words.js";
 
 const SMALL = 56;
 const LARGE = 150;
@@ -88,7 +89,9 @@ export class Lens {
     this.box.replaceChildren(
       element("div", { class: "where" }, [
         this.miniature(picture, spot, LARGE),
-        element("p", {}, [found.length ? "Fires here, in % of the most that it ever does:" : "None of them fires here."]),
+        element("p", {}, [
+          found.length ? t("Fires here, in % of the most that it ever does:") : t("None of them fires here."),
+        ]),
       ]),
       element("div", { class: "firing" }, rows),
     );

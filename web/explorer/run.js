@@ -5,6 +5,7 @@ import { api } from "../../../scripts/api.js";
 import { viewURL } from "./data.js";
 import { element, later } from "../elements.js";
 import { imagesOf, previews } from "./graph.js";
+import { t } from "../words.js";
 
 const PAUSE = 800; // milliseconds without a change until a preview begins by itself
 
@@ -24,35 +25,37 @@ export class Runs {
   }
 
   build() {
-    this.button = element("button", { type: "button", class: "main", onclick: () => this.preview() }, ["Preview"]);
-    this.cancel = element("button", { type: "button", hidden: true, onclick: () => this.giveUp() }, ["Cancel"]);
+    this.button = element("button", { type: "button", class: "main", onclick: () => this.preview() }, [t("Preview")]);
+    this.cancel = element("button", { type: "button", hidden: true, onclick: () => this.giveUp() }, [t("Cancel")]);
     this.live = element("input", { type: "checkbox", onchange: () => this.live.checked && this.preview() });
-    this.bar = element("progress", { max: 1, value: 0, "aria-label": "Progress" });
+    this.bar = element("progress", { max: 1, value: 0, "aria-label": t("Progress") });
     this.bar.hidden = true;
     this.status = element("p", { class: "status", role: "status" });
     this.pictures = element("div", { class: "pictures" });
     this.keep = element("button", { type: "button", class: "quiet", onclick: () => this.keepAsBefore() }, [
-      "Compare with these from now on",
+      t("Compare with these from now on"),
     ]);
     this.name = element("input", {
-      type: "text", placeholder: "name, such as faces/soft", "aria-label": "Name of the copy", spellcheck: false,
+      type: "text", placeholder: t("name, such as faces/soft"), "aria-label": t("Name of the copy"), spellcheck: false,
       onkeydown: (event) => event.key === "Enter" && this.save(),
     });
     this.box = element("aside", { class: "runs" }, [
-      element("h3", {}, ["Preview"]),
+      element("h3", {}, [t("Preview")]),
       element("div", { class: "line" }, [
         this.button, this.cancel,
-        element("label", { title: "Draw anew whenever something was changed" }, [this.live, " as I change"]),
+        element("label", { title: t("Draw anew whenever something was changed") }, [this.live, ` ${t("as I change")}`]),
       ]),
       this.bar,
       this.status,
       this.pictures,
       this.keep,
-      element("h3", {}, ["Save a copy of the recipe"]),
+      element("h3", {}, [t("Save a copy of the recipe")]),
       element("div", { class: "line" }, [
-        this.name, element("button", { type: "button", onclick: () => this.save() }, ["Save"]),
+        this.name, element("button", { type: "button", onclick: () => this.save() }, [t("Save")]),
       ]),
-      element("p", { class: "hint" }, ["Goes into models/difflens_recipes, for Load Recipe. Nothing is replaced."]),
+      element("p", { class: "hint" }, [
+        t("Goes into models/difflens_recipes, for Load Recipe. Nothing is replaced."),
+      ]),
     ]);
   }
 
@@ -62,8 +65,8 @@ export class Runs {
       execution_start: () => this.begin(),
       progress: ({ value, max }) => this.progress(value, max),
       execution_success: () => this.end(""),
-      execution_interrupted: () => this.end("Cancelled."),
-      execution_error: ({ exception_message }) => this.end(exception_message ?? "It failed.", true),
+      execution_interrupted: () => this.end(t("Cancelled.")),
+      execution_error: ({ exception_message }) => this.end(exception_message ?? t("It failed."), true),
     })) {
       this.on(kind, (detail) => this.hear(call, detail));
     }
@@ -110,7 +113,7 @@ export class Runs {
     this.cancel.hidden = false;
     this.bar.hidden = false;
     this.bar.removeAttribute("value");
-    this.say("Waiting …");
+    this.say(t("Waiting …"));
     this.held = [];
     try {
       const prompt = await app.graphToPrompt();
@@ -133,7 +136,7 @@ export class Runs {
       return;
     }
     const ids = [...this.targets().keys()];
-    this.hint = ids.length ? "" : "Nothing behind this node shows pictures: put Preview Image behind Steer.";
+    this.hint = ids.length ? "" : t("Nothing behind this node shows pictures: put Preview Image behind Steer.");
     await this.queue(ids.length ? ids : [this.explorer.id]);
   }
 
@@ -150,11 +153,11 @@ export class Runs {
     const { Pending: waiting = [] } = (await api.getQueue?.()) ?? {};
     await api.deleteItem("queue", id);
     await api.interrupt(id);
-    if (waiting.some((job) => job.id === id) && this.running === id) this.end("Cancelled.");
+    if (waiting.some((job) => job.id === id) && this.running === id) this.end(t("Cancelled."));
   }
 
   begin() {
-    this.say("Drawing …");
+    this.say(t("Drawing …"));
   }
 
   progress(value, max) {
@@ -180,7 +183,7 @@ export class Runs {
     if (id === this.explorer.id) {
       const [saved] = output.difflens_saved ?? [];
       if (saved) {
-        this.said = `Saved as ${saved}.`;
+        this.said = t("Saved as {name}.", { name: saved });
         app.refreshComboInNodes?.();
       }
       this.explorer.reload(output.difflens_features?.[0]);
@@ -207,12 +210,12 @@ export class Runs {
       ]);
     const same = [...this.now].every(([id, images]) => this.before.get(id) === images);
     const blocks = [...this.now].flatMap(([id, images]) =>
-      same ? [block("Now", images)] : [block("Before", this.before.get(id) ?? []), block("Now", images)],
+      same ? [block(t("Now"), images)] : [block(t("Before"), this.before.get(id) ?? []), block(t("Now"), images)],
     );
     this.pictures.replaceChildren(...blocks);
     this.keep.hidden = same;
     if (!blocks.length) {
-      this.pictures.append(element("p", { class: "hint" }, ["Pictures of what is ticked come here."]));
+      this.pictures.append(element("p", { class: "hint" }, [t("Pictures of what is ticked come here.")]));
     }
   }
 
@@ -223,8 +226,8 @@ export class Runs {
   /** Save a copy: the name goes into this one run, so that later ones write nothing. */
   async save() {
     const name = this.name.value.trim();
-    if (!name) return this.say("Give the copy a name.", true);
-    if (this.running || this.held) return this.say("Wait until the run has ended.", true);
+    if (!name) return this.say(t("Give the copy a name."), true);
+    if (this.running || this.held) return this.say(t("Wait until the run has ended."), true);
     this.hint = "";
     await this.queue([this.explorer.id], name);
   }

@@ -245,7 +245,7 @@ def test_hundreds_of_features_are_drawn_only_where_they_are_seen(page, shots, re
     assert dialog.locator(".strip").count() < 100
     took = page.evaluate(
         """() => { const box = document.querySelector('dialog .head select'), began = performance.now();
-           for (const name of ['number', 'fires most']) { box.value = name; box.dispatchEvent(new Event('change')) }
+           for (const name of ['number', 'most']) { box.value = name; box.dispatchEvent(new Event('change')) }
            return performance.now() - began }"""
     )
     assert took < 3000, "two new orders of 500 cards, on a machine that is busy"

@@ -87,3 +87,21 @@ def test_every_widget_keeps_what_it_is_set_to(page, mounted, ours):
     ]
     assert len(changed) > 100, "the test itself sets nothing"
     assert told[next(node for node in told if node.startswith("DiffLensDebias"))]["recipe.mix"] == "own shares"
+
+
+def test_the_page_speaks_the_language_that_is_set(open_page, server):
+    """Names of nodes, sockets and widgets, and our own button."""
+    try:
+        with open_page(server, {"Comfy.Locale": "zh"}) as (page, _):
+            page.wait_for_function("LiteGraph.registered_node_types.DiffLensDebias.title === '去偏见'")
+            debias, explore = page.evaluate(
+                """() => ['DiffLensDebias', 'DiffLensExplore'].map(name => {
+                  const node = LiteGraph.createNode(name)
+                  return [...node.inputs, ...node.outputs].map(one => one.localized_name)
+                    .concat(node.widgets.map(one => one.label ?? one.name))
+                })"""
+            )
+    finally:
+        server.request("/settings/Comfy.Locale", b'"en"')
+    assert {"模型", "目标", "配方", "比例", "强度"} <= set(debias)
+    assert {"激活值", "图片表", "浏览特征…"} <= set(explore)
