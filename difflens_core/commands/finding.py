@@ -19,7 +19,7 @@ from ..sae import VALIDATION_PICTURES, hold_out, load_sae, measure_sae, save_sae
 from ..steer import as_stored, build_recipe, load_recipe, save_directions, save_recipe, weigh_latents
 from ..targets import parse_target
 from .console import Console
-from .models import decided_by, open_classifier, open_model
+from .models import decided_by, draws_twice, open_classifier, open_model
 from .study import Study
 
 STORE, SAE, FOUND, RECIPE = "activations", "sae.safetensors", "found.safetensors", "recipe.safetensors"
@@ -31,10 +31,10 @@ def run_capture(study: Study, console: Console) -> dict[str, Any]:
     options, model = study.capture, open_model(study)
     if options.dtype not in DTYPES:
         raise DiffLensError(f"capture: dtype is {options.dtype!r}, expected one of {', '.join(DTYPES)}.")
-    twice = 2 if study.cfg != 1 and study.prompts else 1
+    evaluations = options.pictures * study.steps * (2 if draws_twice(model) else 1)
     console.say(
         f"draws {options.pictures} pictures of {' x '.join(map(str, model.shape))} in {study.steps} steps: "
-        f"{options.pictures * study.steps * twice} evaluations of the network, {study.batch} at once"
+        f"{evaluations} evaluations of the network, {study.batch} at once"
     )
 
     def room(needed: int) -> None:
@@ -55,7 +55,8 @@ def run_capture(study: Study, console: Console) -> dict[str, Any]:
     console.say(
         f"kept {found.width} channels of {found.site} at {len(found.progress)} steps of {found.pictures} pictures"
     )
-    return {"pictures": found.pictures, "steps": len(found.progress), "site": found.site, "width": found.width}
+    figures = {"pictures": found.pictures, "steps": len(found.progress), "site": found.site, "width": found.width}
+    return figures | {"evaluations": evaluations}
 
 
 def run_train(study: Study, console: Console) -> dict[str, Any]:
