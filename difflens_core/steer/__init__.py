@@ -2,7 +2,7 @@
 
 from .building import build_recipe, recipe_from_features
 from .controls import mean_difference, random_features, with_latents
-from .directions import additive, directions, load_ml_act, save_directions
+from .directions import additive, directions_of, load_ml_act, save_directions
 from .plans import plan_in_words, plan_moves, planned_targets
 from .recipe_files import as_stored, load_recipe, save_recipe
 from .recipes import MODES, WITHOUT_LEVELS, Recipe, at_dose, check_one_site, joined, of_latents, with_settings
@@ -20,7 +20,7 @@ __all__ = [
     "at_dose",
     "build_recipe",
     "check_one_site",
-    "directions",
+    "directions_of",
     "joined",
     "load_ml_act",
     "load_recipe",

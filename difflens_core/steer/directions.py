@@ -48,7 +48,7 @@ def additive(recipe: Recipe) -> Recipe:
     return replace(first, further=tuple(further))
 
 
-def directions(recipe: Recipe) -> dict[str, Tensor]:
+def directions_of(recipe: Recipe) -> dict[str, Tensor]:
     """What an `additive` recipe adds to the output of each of its sites: S x K x C x H x W, strengths and all.
 
     Steps are those of its normalisation; H and W are 1 where it adds the same everywhere.
@@ -67,7 +67,7 @@ def directions(recipe: Recipe) -> dict[str, Tensor]:
 def save_directions(path: str | Path, recipe: Recipe) -> Recipe:
     """Write what the recipe's `additive` form adds, for programs without this library; returns that form.
 
-    One tensor a site, see `directions`; docs/directions.md describes the file. Raises `DiffLensError` as `additive`
+    One tensor a site, see `directions_of`; docs/directions.md describes the file. Raises `DiffLensError` as `additive`
     does, or if the sites were captured at different steps.
     """
     recipe = additive(recipe)
@@ -77,7 +77,7 @@ def save_directions(path: str | Path, recipe: Recipe) -> Recipe:
             f"the recipe for {recipe.attribute} has sites that were captured at different steps. Write one file a site."
         )
     info = {name: getattr(recipe, name) for name in ("attribute", "classes", "model", "mode", "start", "end")}
-    save_tensors(path, "directions", directions(recipe), info | {"sites": recipe.sites, "progress": progress[0]})
+    save_tensors(path, "directions", directions_of(recipe), info | {"sites": recipe.sites, "progress": progress[0]})
     return recipe
 
 

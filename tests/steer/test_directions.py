@@ -14,7 +14,7 @@ from difflens_core.locate import FrameProbes
 from difflens_core.steer import (
     Steering,
     additive,
-    directions,
+    directions_of,
     joined,
     load_ml_act,
     load_recipe,
@@ -52,12 +52,12 @@ def test_a_file_holds_what_steering_adds(toys, tmp_path, mode):
 
 def test_recipes_of_several_sites_of_whole_maps_and_without_levels(toys, tmp_path):
     first, second = toys.recipe(), replace(toys.recipe(seed=8), site="other")
-    assert directions(additive(joined(first, second))).keys() == {"middle", "other"}
+    assert directions_of(additive(joined(first, second))).keys() == {"middle", "other"}
     whole = replace(toys.recipe(width=4 * C, positions=1, mode="add"), normalisation=toys.normalisation())
     h = toys.activations().values[1]
     expected = Steering(whole, class_of)(h, 0.0, torch.arange(12)) - h
     torch.testing.assert_close(
-        directions(whole)["middle"][0, class_of(torch.arange(12))], expected, atol=1e-5, rtol=1e-5
+        directions_of(whole)["middle"][0, class_of(torch.arange(12))], expected, atol=1e-5, rtol=1e-5
     )
     without = toys.recipe(positions=0, mode="scale")
     assert additive(without).mode == "add own fixed"
