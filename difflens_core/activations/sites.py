@@ -45,6 +45,11 @@ def from_map(h: Tensor, ndim: int) -> Tensor:
     return h.flatten(2).transpose(1, 2) if ndim == 3 else h
 
 
+def only(output: Any) -> Any:
+    """What a module puts out, also out of a tuple of one, in which U-Nets of diffusers get it from their attentions."""
+    return output[0] if isinstance(output, tuple) and len(output) == 1 else output
+
+
 class Whole:
     """The part of a module's input and output that a site is: the first input, and all of an output that is a tensor.
 
@@ -57,11 +62,12 @@ class Whole:
 
     def read(self, output: Any, kwargs: dict) -> Tensor:
         """What comes out, as a map."""
-        return to_map(output)
+        return to_map(only(output))
 
     def write(self, output: Any, kwargs: dict, h: Tensor) -> Any:
         """The output with h in place of what `read` gave."""
-        return from_map(h, output.ndim)
+        written = from_map(h, only(output).ndim)
+        return (written,) if isinstance(output, tuple) else written
 
 
 @contextmanager

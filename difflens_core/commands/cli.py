@@ -1,4 +1,4 @@
-"""difflens: capture, train, attribute, calibrate, steer and report one study after the other."""
+"""difflens: capture, train, attribute, calibrate, steer, report and export one study."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from ..files import DiffLensError
 from ..processes import together
 from .console import Console
 from .fairness import run_report, run_steer
-from .finding import run_attribute, run_calibrate, run_capture, run_train
+from .finding import run_attribute, run_calibrate, run_capture, run_export, run_train
 from .study import read_study
 
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "capture": run_capture, "train": run_train, "attribute": run_attribute, "calibrate": run_calibrate,
-    "steer": run_steer, "report": run_report,
+    "steer": run_steer, "report": run_report, "export": run_export,
 }  # fmt: skip
 DONE, FAILED, MISSED, CUT_OFF = 0, 1, 3, 130  # exit codes; 2 is argparse's own, for a command that is misspelt
 HELP = """
-A study is a TOML file; all that is made of it lies in a folder of its name beside it. Run the commands in this order.
+A study is a TOML file; all that is made of it lies in a folder of its name beside it. Run the commands in this order,
+export whenever there is a recipe.
 Each can be cut off with Ctrl+C and goes on where it stopped when it is run again. capture and train may run under
 torchrun, in several processes. Exit codes: 0 done, 1 something does not fit (one sentence says what), 2 the command is
 misspelt, 3 calibrate has missed the target, 130 cut off.

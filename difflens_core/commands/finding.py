@@ -1,4 +1,4 @@
-"""The commands that find what carries an attribute: capture, train, attribute, calibrate."""
+"""The commands that find what carries an attribute, and write it out: capture, train, attribute, calibrate, export."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from ..files import DiffLensError, digest
 from ..locate import attribute_features, balancing_weights, in_frames, train_probes
 from ..report import calibration_text, ranking_table, weighing_text
 from ..sae import VALIDATION_PICTURES, hold_out, load_sae, measure_sae, save_sae, train_sae
-from ..steer import as_stored, build_recipe, load_recipe, save_recipe, weigh_latents
+from ..steer import as_stored, build_recipe, load_recipe, save_directions, save_recipe, weigh_latents
 from ..targets import parse_target
 from .console import Console
-from .models import decided_by, open_classifier, open_model
+from .models import decided_by, draws_twice, open_classifier, open_model
 from .study import Study
 
 STORE, SAE, FOUND, RECIPE = "activations", "sae.safetensors", "found.safetensors", "recipe.safetensors"
+DIRECTIONS = "directions.safetensors"
 
 
 def run_capture(study: Study, console: Console) -> dict[str, Any]:
@@ -30,10 +31,10 @@ def run_capture(study: Study, console: Console) -> dict[str, Any]:
     options, model = study.capture, open_model(study)
     if options.dtype not in DTYPES:
         raise DiffLensError(f"capture: dtype is {options.dtype!r}, expected one of {', '.join(DTYPES)}.")
-    twice = 2 if study.cfg != 1 and study.prompts else 1
+    evaluations = options.pictures * study.steps * (2 if draws_twice(model) else 1)
     console.say(
         f"draws {options.pictures} pictures of {' x '.join(map(str, model.shape))} in {study.steps} steps: "
-        f"{options.pictures * study.steps * twice} evaluations of the network, {study.batch} at once"
+        f"{evaluations} evaluations of the network, {study.batch} at once"
     )
 
     def room(needed: int) -> None:
@@ -54,7 +55,8 @@ def run_capture(study: Study, console: Console) -> dict[str, Any]:
     console.say(
         f"kept {found.width} channels of {found.site} at {len(found.progress)} steps of {found.pictures} pictures"
     )
-    return {"pictures": found.pictures, "steps": len(found.progress), "site": found.site, "width": found.width}
+    figures = {"pictures": found.pictures, "steps": len(found.progress), "site": found.site, "width": found.width}
+    return figures | {"evaluations": evaluations}
 
 
 def run_train(study: Study, console: Console) -> dict[str, Any]:
@@ -157,3 +159,19 @@ def run_calibrate(study: Study, console: Console) -> dict[str, Any]:
     if weighing:
         console.say(weighing_text(found.info["weighed"]))
     return record | {"strength": list(found.strength)}
+
+
+def run_export(study: Study, console: Console) -> dict[str, Any]:
+    """Write the recipe as plain directions, for programs that have torch alone."""
+    recipe = load_recipe(study.made(RECIPE, "attribute"))
+    path = study.folder / DIRECTIONS
+    written = save_directions(path, recipe)
+    if written.mode != recipe.mode:
+        console.say(
+            f"mode {recipe.mode} looks at each picture, which directions cannot: they are those of mode {written.mode} "
+            "at strength 1"
+        )
+    console.say(
+        f"{', '.join(written.classes)} at {', '.join(written.sites)}: {path.stat().st_size / 1e6:.1f} MB in {path}"
+    )
+    return {"mode": written.mode, "strength": written.strength, "sites": written.sites, "classes": written.classes}

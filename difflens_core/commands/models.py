@@ -44,6 +44,13 @@ def decided_by(model: Sampler) -> dict[str, Any]:
     return {"model": model.fingerprint, "progress": list(model.progress), "shape": list(model.shape), **model.info}
 
 
+def draws_twice(model: Sampler) -> bool:
+    """Whether guidance takes a second evaluation of the network at each step; not where a model is distilled."""
+    if isinstance(model, DenoiserSampler):
+        return model.guidance is not None and model.guidance.cfg != 1
+    return isinstance(model, DiffusersSampler) and model.negative is not None and model.cfg != 1
+
+
 def avatars(study: Study, path: Path) -> DenoiserSampler:
     """A denoiser that the pack ships, prompted or not."""
     size = (study.size[0], study.size[1]) if study.size else None

@@ -73,6 +73,10 @@ class Levels:
         """The classes' levels without their traits: S x K x F x P."""
         return torch.einsum("skr,rfd->skfd", self.classes, self.maps) @ self.places
 
+    def without_traits(self) -> Levels:
+        """Those of pictures in which all traits are alike, whatever a picture shows."""
+        return Levels.plain(self.maps, self.places, self.classes)
+
     def some(self, latents: Tensor) -> Levels:
         """Those of some of the latents: numbers, or F booleans."""
         return replace(self, maps=self.maps[:, latents])

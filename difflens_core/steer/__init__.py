@@ -2,6 +2,7 @@
 
 from .building import build_recipe, recipe_from_features
 from .controls import mean_difference, random_features, with_latents
+from .directions import additive, directions_of, load_ml_act, save_directions
 from .plans import plan_in_words, plan_moves, planned_targets
 from .recipe_files import as_stored, load_recipe, save_recipe
 from .recipes import MODES, WITHOUT_LEVELS, Recipe, at_dose, check_one_site, joined, of_latents, with_settings
@@ -14,11 +15,14 @@ __all__ = [
     "Recipe",
     "Steering",
     "WITHOUT_LEVELS",
+    "additive",
     "as_stored",
     "at_dose",
     "build_recipe",
     "check_one_site",
+    "directions_of",
     "joined",
+    "load_ml_act",
     "load_recipe",
     "mean_difference",
     "of_latents",
@@ -27,6 +31,7 @@ __all__ = [
     "planned_targets",
     "random_features",
     "recipe_from_features",
+    "save_directions",
     "save_recipe",
     "steerings",
     "weigh_latents",

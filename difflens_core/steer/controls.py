@@ -11,7 +11,7 @@ from ..activations import Activations
 from ..files import DiffLensError
 from ..locate import Labelled, channel_rows, fit_levels
 from ..sae import SparseAutoencoder
-from .recipes import Recipe
+from .recipes import ALWAYS, Recipe
 
 
 def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, others: Labelled) -> Recipe:
@@ -29,7 +29,7 @@ def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, ot
         features=torch.arange(recipe.width),
         encoder=channels,
         bias=torch.zeros(recipe.width),
-        threshold=torch.full((recipe.width,), -1e9),
+        threshold=torch.full((recipe.width,), ALWAYS),
         decoder=channels,
         member=torch.ones(classes, recipe.width, dtype=torch.bool),
         levels=levels,

@@ -20,6 +20,8 @@ READING = ("reach", "move", "clamp", "scale", "ablate")
 WITHOUT_LEVELS = ("add fixed", "add own fixed", "scale", "ablate")
 # Threshold of a latent of which only the SAE can tell where it is active.
 UNKNOWN = -1.0
+# Threshold of a latent that is active everywhere.
+ALWAYS = -1e9
 SETTINGS = ("mode", "strength", "start", "end", "hold")
 
 

@@ -96,7 +96,7 @@ class Steering:
 
     def acts(self, progress: float) -> bool:
         """Whether it is for this part of the sampling."""
-        return self.recipe.start <= progress <= self.recipe.end
+        return self.recipe.start <= round(progress, 6) <= self.recipe.end  # as its start and end are
 
     @property
     def rivals(self) -> SparseAutoencoder | None:
@@ -326,7 +326,7 @@ class Steering:
     def stretch(self, h: Tensor) -> str:
         """A sentence if the recipe was made on a map of another size than h (B x C x H x W), or ""."""
         recipe = self.recipe
-        anywhere = recipe.mode in WITHOUT_LEVELS or recipe.frame is not None
+        anywhere = recipe.mode in WITHOUT_LEVELS or recipe.frame is not None or recipe.levels.positions == 1
         if anywhere or recipe.kernel > 1 or recipe.fits(h.shape[2], h.shape[3]):
             return ""
         made_on, here = (" x ".join(map(str, size)) for size in (recipe.grid or (), h.shape[2:]))

@@ -132,7 +132,7 @@ def weigh_latents(
         why = "all show one class" if spared else "every other attribute comes with the class"
         return with_figures(recipe, {"why": f"among {len(noise)} pictures {why}"})
     steering = Steering(replace(recipe, weight=None), torch.Tensor.long)
-    steps = [s for s, at in enumerate(sampler.progress) if recipe.start <= at <= recipe.end][::EVERY]
+    steps = [s for s, at in enumerate(sampler.progress) if steering.acts(at)][::EVERY]
     halves = [Products.none(len(recipe.features)) for _ in range(2)]
 
     def look(images: Tensor, step: int, h: Tensor, pictures: Tensor) -> None:

@@ -96,6 +96,21 @@ def test_a_module_that_changes_the_shape_has_no_update():
     assert hooks(net) == 0 and not net[2]._forward_pre_hooks
 
 
+def test_what_comes_in_a_tuple_of_one_is_read_and_written_there():
+    """As from the attentions of a U-Net of diffusers."""
+
+    class Alone(nn.Module):
+        def forward(self, x):
+            return (2 * x,)
+
+    net, x = nn.ModuleDict({"alone": Alone()}), torch.randn(2, 3, 4, 5)
+    for site, expected in (("alone", 2 * x + 1), ("alone update", 2 * x + 1)):
+        with watched(net, site) as outputs, edit_site(net, site, lambda h: h + 1):
+            (found,) = net["alone"](x)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(outputs[0], x if site.endswith("update") else 2 * x)
+
+
 def test_several_streams_need_to_be_told_apart():
     net = nn.ModuleDict({"block": Block()})
     with (

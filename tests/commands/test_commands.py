@@ -20,6 +20,7 @@ from difflens_core.activations import noise_batches, open_store
 from difflens_core.classifiers import AttributeClassifier, save_classifier
 from difflens_core.commands import main, read_study
 from difflens_core.commands.models import open_model
+from difflens_core.files import load_tensors
 from difflens_core.sae import load_sae
 from difflens_core.steer import load_recipe
 
@@ -83,7 +84,8 @@ def figures(capsys, *arguments: object) -> dict:
 def test_the_whole_way(kind, tmp_path, capsys):
     study = study_of(tmp_path / kind, kind)
     folder = read_study(study).folder
-    assert figures(capsys, "capture", study)["pictures"] == 12
+    captured, twice = figures(capsys, "capture", study), 2 if kind in ("sd15", "sdxl", "sd3") else 1
+    assert captured["pictures"] == 12 and captured["evaluations"] == 12 * 3 * twice
     assert len(open_store(folder / "activations").samples()) == 12
     assert figures(capsys, "train", study)["fvu"] > 0
     assert sum(figures(capsys, "attribute", study)["pictures"].values()) == 12
@@ -96,6 +98,12 @@ def test_the_whole_way(kind, tmp_path, capsys):
         for name in ("before", "after")
     ]
     assert pictures[0].shape == pictures[1].shape and len(pictures[0]) == 6 and (pictures[0] != pictures[1]).any()
+    exported, written = figures(capsys, "export", study), load_tensors(folder / "directions.safetensors", "directions")
+    assert (
+        exported["mode"] == "add"
+        and written[0].keys() == {KINDS[kind][1]}
+        and written[1]["classes"] == ["one", "other"]
+    )
     again = figures(capsys, "report", study, folder / "before", folder / "after")
     assert again["before"] == report["before"] and again["changes"] == report["changes"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from difflens_core.activations import Kept, Sampler, capture, noise_batches
 from difflens_core.files import DiffLensError
 from difflens_core.networks import DiffusersSampler, FlowSampler
 from difflens_core.sae import TrainingOptions
+from difflens_core.steer import Steering, save_directions
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
@@ -53,10 +55,14 @@ def prompts(seed: int, rows: int = 1) -> dict[str, torch.Tensor]:
     return {"encoder_hidden_states": torch.randn(rows, 5, 16, generator=torch.Generator().manual_seed(seed))}
 
 
-@pytest.fixture(scope="module")
-def sampler() -> DiffusersSampler:
+def guided() -> DiffusersSampler:
     scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)  # as Stable Diffusion's; its pipeline sets them
     return DiffusersSampler(conditional(), scheduler, STEPS, prompts(3), prompts(4), 3.0, autoencoder())
+
+
+@pytest.fixture(scope="module")
+def sampler() -> DiffusersSampler:
+    return guided()
 
 
 def noise_of(sampler: Sampler, count: int) -> torch.Tensor:
@@ -77,17 +83,22 @@ class Double:
         return 2 * h
 
 
-def test_guided_sampling_and_decoding_are_those_of_the_stable_diffusion_pipeline(sampler):
+def stable_diffusion(sampler: DiffusersSampler) -> tuple[StableDiffusionPipeline, dict]:
+    """The pipeline of such a network, and the settings by which it draws two pictures as the sampler does."""
     pipe = StableDiffusionPipeline(
         sampler.vae, None, None, sampler.network, sampler.scheduler, None, None, requires_safety_checker=False
     )
-    pipe.set_progress_bar_config(disable=True)
-    noise, (positive,), (negative,) = noise_of(sampler, 2), sampler.positive.values(), sampler.negative.values()
-    settings = {"latents": noise, "num_inference_steps": STEPS, "guidance_scale": sampler.cfg, "eta": 0.0}
+    (positive,), (negative,) = sampler.positive.values(), sampler.negative.values()
     embeds = {"prompt_embeds": positive.expand(2, -1, -1), "negative_prompt_embeds": negative.expand(2, -1, -1)}
+    return pipe, {"guidance_scale": sampler.cfg, "eta": 0.0, **embeds}
+
+
+def test_guided_sampling_and_decoding_are_those_of_the_stable_diffusion_pipeline(sampler):
+    pipe, settings = stable_diffusion(sampler)
+    noise = noise_of(sampler, 2)
     latents = sampler.sample(noise, torch.arange(2))
-    torch.testing.assert_close(pipe(**settings, **embeds, output_type="latent").images, latents, atol=1e-4, rtol=1e-4)
-    pictures = torch.from_numpy(pipe(**settings, **embeds, output_type="np").images)
+    torch.testing.assert_close(drawn_by(pipe, noise, **settings), latents, atol=1e-4, rtol=1e-4)
+    pictures = torch.from_numpy(drawn_by(pipe, noise, output_type="np", **settings))
     torch.testing.assert_close(pictures, sampler.decode(latents), atol=1e-4, rtol=1e-4)
 
 
@@ -261,41 +272,62 @@ def sd3() -> FlowSampler:
     return FlowSampler(network, FlowMatchEulerDiscreteScheduler(shift=3.0), STEPS, *prompts, 4.0, autoencoder())
 
 
-def drawn_by(pipe, noise: torch.Tensor, **settings) -> torch.Tensor:
+def drawn_by(pipe, noise: torch.Tensor, output_type: str = "latent", steps: int = STEPS, **settings) -> torch.Tensor:
+    """What a pipeline draws from noise (2 x C x H x W)."""
     pipe.set_progress_bar_config(disable=True)
-    return pipe(latents=noise, num_inference_steps=STEPS, output_type="latent", **settings).images
+    packed = isinstance(pipe, FluxPipeline)
+    latents = pipe._pack_latents(noise, *noise.shape) if packed else noise
+    found = pipe(latents=latents, num_inference_steps=steps, output_type=output_type, **settings).images
+    if packed:
+        return pipe._unpack_latents(found, settings["height"], settings["width"], pipe.vae_scale_factor)
+    return found
+
+
+def flux_pipeline(sampler: FlowSampler) -> tuple[FluxPipeline, dict]:
+    """As `stable_diffusion`."""
+    pipe, given = (
+        FluxPipeline(sampler.scheduler, autoencoder(), None, None, None, None, sampler.network),
+        sampler.positive,
+    )
+    height, width = (side * pipe.vae_scale_factor for side in sampler.size)
+    return pipe, {
+        "height": height, "width": width, "guidance_scale": 3.5,
+        "prompt_embeds": given["encoder_hidden_states"].expand(2, -1, -1),
+        "pooled_prompt_embeds": given["pooled_projections"].expand(2, -1),
+    }  # fmt: skip
 
 
 def test_sampling_flux_is_that_of_its_pipeline():
     sampler = flux()
-    pipe = FluxPipeline(sampler.scheduler, autoencoder(), None, None, None, None, sampler.network)
+    pipe, settings = flux_pipeline(sampler)
     noise = noise_of(sampler, 2)
     assert noise.shape == (2, 4, 4, 6)
-    given = sampler.positive
-    height, width = (side * pipe.vae_scale_factor for side in sampler.size)
-    found = drawn_by(
-        pipe, pipe._pack_latents(noise, 2, 4, 4, 6), height=height, width=width, guidance_scale=3.5,
-        prompt_embeds=given["encoder_hidden_states"].expand(2, -1, -1),
-        pooled_prompt_embeds=given["pooled_projections"].expand(2, -1),
-    )  # fmt: skip
-    expected = pipe._unpack_latents(found, height, width, pipe.vae_scale_factor)
-    torch.testing.assert_close(sampler.sample(noise, torch.arange(2)), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        sampler.sample(noise, torch.arange(2)), drawn_by(pipe, noise, **settings), atol=1e-4, rtol=1e-4
+    )
+
+
+def stable_diffusion_3(sampler: FlowSampler) -> tuple[StableDiffusion3Pipeline, dict]:
+    """As `stable_diffusion`."""
+    pipe = StableDiffusion3Pipeline(
+        sampler.network, sampler.scheduler, autoencoder(), None, None, None, None, None, None
+    )
+    positive, negative = sampler.positive, sampler.negative
+    height = sampler.shape[1] * pipe.vae_scale_factor
+    return pipe, {
+        "height": height, "width": height, "guidance_scale": sampler.cfg,
+        "prompt_embeds": positive["encoder_hidden_states"].expand(2, -1, -1),
+        "pooled_prompt_embeds": positive["pooled_projections"].expand(2, -1),
+        "negative_prompt_embeds": negative["encoder_hidden_states"].expand(2, -1, -1),
+        "negative_pooled_prompt_embeds": negative["pooled_projections"].expand(2, -1),
+    }  # fmt: skip
 
 
 def test_sampling_stable_diffusion_3_is_that_of_its_pipeline():
     sampler = sd3()
-    pipe = StableDiffusion3Pipeline(
-        sampler.network, sampler.scheduler, autoencoder(), None, None, None, None, None, None
-    )
-    noise, (positive, negative) = noise_of(sampler, 2), (sampler.positive, sampler.negative)
-    height = sampler.shape[1] * pipe.vae_scale_factor
-    expected = drawn_by(
-        pipe, noise, height=height, width=height, guidance_scale=sampler.cfg,
-        prompt_embeds=positive["encoder_hidden_states"].expand(2, -1, -1),
-        pooled_prompt_embeds=positive["pooled_projections"].expand(2, -1),
-        negative_prompt_embeds=negative["encoder_hidden_states"].expand(2, -1, -1),
-        negative_pooled_prompt_embeds=negative["pooled_projections"].expand(2, -1),
-    )  # fmt: skip
+    pipe, settings = stable_diffusion_3(sampler)
+    noise = noise_of(sampler, 2)
+    expected = drawn_by(pipe, noise, **settings)
     torch.testing.assert_close(sampler.sample(noise, torch.arange(2)), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -380,3 +412,50 @@ def test_a_part_of_a_block_with_tokens_of_text_is_refused():
 def test_flux_wants_a_size():
     with pytest.raises(DiffLensError, match="128 x 128 latents for 1024 pixels"):
         replace(flux(), size=None).shape  # noqa: B018
+
+
+# --- docs/directions.md ---
+
+
+def page_hook() -> Callable:
+    """The function in the page, by its code there."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "directions.md").read_text("utf-8"), re.DOTALL)
+    names: dict = {}
+    exec(compile(code, "docs/directions.md", "exec"), names)
+    return names["steer"]
+
+
+@pytest.mark.parametrize(
+    ("make", "pipeline_of", "site"),
+    [
+        (guided, stable_diffusion, "mid_block"),
+        (guided, stable_diffusion, "down_blocks.1.attentions.0 update"),
+        (sd3, stable_diffusion_3, "transformer_blocks.1"),
+        (flux, flux_pipeline, "transformer_blocks.0"),
+        (flux, flux_pipeline, "single_transformer_blocks.0"),
+    ],
+)
+def test_the_hook_in_the_page_draws_what_steering_draws(toys, tmp_path, make, pipeline_of, site):
+    """At the steps of the capture and at others, in the part of the sampling that the recipe is for."""
+    sampler = make()
+    kept = Kept(site, [0], torch.float32)
+    noise, images = noise_of(sampler, 2), torch.arange(2)
+    plain = sampler.sample(noise, images, kept=[kept])
+    height, width, channels = kept.taken().shape[2:]
+    recipe = toys.recipe(steps=STEPS, width=channels, positions=height * width, start=0.2, end=0.8)
+    known = replace(recipe.normalisation, progress=torch.tensor(sampler.progress))
+    recipe = replace(recipe, site=site, normalisation=known, map=(height, width))
+    written = save_directions(tmp_path / "d.safetensors", recipe)
+    pipe, settings = pipeline_of(sampler)
+    page_hook()(pipe, tmp_path / "d.safetensors", ["senior", "young"])
+    try:
+        drawn = {steps: drawn_by(pipe, noise, steps=steps, **settings) for steps in (STEPS, STEPS + 3)}
+    finally:
+        for module in sampler.network.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+    for steps, found in drawn.items():
+        edit = Steering(written, lambda images: torch.tensor([2, 0])[images])
+        expected = replace(sampler, steps=steps).sample(noise, images, [edit])
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(drawn[STEPS], plain, atol=1e-2)

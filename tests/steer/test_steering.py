@@ -156,6 +156,12 @@ def test_steps_outside_start_and_end_return_the_very_same_object(toys, progress,
     assert (steer(toys.recipe(start=0.3, end=0.6), h, progress) is h) == same
 
 
+def test_the_first_step_of_a_capture_that_began_late_is_steered(toys):
+    """What a recipe says of its begin is rounded: 2/3 lies before 0.666667."""
+    h = toys.activations(pictures=8).values[1]
+    assert steer(toys.recipe(start=0.666667), h, 2 / 3) is not h
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_batch_of_eight_equals_eight_batches_of_one(toys, mode):
     recipe, h = toys.recipe(mode=mode), toys.activations(pictures=8).values[1]
