@@ -5,6 +5,7 @@ python scripts/test.py --slow tests/test_faults.py     the long form: 50 kills o
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 if sys.platform != "linux":
     pytest.skip("disks are mounted and processes forked as Linux does it", allow_module_level=True)
@@ -23,7 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import faults  # noqa: E402
 
 from difflens_core.activations import capture, open_store  # noqa: E402
-from difflens_core.files import DiffLensError, NotWritten, load_tensors, save_tensors  # noqa: E402
+from difflens_core.commands import main  # noqa: E402
+from difflens_core.commands.finding import FOUND, RECIPE, SAE, STORE  # noqa: E402
+from difflens_core.commands.pictures import read_picture  # noqa: E402
+from difflens_core.files import DiffLensError, NotWritten, load_tensors, save_tensors, write_whole  # noqa: E402
 from difflens_core.networks import DenoiserSampler  # noqa: E402
 from difflens_core.processes import alone_in  # noqa: E402
 
@@ -41,6 +46,34 @@ def test_a_killed_job_loses_nothing_and_ends_with_the_same_result(jobs, tmp_path
     killed = faults.disturbed(jobs[name], tmp_path, kills, seed=kills)
     assert len(killed) == kills
     print(f"{name}: killed {kills} times, {killed.count('after a time')} of them after a time")
+
+
+@pytest.mark.slow
+def test_a_killed_study_loses_nothing_and_ends_with_the_same_files(tmp_path):
+    """The commands one after the other, each gone on with as a user would: typed again from the first."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent / "commands"))
+    from test_commands import study_of
+
+    told = study_of(tmp_path / "given", "avatars").read_text()
+    told = told.replace("classifier.safetensors", str(tmp_path / "given" / "classifier.safetensors"))
+
+    def work(folder: Path, report: faults.Report) -> str:
+        write_whole(folder / "study.toml", told.encode())
+        for command in ("capture", "train", "attribute", "calibrate", "steer"):
+            assert main([command, str(folder / "study.toml")]) in (0, 3)
+            report(command)
+        return faults.digest_of(*(path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."))
+
+    def check(folder: Path, reported: list[str]) -> None:
+        """Every file can be read, and what a command that was done leaves is there."""
+        readers = {".safetensors": load_file, ".json": lambda path: json.loads(path.read_text()), ".png": read_picture}
+        for path in folder.rglob("[!.]*.*"):
+            readers.get(path.suffix, Path.read_bytes)(path)
+        made = {"capture": STORE, "train": SAE, "attribute": FOUND, "calibrate": RECIPE, "steer": "report.json"}
+        assert all((folder / "study" / made[command]).exists() for command in reported)
+
+    killed = faults.disturbed(faults.Job(work, check), tmp_path, 50, seed=50)
+    assert len(killed) == 50
 
 
 # --- disks ---
