@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -155,6 +156,8 @@ def forked(work: Callable[[], object]) -> int:
         torch.set_num_threads(1)  # the threads of this process are not there in the other one
         work()
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
@@ -278,4 +281,4 @@ def small_disk(folder: Path, size: int) -> Iterator[Callable[[str], None]]:
     try:
         yield lambda options: mount("-o", f"remount,{options}")
     finally:
-        subprocess.run(["umount", str(folder)], check=True, capture_output=True)
+        subprocess.run(["umount", "-l", str(folder)], check=True, capture_output=True)  # shards may still be mapped

@@ -139,26 +139,26 @@ def test_a_folder_that_cannot_be_written_to_is_named(jobs, tmp_path, name):
 
 def test_a_capture_without_memory_for_a_batch_goes_on_with_half_of_it(toys, tmp_path):
     """Truly without: a process that may not have more. Its store is that of one which may."""
-    sampler = DenoiserSampler(toys.denoiser(size=64, outer_width=64), 2)
+    sampler = DenoiserSampler(toys.denoiser(size=64, outer_width=32), 2)
     told = tmp_path / "told"
 
     def short_of_memory() -> None:
         import resource
 
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * os.sysconf("SC_PAGE_SIZE") + 150_000_000
+        limit = pages * os.sysconf("SC_PAGE_SIZE") + 80_000_000
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
         def on_half(at_once: int) -> None:
             with told.open("a") as file:
                 file.write(f"{at_once} ")
 
-        capture(sampler, 48, 0, 48, folder=tmp_path / "cut", on_half=on_half)
+        capture(sampler, 32, 0, 32, folder=tmp_path / "cut", on_half=on_half)
 
     assert faults.ended(faults.forked(short_of_memory), 600) == 0
     halves = list(map(int, told.read_text().split()))
-    assert halves and halves == [24, 12, 6, 3][: len(halves)]
-    expected, found = capture(sampler, 48, 0, 48), open_store(tmp_path / "cut")
+    assert halves and halves == [16, 8, 4, 2][: len(halves)]
+    expected, found = capture(sampler, 32, 0, 32), open_store(tmp_path / "cut")
     torch.testing.assert_close(found.samples(), expected.samples(), atol=1e-5, rtol=0)
     torch.testing.assert_close(found.activations().values, expected.activations().values, atol=1e-2, rtol=1e-2)
 
