@@ -27,7 +27,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import METADATA_KEY, DiffLensError, NotWritten, digest, load_tensors, save_tensors, write_whole, written
+from ..files import METADATA_KEY, DiffLensError, NotWritten, digest, load_tensors, replacing, save_tensors, written
 from ..processes import alone_in, process
 from .captured import Activations
 
@@ -235,8 +235,8 @@ def begin(folder: Path, index: Index) -> set[int]:
 
 def write_index(folder: Path, index: Index) -> None:
     """Write a store's index whole or not at all, and make its folder."""
-    with disk_errors(folder):
-        write_whole(folder / INDEX, json.dumps({"version": VERSION, **asdict(index)}, indent=1).encode())
+    with disk_errors(folder), replacing(folder / INDEX) as temporary:
+        temporary.write_text(json.dumps({"version": VERSION, **asdict(index)}, indent=1), encoding="utf-8")
 
 
 def plain(index: Index) -> dict[str, Any]:
