@@ -20,8 +20,10 @@ from .differentiable import OnPrediction
 from .sites import Whole, edit_site
 from .store import DTYPES, INDEX, MOST, SAMPLES, SIZE, Index, Shard, Store, read_index, record
 
-# How errors that are no `torch.cuda.OutOfMemoryError` say that there was no memory: those of the processor, Apple's ...
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+# How errors that are no `torch.cuda.OutOfMemoryError` say that there was no memory: of the processor, oneDNN, Apple ...
+NO_MEMORY = (
+    "out of memory", "can't allocate memory", "not enough memory", "could not create a primitive", "ALLOC_FAILED",
+)  # fmt: skip
 Drawn = TypeVar("Drawn")
 
 
