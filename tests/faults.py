@@ -175,18 +175,28 @@ def ended(child: int, seconds: float) -> int | None:
 
 
 def count_operations(folder: Path, at: int = 0) -> list[int]:
-    """From now on, count how often this process opens, renames or removes a file in the folder. At number `at` it dies.
+    """From now on, count how often this process opens, renames, removes or writes a file in the folder. At number `at`
+    it dies, when writing with half of the bytes written.
 
     There is no way back: for processes that are about to end.
     """
-    count = [0]
+    count, write = [0], Path.write_bytes
+
+    def due(path: object) -> bool:
+        count[0] += str(path).startswith(str(folder))
+        return count[0] == at
 
     def hook(event: str, args: tuple) -> None:
-        if event in ("open", "os.rename", "os.remove") and str(args[0]).startswith(str(folder)):
-            count[0] += 1
-            if count[0] == at:
-                os.kill(os.getpid(), signal.SIGKILL)
+        if event in ("open", "os.rename", "os.remove") and due(args[0]):
+            os.kill(os.getpid(), signal.SIGKILL)
 
+    def write_or_die(path: Path, content: bytes) -> int:
+        if due(path):
+            write(path, content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(path, content)
+
+    Path.write_bytes = write_or_die
     sys.addaudithook(hook)
     return count
 
