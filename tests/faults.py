@@ -183,8 +183,9 @@ def count_operations(folder: Path, at: int = 0) -> list[int]:
     count, write = [0], Path.write_bytes
 
     def due(path: object) -> bool:
-        count[0] += str(path).startswith(str(folder))
-        return count[0] == at
+        inside = str(path).startswith(str(folder))
+        count[0] += inside
+        return inside and count[0] == at
 
     def hook(event: str, args: tuple) -> None:
         if event in ("open", "os.rename", "os.remove") and due(args[0]):
