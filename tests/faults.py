@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -261,14 +261,25 @@ def disturbed(job: Job, folder: Path, kills: int, seed: int) -> list[str]:
 
 
 @contextmanager
-def no_larger_than(size: int) -> Iterator[None]:
-    """While open, no file of this process can grow beyond so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+def limited(what: int, most: int) -> Iterator[None]:
+    """While open, this process may have at most so much of a resource."""
+    before = resource.getrlimit(what)
+    resource.setrlimit(what, (most, before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(what, before)
+
+
+def no_larger_than(size: int) -> AbstractContextManager:
+    """While open, no file of this process can grow beyond so many bytes."""
+    return limited(resource.RLIMIT_FSIZE, size)
+
+
+def no_more_memory_than(size: int) -> AbstractContextManager:
+    """While open, this process gets at most so many bytes more than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return limited(resource.RLIMIT_AS, pages * resource.getpagesize() + size)
 
 
 def may_mount(folder: Path) -> bool:
