@@ -66,7 +66,7 @@ def jobs(toys: SimpleNamespace) -> dict[str, Job]:
     """What is kept on the disk, on models and data so small that a job takes a second."""
     sampler = DenoiserSampler(toys.denoiser(), 3)
     rows = Activations(toys.random(0)(2, 48, 16, 4, 4), torch.tensor([0.0, 0.5]), "middle")
-    options = TrainingOptions(latents=64, k=2, steps=420, batch=32, dead_after=10, aux_k=8, seed=5)
+    options = TrainingOptions(latents=64, k=2, steps=210, batch=32, dead_after=10, aux_k=8, seed=5)
     judged = Judgement("2026-01-01T00:00:00+00:00", "j", "p1", 1, False, "a", "b", "first", "first", ("nothing",))
 
     def captures(folder: Path, report: Report) -> str:

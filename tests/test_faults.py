@@ -33,6 +33,7 @@ from difflens_core.networks import DenoiserSampler  # noqa: E402
 from difflens_core.processes import alone_in  # noqa: E402
 
 JOBS = ("capture", "training", "calibration", "saving")
+LONG = ["capture", pytest.param("training", marks=pytest.mark.slow), "calibration", "saving"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def jobs(toys):
     return faults.jobs(toys)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", JOBS)
 def test_a_killed_job_loses_nothing_and_ends_with_the_same_result(jobs, tmp_path, name, kills):
     killed = faults.disturbed(jobs[name], tmp_path, kills, seed=kills)
@@ -98,7 +99,7 @@ def test_where_files_cannot_grow_it_is_said_and_gone_on_when_they_can(jobs, tmp_
     assert job.work(cut, lambda *_: None) == expected
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", LONG)
 def test_a_full_disk_is_said_and_what_was_reported_is_there(jobs, tmp_path, name):
     if not faults.may_mount(tmp_path / "try"):
         pytest.skip("only root can make a small disk")
@@ -115,7 +116,7 @@ def test_a_full_disk_is_said_and_what_was_reported_is_there(jobs, tmp_path, name
         assert job.work(cut, lambda *_: None) == expected
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", LONG)
 def test_a_folder_that_cannot_be_written_to_is_named(jobs, tmp_path, name):
     cut = tmp_path / "cut"
     if faults.may_mount(tmp_path / "try"):
@@ -178,7 +179,7 @@ def run_out(sampler: DenoiserSampler, most: int, error: Exception):
     ids=["CUDA", "Python", "MPS"],
 )
 def test_half_is_tried_until_it_fits_and_then_no_more_than_that(toys, error):
-    sampler, said = DenoiserSampler(toys.denoiser(), 2), []
+    sampler, said = DenoiserSampler(toys.denoiser(), 1), []
     small, tried = run_out(sampler, 3, error)
     found, expected = capture(small, 18, 0, 9, on_half=said.append), capture(sampler, 18, 0, 9)
     assert said == [5, 3] and tried == [9, 5, 3, 3, 3, 3, 3, 3]
@@ -225,7 +226,7 @@ def test_a_store_is_written_by_one_process_at_a_time_and_free_when_that_is_kille
         pass
 
 
-@pytest.mark.parametrize("name", ["training", "calibration"])
+@pytest.mark.parametrize("name", [LONG[1], "calibration"])
 def test_two_processes_at_one_job_in_one_folder_end_with_its_result(jobs, tmp_path, name):
     """They need not be kept apart: both write the same, each file whole."""
     expected, _ = whole(jobs[name], tmp_path / "whole")
@@ -245,7 +246,7 @@ def test_two_processes_at_one_job_in_one_folder_end_with_its_result(jobs, tmp_pa
 
 
 @pytest.mark.parametrize("when", [0, 2**32], ids=["1970", "2106"])
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", LONG)
 def test_a_clock_that_jumps_changes_nothing(jobs, tmp_path, name, when):
     """The files of work that was cut off seem to be of long ago, or of the future."""
     job, cut = jobs[name], tmp_path / "cut"

@@ -181,7 +181,7 @@ def tables(value: Any, depth: int = 8) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else id(value)
 
 
-@pytest.fixture(scope="module", params=SITES)
+@pytest.fixture(scope="module", params=["Flux", pytest.param("SD1.5", marks=pytest.mark.slow)])
 def bench(inside, toys, request) -> Bench:
     family, recipes = request.param, {}
     for site in SITES[family]:
