@@ -146,7 +146,8 @@ def test_a_capture_without_memory_for_its_batch_goes_on_with_half_of_it_and_says
     found, expected = captured(model), captured(inside.model("U-Net"))
     assert tried == [4, 2, 2, 2, 2] and [len(shard["samples"]) for shard in found.shards] == [4, 4]
     assert [record.getMessage() for record in caplog.records if "goes on with 2" in record.getMessage()]
-    torch.testing.assert_close(found.samples(), expected.samples(), atol=1e-4, rtol=1e-4)
+    spread = float(expected.samples().std())
+    torch.testing.assert_close(found.samples(), expected.samples(), atol=4e-3 * spread, rtol=4e-3)
     modules = model.model.diffusion_model.modules()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
