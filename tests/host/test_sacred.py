@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from guiders import SEED, control_net, free_u, guider_of, patched, sampled, with_hooks
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from difflens_core.steer import Recipe
@@ -79,10 +79,13 @@ def graphs(family: str, faults: bool) -> st.SearchStrategy[Graph]:
 
 
 def tried(how_many: int, what: st.SearchStrategy, check: Callable) -> None:
-    """check(one of them) for so many random ones: the same each time if few, others if many."""
+    """check(one of them) for so many random ones: the same each time if few, others if many.
+
+    One that fails is told as it is: they are small, and to look for a smaller one takes minutes.
+    """
     few = how_many < 50
     settings(
-        max_examples=how_many, deadline=None, derandomize=few, database=None,
+        max_examples=how_many, deadline=None, derandomize=few, database=None, phases=[Phase.generate],
         suppress_health_check=[*HealthCheck] if few else [HealthCheck.too_slow],
     )(given(what)(check))()  # fmt: skip
 
