@@ -14,12 +14,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 METADATA_KEY = "difflens"
@@ -177,8 +177,25 @@ def written(path: Path) -> Iterator[None]:
         raise NotWritten(f"{path} could not be written: {error.strerror or error}. {remedy}.") from error
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to. What is there at the end takes its place, so that nobody ever finds half of it.
+
+    Its folder is made if need be. Raises `NotWritten`.
+    """
+    with written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}.tmp")
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):  # else this would hide what went wrong before
+                temporary.unlink(missing_ok=True)
+
+
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file through a temporary name, so that nobody ever finds half of it. Its folder is made if need be.
+    """Write a file as `replacing` does.
 
     A file that holds just that is left alone, so that its time says when it changed. Raises `NotWritten`.
     """
@@ -186,23 +203,30 @@ def write_whole(path: str | Path, content: bytes) -> None:
     with written(path):
         if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}.tmp")
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            with suppress(OSError):  # else this would hide what went wrong before
-                temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def unchanged(file: BinaryIO) -> Iterator[None]:
+    """Raise OSError if somebody writes to the open file meanwhile: it may have been read half old, half new."""
+    before = os.fstat(file.fileno())
+    yield
+    after = os.fstat(file.fileno())
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise OSError("another program wrote to it while it was read: run again when that is done")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 
-    The tensors are copies: safetensors maps them from the file, and whoever wrote over it would change or end us.
+    It is read, not mapped as `safe_open` does: whoever wrote over a mapped file would change the tensors or end us.
     """
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    with path.open("rb") as file, unchanged(file):
+        content = file.read()
+    tensors = load(content)  # which also checks the header
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return tensors, header.get("__metadata__") or {}
 
 
 # What files begin with that are taken for weights.
@@ -319,7 +343,8 @@ def read_content(path: str | Path) -> Any:
             if file.read(9)[8:] == b"{":
                 return read_safetensors(path)[0]
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with unchanged(file):
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files bring up anything: IndexError, KeyError, TypeError, MemoryError, ...
         # torch's own message advises to load it unsafely
         if isinstance(error, pickle.UnpicklingError) and looks_pickled(path):

@@ -1,14 +1,22 @@
-"""Several processes that work on one thing under torchrun; a process by itself is the first of one."""
+"""Several processes that work on one thing under torchrun, or must not; a process by itself is the first of one."""
 
 from __future__ import annotations
 
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from .files import DiffLensError, written
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nobody can take away a file that is being written
+    fcntl = None  # type: ignore[assignment]
 
 
 def process() -> tuple[int, int]:
@@ -19,6 +27,32 @@ def process() -> tuple[int, int]:
 def own_device() -> str:
     """This process's GPU if there is one, else the CPU."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """While open, no other process may open this for the folder. The system sees to it, also if this one is killed.
+
+    The folder is made if need be. Where the file system knows no locks, nobody is kept out. Raises `DiffLensError` if
+    another process is in, and `NotWritten`.
+    """
+    with written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DiffLensError(
+                    f"another process is writing into {folder}. Wait until it is done, or choose another name."
+                ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,12 @@ from .cells import FINEST, one_of_each
 from .differentiable import OnPrediction
 from .sites import Whole, edit_site
 from .store import DTYPES, INDEX, MOST, SAMPLES, SIZE, Index, Shard, Store, read_index, record
+
+# How errors that are no `torch.cuda.OutOfMemoryError` say that there was no memory: of the processor, oneDNN, Apple ...
+NO_MEMORY = (
+    "out of memory", "can't allocate memory", "not enough memory", "could not create a primitive", "ALLOC_FAILED",
+)  # fmt: skip
+Drawn = TypeVar("Drawn")
 
 
 class Edit(Protocol):
@@ -158,6 +165,49 @@ def noise_batches(shape: Sequence[int], count: int, seed: int, batch: int) -> It
         yield from torch.randn(min(piece, count - first), *shape, generator=generator).split(batch)
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether the error says that there was not enough memory."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
+@dataclass
+class Halving:
+    """Draws batches in pieces of `at_once` pictures; where memory does not hold one, of half as many from then on.
+
+    on_half is told how many then.
+    """
+
+    at_once: int
+    on_half: Callable[[int], None]
+
+    def __call__(self, draw: Callable[[Tensor], Drawn], images: Tensor) -> list[Drawn]:
+        """draw(some of the images) for all of them in turn. Raises `DiffLensError` if there is no room for one."""
+        found: list[Drawn] = []
+        while len(images):
+            some = images[: self.at_once]
+            try:
+                found.append(draw(some))
+            except Exception as error:
+                if not lacks_memory(error):
+                    raise
+                if len(some) == 1:
+                    raise DiffLensError(
+                        f"there is not enough memory to draw a single picture ({' '.join(str(error).split())[:200]}). "
+                        "Draw smaller pictures, capture fewer sites, or close other programs."
+                    ) from error
+                self.at_once = (len(some) + 1) // 2
+            else:
+                images = images[len(some) :]
+                continue
+            gc.collect()  # the error is gone by now, and what was computed until then with it
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.on_half(self.at_once)
+        return found
+
+
 def capture(
     sampler: Sampler,
     count: int,
@@ -172,6 +222,7 @@ def capture(
     enough: Callable[[Tensor], bool] = lambda latents: True,
     cells: int = FINEST,
     room: Callable[[int], None] = lambda needed: None,
+    on_half: Callable[[int], None] = lambda at_once: None,
 ) -> Store:
     """Sample `count` pictures, `batch` at once, keeping what `sites` put out at the steps whose progress is in `span`.
 
@@ -179,7 +230,8 @@ def capture(
     are the finished latents. If `most` is more than `count`, it goes on until enough(finished latents), which is told
     of every batch in turn, or until so many are there. Of maps with more than `cells` positions, one in each of so many
     cells is kept (0: all are). room is told, once the first batch is there, how many bytes all that are to be drawn
-    will take, and may raise.
+    will take, and may raise. Where memory does not hold a batch, half as many pictures are sampled at once from then
+    on, which on_half is told; the store's shards are as large as before.
     """
     steps = [step for step, progress in enumerate(sampler.progress) if span[0] <= progress <= span[1]]
     if not steps:
@@ -190,27 +242,38 @@ def capture(
         mark = begun
     info = dict(sampler.info) | ({MOST: most} if most > count else {})
     index = Index(tuple(sites), progress, max(count, most), min(batch, count), seed, mark, dtype, info, cells)
-    drawn, asked = 0, False
+    drawn, asked, in_pieces = 0, False, Halving(batch, on_half)
 
     def is_enough(latents: Tensor) -> bool:
         nonlocal drawn
         drawn += len(latents)
         return enough(latents) and drawn >= count
 
+    def draw_piece(first: int, noise: Tensor, images: Tensor) -> Shard:
+        kept = [Kept(site, steps, DTYPES[dtype], cells, images, seed) for site in sites]
+        latents = sampler.sample(noise[images - first], images, kept=kept)
+        sizes = {f"{one.site}{SIZE}": torch.tensor(one.size) for one in kept if one.size}
+        return {one.site: one.taken() for one in kept} | sizes | {SAMPLES: latents.cpu()}
+
     def draw(first: int, noise: Tensor) -> Shard:
         nonlocal asked
-        images = torch.arange(first, first + len(noise))
-        kept = [Kept(site, steps, DTYPES[dtype], cells, images, seed) for site in sites]
-        latents = sampler.sample(noise, images, kept=kept)
+        pieces = in_pieces(partial(draw_piece, first, noise), torch.arange(first, first + len(noise)))
         on_batch(first + len(noise))
-        sizes = {f"{one.site}{SIZE}": torch.tensor(one.size) for one in kept if one.size}
-        shard = {one.site: one.taken() for one in kept} | sizes | {SAMPLES: latents.cpu()}
+        shard = joined(pieces, sites)
         if not asked:
             asked = True
             room(sum(tensor.nbytes for tensor in shard.values()) * max(0, count - first) // len(noise))
         return shard
 
     return record(index, noise_batches(sampler.shape, index.pictures, seed, batch), draw, folder, is_enough)
+
+
+def joined(pieces: Sequence[Shard], sites: Sequence[str]) -> Shard:
+    """One shard of the pictures of all."""
+    if len(pieces) == 1:
+        return pieces[0]
+    values = {site: torch.cat([piece[site] for piece in pieces], dim=1) for site in sites}
+    return {**pieces[0], **values, SAMPLES: torch.cat([piece[SAMPLES] for piece in pieces])}
 
 
 class Draw(Protocol):

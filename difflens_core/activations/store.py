@@ -9,7 +9,7 @@ A store is a folder that any machine can read:
     labels.safetensors      the pictures' classes, if somebody has told them (`save_labels`)
 
 A shard gets its name when it is written to the end. So whatever interrupts a capture, the shards that are there are
-whole, and the capture goes on with the first that is not.
+whole, and the capture goes on with the first that is not. One capture at a time writes into a folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import METADATA_KEY, DiffLensError, NotWritten, digest, load_tensors, save_tensors, written
-from ..processes import process
+from ..files import METADATA_KEY, DiffLensError, NotWritten, digest, load_tensors, replacing, save_tensors, written
+from ..processes import alone_in, process
 from .captured import Activations
 
 VERSION = 1
@@ -128,13 +128,24 @@ def record(
     drawn again; beside them one shard at a time is in memory. enough(samples) is told the samples of every shard in
     turn; where it says so, the capture ends and its index says how many pictures it has. Under torchrun (an initialised
     process group) the processes draw the shards of one folder in turn. Raises `DiffLensError` if the folder was begun
-    with another index, if a shard does not fit, holds NaN or infinite numbers, or cannot be written.
+    with another index or another process captures into it, if a shard does not fit, holds NaN or infinite numbers, or
+    cannot be written.
     """
-    kept: list[Shard] = []
     rank, processes = process()
     if processes > 1 and (folder is None or MOST in index.info):
         raise DiffLensError("several processes can only capture into one folder, and a number of pictures set before.")
-    finished = set() if folder is None else begun_together(Path(folder), index)
+    with nullcontext() if folder is None or rank else alone_in(Path(folder)):
+        finished = set() if folder is None else begun_together(Path(folder), index)
+        return draw_missing(index, noises, draw, folder, enough, finished)
+
+
+def draw_missing(
+    index: Index, noises: Iterable[Tensor], draw: Callable[[int, Tensor], Shard], folder: str | Path | None,
+    enough: Callable[[Tensor], bool], finished: set[int],
+) -> Store:  # fmt: skip
+    """What `record` does with the shards that are not `finished`."""
+    kept: list[Shard] = []
+    rank, processes = process()
     for number, noise in zip(range(index.shards), noises, strict=True):
         if number % processes != rank:
             continue
@@ -180,11 +191,26 @@ def check_drawn(shard: Shard, index: Index, number: int) -> None:
     pictures = index.pictures_of(number)
     check_shard(shard, index, number, f"pictures {pictures[0]} to {pictures[-1]}")
     for site in index.sites:
-        if not torch.isfinite(shard[site]).all():
-            raise DiffLensError(
-                f"{site} puts out numbers that are NaN or beyond {index.dtype}. Check the model's precision"
-                + (", or keep bfloat16, whose range is wider." if index.dtype == "float16" else ".")
-            )
+        for progress, values in zip(index.progress, shard[site], strict=True):  # step by step: a shard may be large
+            finite = torch.isfinite(values).reshape(len(values), -1).all(dim=1)
+            if not finite.all():
+                raise DiffLensError(
+                    f"{site} puts out numbers that are NaN or beyond {index.dtype}, first at {progress:.0%} of the "
+                    f"sampling, in {numbered(pictures, finite)}. Check the model's precision"
+                    + (", or keep bfloat16, whose range is wider." if index.dtype == "float16" else ".")
+                )
+    finite = torch.isfinite(shard[SAMPLES]).reshape(len(pictures), -1).all(dim=1)
+    if not finite.all():
+        raise DiffLensError(
+            f"{numbered(pictures, finite)} came out as NaN or infinite numbers, though {', '.join(index.sites)} did "
+            "not. Check the model's precision."
+        )
+
+
+def numbered(pictures: range, finite: Tensor) -> str:
+    """The numbers of those `pictures` (b) that are not finite (b), for people."""
+    wrong = [str(picture) for picture, fine in zip(pictures, finite.tolist(), strict=True) if not fine]
+    return f"picture{'s' * (len(wrong) > 1)} {', '.join(wrong[:8])}{' and others' * (len(wrong) > 8)}"
 
 
 def begin(folder: Path, index: Index) -> set[int]:
@@ -209,12 +235,8 @@ def begin(folder: Path, index: Index) -> set[int]:
 
 def write_index(folder: Path, index: Index) -> None:
     """Write a store's index whole or not at all, and make its folder."""
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"version": VERSION, **asdict(index)}, indent=1)
-        temporary = folder / f".{INDEX}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(folder / INDEX)
+    with disk_errors(folder), replacing(folder / INDEX) as temporary:
+        temporary.write_text(json.dumps({"version": VERSION, **asdict(index)}, indent=1), encoding="utf-8")
 
 
 def plain(index: Index) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..activations import DTYPES, Drawer, capture, noise_batches, open_store
 from ..classifiers import frames_of, join_readings, labelled, seen
 from ..experiments import Doses, calibrate
-from ..files import DiffLensError, digest
+from ..files import DiffLensError, digest, write_whole, written
 from ..locate import attribute_features, balancing_weights, in_frames, train_probes
 from ..report import calibration_text, ranking_table, weighing_text
 from ..sae import VALIDATION_PICTURES, hold_out, load_sae, measure_sae, save_sae, train_sae
@@ -45,11 +45,15 @@ def run_capture(study: Study, console: Console) -> dict[str, Any]:
         if needed > free:
             raise DiffLensError(f"{study.folder} lacks room. Make some, or capture fewer pictures or steps.")
 
-    study.folder.mkdir(parents=True, exist_ok=True)
+    def on_half(at_once: int) -> None:
+        console.say(f"memory does not hold as many pictures at once; goes on with {at_once} (batch in the study)")
+
+    with written(study.folder):
+        study.folder.mkdir(parents=True, exist_ok=True)
     with console.progress(options.pictures, "pictures") as progress:
         store = capture(
             model, options.pictures, options.seed, study.batch, (study.site,), (options.start, options.end),
-            options.dtype, study.folder / STORE, progress, room=room,
+            options.dtype, study.folder / STORE, progress, room=room, on_half=on_half,
         )  # fmt: skip
     found = store.activations()
     console.say(
@@ -119,7 +123,7 @@ def run_attribute(study: Study, console: Console) -> dict[str, Any]:
             lambda step: progress(2 * steps + step),
         )  # fmt: skip
     save_recipe(study.folder / FOUND, as_stored(recipe))
-    shutil.copyfile(study.folder / FOUND, study.folder / RECIPE)
+    write_whole(study.folder / RECIPE, (study.folder / FOUND).read_bytes())
     console.say(ranking_table(found, options.features_per_class))
     console.say(f"{len(recipe.features)} features into {study.folder / RECIPE}")
     shown = {name: int((labels == i).sum()) for i, name in enumerate(classes)}

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..files import DiffLensError, write_whole
+from ..files import DiffLensError, write_whole, written
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -29,8 +29,9 @@ def begin_folder(folder: Path, settings: Mapping[str, Any]) -> set[int]:
     """The numbers of the pictures that are there already; all older ones go if they were drawn by other settings."""
     told, text = folder / "settings.json", json.dumps(settings, indent=1, sort_keys=True)
     if told.exists() and told.read_text(encoding="utf-8") != text:
-        for old in folder.glob("*.png"):
-            old.unlink()
+        with written(folder):
+            for old in folder.glob("*.png"):
+                old.unlink()
     write_whole(told, text.encode())
     return {int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()}
 

@@ -19,6 +19,7 @@ from ..steer import Recipe, steerings, with_settings
 from ..targets import LEFT_ALONE
 
 TOGETHER = 64  # pictures that are sampled before the first of them is decoded
+LEFT_OUT = -1.0  # in a file, instead of the NaN of pictures that do not count: files of ours hold none
 
 Job = tuple[Sequence[Edit], Tensor]  # edits, and which noises (B)
 
@@ -71,7 +72,8 @@ class Trials:
     def __post_init__(self) -> None:
         for file in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
             kept, _ = load_tensors(file, "calibration", ("keys", "read"))
-            for (picture, asked, strength), read in zip(kept["keys"].tolist(), kept["read"].numpy(), strict=True):
+            of_all = np.where(kept["read"].numpy() == LEFT_OUT, np.nan, kept["read"].numpy())
+            for (picture, asked, strength), read in zip(kept["keys"].tolist(), of_all, strict=True):
                 self.known[int(picture), int(asked), strength] = read
 
     def read(self, pictures: np.ndarray, asked: np.ndarray, strength: np.ndarray) -> np.ndarray:
@@ -97,7 +99,8 @@ class Trials:
     def save(self, keys: Sequence[tuple[int, int, float]], read: np.ndarray) -> None:
         """Write one batch, under the number of its first reading."""
         if self.folder:
-            tensors = {"keys": torch.tensor(keys, dtype=torch.float64), "read": torch.from_numpy(read)}
+            of_all = np.where(np.isnan(read), LEFT_OUT, read)
+            tensors = {"keys": torch.tensor(keys, dtype=torch.float64), "read": torch.from_numpy(of_all)}
             save_tensors(self.folder / f"{len(self.known):08}.safetensors", "calibration", tensors, {})
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ..activations import Activations
-from ..files import DiffLensError, read_content, written
+from ..files import DiffLensError, read_content, replacing
 from ..processes import process
 from .autoencoder import TENSORS, SparseAutoencoder, fit_normalisation
 from .loss import ACTIVATIONS, PRECISIONS, BatchLoss, TrainingOptions, over_processes
@@ -57,6 +57,7 @@ def train_sae(
     `device`, quality is that on `held_out`, twenty times a training, else None. With `checkpoint`, state is saved
     there every 200 steps and on cancel, and an existing file is gone on from, with the same result.
     Under torchrun (an initialised process group) the processes share each batch; all return the same SAE.
+    Raises `DiffLensError` if the weights come to be NaN or infinite.
     """
     sae = initial_sae(activations, options)
     state = State(sae, options, activations, device)
@@ -69,12 +70,14 @@ def train_sae(
         while state.step < options.steps:
             picks = activations.draw(options.batch, options.seed, state.step)[rank::processes]
             loss = state.train_on(training_rows(activations, sae, picks).to(device))
-            due = state.step % every == 0 or state.step == options.steps
+            due, kept = state.step % every == 0 or state.step == options.steps, state.step % 200 == 0
+            if due or kept:
+                state.check()
             on_step(state.step, loss, measure_sae(state.sae(), held_out) if held_out and due else None)
-            if file and state.step % 200 == 0:
+            if file and kept:
                 state.save(file)
     except BaseException:
-        if file:
+        if file and state.whole:
             state.save(file)
         raise
     return replace(state.sae(), info={"training": {**vars(options), "pictures": activations.pictures}})
@@ -99,6 +102,7 @@ class State:
         self.idle = torch.zeros(options.latents, dtype=torch.int64, device=device)
         self.threshold = torch.zeros((), device=device)
         self.step = 0
+        self.whole = True  # not amid an update of the weights, where Ctrl+C may strike as well
 
     def train_on(self, rows: Tensor) -> Tensor:
         """One optimiser step on normalised rows (B x C); returns the loss."""
@@ -109,6 +113,7 @@ class State:
         self.optimiser.zero_grad()
         loss.backward()
         assert decoder.grad is not None
+        self.whole = False
         with torch.no_grad():
             # Rows keep their length: what would only change it must not fill the optimiser's memory.
             decoder.grad.addcmul_(decoder, torch.linalg.vecdot(decoder.grad, decoder)[:, None], value=-1)
@@ -119,7 +124,17 @@ class State:
             smallest = over_processes(smallest, "MIN")
             self.threshold = torch.lerp(self.threshold, smallest, 1 / min(self.step + 1, 100))
         self.step += 1
+        self.whole = True
         return over_processes(loss.detach()) / process()[1]
+
+    def check(self) -> None:
+        """Raise `DiffLensError` if the weights are no numbers any more; they are not saved then."""
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.module.parameters()):
+            self.whole = False
+            raise DiffLensError(
+                f"the training went astray: at step {self.step} the weights are NaN or infinite. Take a smaller "
+                f"learning rate than {self.options.lr:g}."
+            )
 
     def sae(self) -> SparseAutoencoder:
         """The SAE as it is now, on the CPU."""
@@ -131,11 +146,8 @@ class State:
         """Write everything to `path`, whole or not at all."""
         parts = {name: getattr(self, name) for name in ("data", "idle", "threshold", "step")}
         weights, optimiser = self.module.state_dict(), self.optimiser.state_dict()
-        temporary = path.with_suffix(".tmp")
-        with written(path):
-            with temporary.open("wb") as file:
-                torch.save({"options": repr(self.options), "weights": weights, "optimiser": optimiser} | parts, file)
-            temporary.replace(path)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save({"options": repr(self.options), "weights": weights, "optimiser": optimiser} | parts, file)
 
     def load(self, path: Path) -> None:
         """Go on from `path`.

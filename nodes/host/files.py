@@ -82,11 +82,12 @@ def on_disk(*paths: Path) -> str:
 
 
 def state_of(file: Path) -> str:
+    """Its times and size. Two times, because programs that unpack or copy set the first as it was elsewhere."""
     try:
         found = file.stat()
     except OSError:
         return f"{file}: none"
-    return f"{file}: {found.st_mtime_ns}, {found.st_size}"
+    return f"{file}: {found.st_mtime_ns}, {found.st_ctime_ns}, {found.st_size}"
 
 
 MISSED: dict[Path, int] = {}  # files and folders that nodes write, and how often they were not there

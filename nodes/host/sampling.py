@@ -287,8 +287,19 @@ def capture(
     batch = len(latent["samples"])
     return capture_with(
         sampler, pictures, seed, batch, sites, span, dtype, folder, most=most, enough=enough,
-        room=functools.partial(check_room, folder),
+        room=functools.partial(check_room, folder), on_half=tell_half,
     )  # fmt: skip
+
+
+def tell_half(at_once: int) -> None:
+    """Say that a capture goes on with fewer pictures at once."""
+    comfy.model_management.soft_empty_cache()
+    sentence = (
+        f"memory does not hold as many pictures at once; goes on with {at_once}. A smaller batch_size in Empty Latent "
+        "Image saves the attempt."
+    )
+    log.warning("Capture Activations: %s", sentence)
+    tell(node_id(), sentence)
 
 
 def check_room(folder: Path | None, needed: int) -> None:

@@ -124,6 +124,22 @@ def test_a_calibration_that_was_cut_off_goes_on_without_drawing_anything_twice(t
     assert len(cut.drawn) == len(whole.drawn)
 
 
+def test_a_calibration_with_pictures_that_do_not_count_can_be_cut_off(tmp_path):
+    def stop_at(count):
+        def stop(done, doses):
+            if done >= count:
+                raise KeyboardInterrupt
+
+        return stop
+
+    toy, options, folder = Toy(), CalibrationOptions(), tmp_path / "trials"
+    expected = calibrate(recipe(), Toy(), ages_of_faces, UNIFORM, options, 50)
+    assert expected.info["calibration"]["start"]["no_face"] > 0
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(recipe(), toy, ages_of_faces, UNIFORM, options, 50, folder, stop_at(500))
+    assert calibrate(recipe(), toy, ages_of_faces, UNIFORM, options, 50, folder).info == expected.info
+
+
 def test_the_same_seed_gives_the_same_calibration_whatever_the_batch():
     records = [
         calibrate(recipe(), Toy(), Toy.ages, UNIFORM, CalibrationOptions(), batch).info["calibration"]

@@ -123,6 +123,35 @@ def test_a_capture_for_which_there_is_no_room_is_refused_after_its_first_batch(s
         server.run(to_api(graph))
 
 
+def test_a_capture_without_memory_for_its_batch_goes_on_with_half_of_it_and_says_so(inside, caplog):
+    """The network fails for more than two rows; hooks go as they do after any error."""
+    model, tried = inside.model("U-Net").clone(), []
+
+    def small(executor, x, *args, **kwargs):
+        tried.append(len(x))
+        if len(x) > 2:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return executor(x, *args, **kwargs)
+
+    model.add_wrapper_with_key(inside.comfy.patcher_extension.WrappersMP.APPLY_MODEL, "small", small)
+
+    def captured(model):
+        latent = inside.latent("U-Net", 4)
+        store = inside.host.capture(
+            model, inside.prompt("U-Net", 1), latent, 8, 1, "euler", "normal", 5, ("mid_block",)
+        )  # fmt: skip
+        inside.forget()
+        return store
+
+    found, expected = captured(model), captured(inside.model("U-Net"))
+    assert tried == [4, 2, 2, 2, 2] and [len(shard["samples"]) for shard in found.shards] == [4, 4]
+    assert [record.getMessage() for record in caplog.records if "goes on with 2" in record.getMessage()]
+    spread = float(expected.samples().std())
+    torch.testing.assert_close(found.samples(), expected.samples(), atol=4e-3 * spread, rtol=4e-3)
+    modules = model.model.diffusion_model.modules()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
 def test_the_time_left_is_told_now_and_then_by_what_was_done(inside):
     clock = inside.pack_module("nodes.host.progress").TimeLeft()
     told = {now: clock.told(done, 100, float(now)) for now, done in ((1, 20), (3, 21), (9, 24), (12, 30), (16, 60))}

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from guiders import SEED, guider_of, patched, sampled, with_hooks
 from spy import Spy
 
 from difflens_core.networks import AdmConfig
 
-PICTURES, SEED = 3, 5
+PICTURES = 3
 AVATARS = Path(__file__).resolve().parents[2] / "models" / "avatars"
 FAMILIES = {
     "SD1.5": "middle_block", "SDXL": "output_blocks.3.1", "Flux": "double_blocks.1", "SD3": "joint_blocks.1",
@@ -64,56 +65,6 @@ def prompts_of(inside, family, batch):
     return positive, negative, third
 
 
-def with_hooks(inside, model, conditioning):
-    """The conditioning with a LoRA that is for it alone."""
-    hooks = inside.comfy.hooks
-    weights = model.model.state_dict()
-    name = next(key for key, weight in weights.items() if key.startswith("diffusion_model.") and weight.ndim == 2)
-    difference = torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(8))
-    group = hooks.create_hook_lora({f"{name.removesuffix('.weight')}.diff": 0.1 * difference}, 1.0, 0.0)
-    return hooks.set_hooks_for_conditioning(conditioning, group)
-
-
-def patched(model, batch):
-    """The MODEL behind ComfyUI's own node for a way of batching."""
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-    from comfy_extras.nodes_pag import PerturbedAttentionGuidance
-
-    if batch == "windows":
-        (model,) = ContextWindowsManualNode.execute(
-            model, 2, 1, "standard_static", 1, False, "pyramid", 0, False, [], False, [], True
-        ).result
-    if batch == "a weaker pass":
-        (model,) = PerturbedAttentionGuidance.execute(model, 2.0).result
-    return model
-
-
-def guider_of(inside, kind, model, positive, negative, third):
-    """A guider and its sampling settings."""
-    if kind == "cfg":
-        guider = inside.comfy.samplers.CFGGuider(model)
-        guider.set_conds(positive, negative)
-        guider.set_cfg(3.0)
-    elif kind == "perpendicular":
-        from comfy_extras.nodes_perpneg import Guider_PerpNeg
-
-        guider = Guider_PerpNeg(model)
-        guider.set_conds(positive, negative, third)
-        guider.set_cfg(3.0, 1.0)
-    elif kind == "basic":
-        from comfy_extras.nodes_custom_sampler import Guider_Basic
-
-        guider = Guider_Basic(model)
-        guider.set_conds(positive)
-    else:
-        from comfy_extras.nodes_custom_sampler import Guider_DualCFG
-
-        guider = Guider_DualCFG(model)
-        guider.set_conds(positive, third, negative)
-        guider.set_cfg(3.0, 2.0, kind == "dual, nested")
-    return guider
-
-
 def push(inside):
     return Push(inside.pack_module("difflens_core.targets").Log())
 
@@ -132,19 +83,6 @@ class Push:
 
     def of(self, numbers, h):
         return numbers[:, None, None, None].to(h) * torch.linspace(-1, 1, h.shape[1])[:, None, None]
-
-
-def sampled(inside, guider, latent, numbers=None, steps=2):
-    """What the guider draws from noises of one seed; numbers: places in a larger batch that they are cut from."""
-    start = inside.comfy.sample.fix_empty_latent_channels(guider.model_patcher, latent["samples"])
-    noise = inside.comfy.sample.prepare_noise(start, SEED, numbers)
-    sampling = guider.model_patcher.get_model_object("model_sampling")
-    sigmas = inside.comfy.samplers.calculate_sigmas(sampling, "normal", steps)
-    euler = inside.comfy.samplers.sampler_object("euler")
-    try:
-        return guider.sample(noise, start, euler, sigmas, seed=SEED, disable_pbar=True)
-    finally:
-        inside.forget()
 
 
 @pytest.mark.parametrize("kind", GUIDERS)

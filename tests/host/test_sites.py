@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from guiders import control_net, free_u
 
 PICTURES = 2
 UNETS = ("SD1.5", "SDXL")
@@ -58,28 +59,6 @@ def with_spy(model, spy):
 
 
 # --- graphs that put rows together in their own ways ---
-
-
-def control_net(inside):
-    """A small ControlNet with random weights, given a picture."""
-    from comfy.cldm.cldm import ControlNet as Network
-    from comfy.controlnet import ControlNet
-    from comfy.ops import disable_weight_init
-
-    sizes = {k: v for k, v in inside.UNET.items() if k not in ("out_channels", "transformer_depth_output")}
-    network = Network(**sizes, hint_channels=3, num_heads=8, operations=disable_weight_init, dtype=torch.float32)
-    draw = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=draw) / max(1, weight[0].numel()) ** 0.5)
-    control = ControlNet(network, load_device=torch.device("cpu"))
-    return control.set_cond_hint(torch.randn(1, 3, 128, 128, generator=draw), 1.0, (0.0, 1.0))
-
-
-def free_u(model):
-    from comfy_extras.nodes_freelunch import FreeU
-
-    return FreeU.execute(model, 1.3, 1.4, 0.9, 0.2).result[0]
 
 
 def graph(inside, family, how):

@@ -51,6 +51,31 @@ def test_a_cancelled_training_goes_on_to_the_same_weights(sparse, tmp_path, stop
         train_sae(sparse, replace(options, lr=1.0), checkpoint=checkpoint)
 
 
+def test_what_is_cut_off_amid_an_update_goes_on_from_before_it(sparse, tmp_path, monkeypatch):
+    """Ctrl+C strikes anywhere: here when the weights are new and all that belongs to them is not."""
+    checkpoint = tmp_path / "sae.pt"
+    step, done = torch.optim.Adam.step, []
+
+    def step_and_stop(*args, **kwargs):
+        step(*args, **kwargs)
+        done.append(1)
+        if len(done) == 17:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.Adam, "step", step_and_stop)
+        train_sae(sparse, OPTIONS, checkpoint=checkpoint)
+    assert not checkpoint.exists(), "there was no whole state to keep yet"
+    assert same(train_sae(sparse, OPTIONS, checkpoint=checkpoint), train_sae(sparse, OPTIONS))
+
+
+def test_a_training_that_goes_astray_says_so_and_keeps_nothing_of_it(sparse, tmp_path):
+    options, checkpoint = replace(OPTIONS, lr=1e30), tmp_path / "sae.pt"
+    with pytest.raises(DiffLensError, match=r"at step \d+ the weights are NaN or infinite. Take a smaller"):
+        train_sae(sparse, options, checkpoint=checkpoint)
+    assert not checkpoint.exists()
+
+
 @pytest.mark.parametrize("damage", ["cut off", "no training", "a part missing", "pickled objects"])
 def test_a_checkpoint_that_cannot_be_read_is_refused_in_a_sentence(sparse, tmp_path, damage):
     checkpoint = tmp_path / "sae.pt"
