@@ -21,7 +21,7 @@ from .findings import (
     weighing_text,
 )
 from .page import SHOWN, report_page
-from .provenance import example_grid, example_of, provenance, provenance_text, with_provenance
+from .sharing import example_grid, example_of, provenance, provenance_text, with_provenance
 from .text import judged_text, report_text
 
 __all__ = [

@@ -13,7 +13,7 @@ from PIL import Image
 
 from difflens_core.files import DiffLensError, difflens_info
 from difflens_core.report import example_grid, example_of, provenance, provenance_text, with_provenance
-from difflens_core.report.provenance import JPEG, SIDE
+from difflens_core.report.sharing import JPEG, SIDE
 from difflens_core.steer import load_recipe, save_recipe
 
 
