@@ -33,6 +33,7 @@ class DiffLensExtension(ComfyExtension):
     async def on_load(self) -> None:
         host.serve_help()
         host.serve_judging()
+        host.serve_provenance()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -209,7 +209,7 @@ class LoadActivations(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, store_name: str | None = None) -> bool | str:
-        return host.check_name(store_name, host.list_stores())
+        return host.check_name(host.STORES, store_name, host.list_stores())
 
     @classmethod
     def fingerprint_inputs(cls, store_name: str | None = None, **_: Any) -> str:

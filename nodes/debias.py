@@ -91,9 +91,10 @@ class Debias(io.ComfyNode):
     def execute(cls, model: Any, strength: float, recipe: dict | None = None) -> io.NodeOutput:
         if recipe is None:  # the list, which belongs to this machine, lacks what the graph names
             named = cls.hidden.prompt[cls.hidden.unique_id]["inputs"].get("recipe")
-            host.find_file(host.RECIPES, str(named))
+            host.find_file(host.RECIPES, str(named), ", or bypass this node (Ctrl+B) to draw without it")
             raise DiffLensError(f"{named} is no recipe with classes to choose from. Choose another.")
         loaded = load_recipe(host.find_file(host.RECIPES, recipe["recipe"]))
+        host.tell_recipe(recipe["recipe"])
         mix = recipe["mix"]
         return steer(cls, model, loaded, target_of(mix, loaded.classes), strength * DOSE.get(mix["mix"], 1.0))
 

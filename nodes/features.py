@@ -30,7 +30,7 @@ from ..difflens_core.explore import (
     thumbnails,
 )
 from ..difflens_core.files import DiffLensError, digest
-from ..difflens_core.report import image_grid
+from ..difflens_core.report import image_grid, with_provenance
 from ..difflens_core.sae import SparseAutoencoder
 from ..difflens_core.steer import Recipe, as_stored, load_recipe, save_recipe
 from . import host
@@ -226,6 +226,7 @@ def to_page(found: dict[str, Any], pictures: np.ndarray) -> dict[str, str]:
 def save_new(recipe: Recipe, name: str) -> str:
     """Save a recipe under a name that is free, or has it already, and return the name that lists show."""
     path, listed = host.new_file(host.RECIPES, name)
+    recipe = with_provenance(recipe)
     if path.exists() and host.content_mark(load_recipe(path)) != host.content_mark(as_stored(recipe)):
         raise DiffLensError(
             f"{listed} is there already and holds another recipe. Choose another name; Save Recipe replaces one."

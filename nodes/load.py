@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..difflens_core.activations import UPDATE
 from ..difflens_core.classifiers import load_any_classifier, load_face_finder
 from ..difflens_core.files import DiffLensError
+from ..difflens_core.report import example_grid, example_of, with_provenance
 from ..difflens_core.sae import SparseAutoencoder, load_any_sae, load_class_features
 from ..difflens_core.steer import WITHOUT_LEVELS, Recipe, load_recipe, recipe_from_features, save_recipe
 from ..difflens_core.targets import parse_numbers
@@ -61,7 +63,7 @@ class LoadSAE(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, sae_name: str | None = None) -> bool | str:
-        return host.check_name(sae_name, host.list_saes())
+        return host.check_name(host.SAES, sae_name, host.list_saes())
 
     @classmethod
     def fingerprint_inputs(cls, sae_name: str | None = None, **_: Any) -> str:
@@ -136,7 +138,7 @@ class LoadFeatures(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, folder: str | None = None) -> bool | str:
-        return host.check_name(folder, host.list_feature_folders())
+        return host.check_name(host.SAES, folder, host.list_feature_folders())
 
     @classmethod
     def fingerprint_inputs(cls, folder: str | None = None, **_: Any) -> str:
@@ -194,8 +196,9 @@ class LoadClassifier(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, classifier_name: str | None = None, face_detector: str | None = NO_DETECTOR) -> bool | str:
         listed = host.list_files(host.CLASSIFIERS)
-        found = host.check_name(classifier_name, listed)
-        return host.check_name(face_detector, [NO_DETECTOR, *listed]) if found is True else found
+        found = host.check_name(host.CLASSIFIERS, classifier_name, listed)
+        detectors = [NO_DETECTOR, *listed]
+        return host.check_name(host.CLASSIFIERS, face_detector, detectors) if found is True else found
 
     @classmethod
     def fingerprint_inputs(
@@ -233,7 +236,7 @@ class LoadRecipe(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, recipe_name: str | None = None) -> bool | str:
-        return host.check_name(recipe_name, host.list_files(host.RECIPES))
+        return host.check_name(host.RECIPES, recipe_name, host.list_files(host.RECIPES))
 
     @classmethod
     def fingerprint_inputs(cls, recipe_name: str | None = None, **_: Any) -> str:
@@ -242,7 +245,14 @@ class LoadRecipe(io.ComfyNode):
     @classmethod
     @host.clear_errors
     def execute(cls, recipe_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_recipe(host.find_file(host.RECIPES, recipe_name)))
+        recipe = load_recipe(host.find_file(host.RECIPES, recipe_name))
+        host.tell_recipe(recipe_name)
+        try:
+            example = example_of(recipe)
+        except DiffLensError as error:
+            host.warn(cls, [str(error)])
+            example = None
+        return io.NodeOutput(recipe) if example is None else host.drawn(cls, host.to_image(example), recipe)
 
 
 class SaveRecipe(io.ComfyNode):
@@ -259,6 +269,31 @@ class SaveRecipe(io.ComfyNode):
                 io.String.Input(
                     "name", default="my_recipe", tooltip="File name without ending; a / puts it into a sub-folder."
                 ),
+                io.String.Input(
+                    "author",
+                    default="",
+                    optional=True,
+                    tooltip="Who made it, for those who get the file. Empty: as the recipe tells already.",
+                ),
+                io.String.Input(
+                    "licence",
+                    default="",
+                    optional=True,
+                    tooltip="How it may be used, such as CC-BY-4.0. Mind the model's own licence. Empty: as the recipe "
+                    "tells already.",
+                ),
+                io.String.Input(
+                    "model_name",
+                    default="",
+                    optional=True,
+                    tooltip="What people call the model that it is for. Empty: as the recipe tells already.",
+                ),
+                io.Image.Input(
+                    "example",
+                    optional=True,
+                    tooltip="What the recipe does, such as the picture of Compare Images: up to eight pictures, kept "
+                    "small in the file and shown on Load Recipe.",
+                ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The name under which Load Recipe lists the file.")],
             is_output_node=True,
@@ -271,7 +306,11 @@ class SaveRecipe(io.ComfyNode):
 
     @classmethod
     @host.clear_errors
-    def execute(cls, recipe: Recipe, name: str) -> io.NodeOutput:
+    def execute(
+        cls, recipe: Recipe, name: str, author: str = "", licence: str = "", model_name: str = "",
+        example: Tensor | None = None,
+    ) -> io.NodeOutput:  # fmt: skip
         path, listed = host.new_file(host.RECIPES, name)
-        save_recipe(path, recipe)
+        shown = b"" if example is None else example_grid(example)
+        save_recipe(path, with_provenance(recipe, author, licence, model_name, shown))
         return io.NodeOutput(listed)

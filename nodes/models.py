@@ -88,7 +88,7 @@ class LoadModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name: str | None = None) -> bool | str:
-        return host.check_name(model_name, [*host.list_models(), *host.list_prompted()])
+        return host.check_name(host.MODELS, model_name, [*host.list_models(), *host.list_prompted()])
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str | None = None, **_: Any) -> str:
@@ -135,7 +135,7 @@ class LoadPromptedModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name: str | None = None) -> bool | str:
-        return host.check_name(model_name, host.list_files(host.MODELS))
+        return host.check_name(host.MODELS, model_name, host.list_files(host.MODELS))
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str | None = None, **_: Any) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..difflens_core.experiments import asked_shares, plan_is_stale
 from ..difflens_core.files import DiffLensError
+from ..difflens_core.report import provenance
 from ..difflens_core.sae import SparseAutoencoder
 from ..difflens_core.steer import MODES, Recipe, at_dose, steerings, with_settings
 from ..difflens_core.targets import Log, Targets, parse_target, targets_of
@@ -20,7 +21,7 @@ from .sockets import CATEGORY, SAE, RecipeSocket, TargetsSocket
 AS_RECIPE = "from recipe"
 HOLD = {"on": True, "off": False}
 OFFERED = ("shift", "reach", "scale", "add own fixed", "ablate")  # the other modes serve old recipes and graphs
-OTHER_WEIGHTS = "The recipe for {} was made on other weights than this model's; it may steer badly."
+OTHER_WEIGHTS = "The recipe for {} was made on other weights{} than this model's; it may steer badly."
 FITTING = " Made on this model are: {}."
 STALE_PLAN = (
     "Plan Targets asks for shares of {} that make up for what the recipe misses as it was calibrated, but it is used "
@@ -251,5 +252,6 @@ def check_model(model: Any, recipe: Recipe) -> list[str]:
             )
     if host.belongs(recipe.model, model):
         return []
-    fitting = ", ".join(host.recipes_of(model))
-    return [OTHER_WEIGHTS.format(recipe.attribute) + (FITTING.format(fitting) if fitting else "")]
+    fitting, named = ", ".join(host.recipes_of(model)), provenance({"info": recipe.info}).get("model_name")
+    other = OTHER_WEIGHTS.format(recipe.attribute, f" ({named})" if named else "")
+    return [other + (FITTING.format(fitting) if fitting else "")]

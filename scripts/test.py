@@ -23,7 +23,7 @@ from environment import (
 
 PACKAGES = (
     "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.9", "mypy>=1.15", "diffusers>=0.42",
-    "torchmetrics>=1.8", "kornia>=0.7.1", "transformers>=4.50", "playwright>=1.50",
+    "torchmetrics>=1.8", "kornia>=0.7.1", "transformers>=4.50", "playwright>=1.50", "pathspec>=1.0",
 )  # fmt: skip
 WORKERS = 2  # processes that share the test files; each starts a ComfyUI of its own
 HELP = """

@@ -25,6 +25,7 @@ LIBRARIES = {
     "tqdm",
     "tomli",
 }
+SLOW = {"diffusers", "kornia", "matplotlib", "torchmetrics", "torchvision", "transformers"}
 # The rooms of the core from the top down: each may import from those below it, and from the files beside them.
 ROOMS = [
     "commands", "report", "experiments", "explore", "steer", "locate", "measure", "classifiers", "sae", "networks",
@@ -113,6 +114,29 @@ def test_only_host_files_touch_the_insides_of_comfyui(path):
     assert not found or "host" in path.parts, f"imports {', '.join(sorted(found))}"
     api = {name for name in imports_of(path) if name.split(".")[0] == "comfy_api"}
     assert api <= {"comfy_api.latest"}
+
+
+def at_once(source: str) -> set[str]:
+    """Packages that a module imports when it is itself imported: those in functions and for types alone are not."""
+    found, waiting = set(), [*ast.parse(source).body]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {name.split(".")[0] for name in imported(ast.unparse(node))}
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            waiting += node.orelse if types else [*ast.iter_child_nodes(node)]
+    return found
+
+
+def test_the_reader_of_imports_knows_which_are_at_once():
+    source = "import a\nif TYPE_CHECKING:\n    import b\nelse:\n    import c\ndef f():\n    import d\n"
+    assert at_once(source + "class E:\n    from e.f import g\n    def h(self):\n        import i\n") == {"a", "c", "e"}
+
+
+@pytest.mark.parametrize("path", [*CORE, *NODES], ids=label)
+def test_what_takes_long_to_load_is_loaded_where_it_is_needed(path):
+    assert not at_once(path.read_text(encoding="utf-8")) & SLOW
 
 
 def test_there_is_something_to_check():

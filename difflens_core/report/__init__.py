@@ -21,6 +21,7 @@ from .findings import (
     weighing_text,
 )
 from .page import SHOWN, report_page
+from .sharing import example_grid, example_of, provenance, provenance_text, with_provenance
 from .text import judged_text, report_text
 
 __all__ = [
@@ -36,11 +37,15 @@ __all__ = [
     "dose_chart",
     "effect_chart",
     "effect_table",
+    "example_grid",
+    "example_of",
     "image_grid",
     "judged_text",
     "line_chart",
     "loss_chart",
     "mix_chart",
+    "provenance",
+    "provenance_text",
     "ranking_chart",
     "ranking_table",
     "report_page",
@@ -50,4 +55,5 @@ __all__ = [
     "share_chart",
     "summary",
     "weighing_text",
+    "with_provenance",
 ]

@@ -44,7 +44,7 @@ from difflens_core.networks import (  # noqa: E402
     load_denoiser,
     save_denoiser,
 )
-from difflens_core.report import image_grid  # noqa: E402
+from difflens_core.report import image_grid, with_provenance  # noqa: E402
 from difflens_core.sae import load_sae, save_sae  # noqa: E402
 from difflens_core.steer import Recipe, load_recipe, random_features, save_recipe  # noqa: E402
 
@@ -55,6 +55,7 @@ CLASSIFIER_FILE = OUT / "difflens_classifiers" / "avatars.safetensors"
 SAE_FILE = OUT / "difflens_saes" / "avatars.safetensors"
 PROBES = OUT / "difflens_probes"
 RECIPES = OUT / "difflens_recipes"
+TOLD = {"author": "ComfyUI-DiffLens", "licence": "Apache-2.0", "model_name": "the avatars"}  # in recipes
 CONTROL = RECIPES / "controls" / "presentation_random.safetensors"
 STEPS = 20
 
@@ -140,9 +141,9 @@ def make_recipes() -> None:
             attribute, classes, activations, sae, read, fingerprint(model.state_dict()), RECIPE, try_out
         )
         save_probes(PROBES / f"avatars_{attribute}.safetensors", probes)
-        save_recipe(RECIPES / f"avatars_{attribute}.safetensors", recipe)
+        save_recipe(RECIPES / f"avatars_{attribute}.safetensors", with_provenance(recipe, **TOLD))
         if attribute == "presentation":
-            save_recipe(CONTROL, random_features(recipe, sae, seed=1))
+            save_recipe(CONTROL, with_provenance(random_features(recipe, sae, seed=1), **TOLD))
 
 
 def make_card() -> None:

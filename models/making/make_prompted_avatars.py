@@ -54,7 +54,7 @@ from difflens_core.networks import (
     save_denoiser,
     start_noise,
 )
-from difflens_core.report import image_grid
+from difflens_core.report import image_grid, with_provenance
 from difflens_core.sae import load_sae, save_sae
 from difflens_core.steer import Recipe, load_recipe, save_recipe, weigh_latents
 
@@ -65,6 +65,7 @@ CLASSIFIER_FILE = OUT / "difflens_classifiers" / "prompted_avatars.safetensors"
 SAE_FILE = OUT / "difflens_saes" / "prompted_avatars.safetensors"
 PROBES = OUT / "difflens_probes"
 RECIPES = OUT / "difflens_recipes"
+TOLD = {"author": "ComfyUI-DiffLens", "licence": "Apache-2.0", "model_name": "the avatars at work"}  # in recipes
 
 DENOISER = {
     "images": 40_000, "steps": 2_200, "batch": 64, "lr": 1e-3, "ema": 0.999, "seed": 11, "unconditional": 0.1,
@@ -220,7 +221,7 @@ def make_recipes() -> None:
             RECIPE, try_out, weighed,
         )  # fmt: skip
         save_probes(PROBES / f"prompted_avatars_{attribute}.safetensors", probes)
-        save_recipe(RECIPES / f"prompted_avatars_{attribute}.safetensors", recipe)
+        save_recipe(RECIPES / f"prompted_avatars_{attribute}.safetensors", with_provenance(recipe, **TOLD))
 
 
 def bias_rows(number: int, read: Mapping[str, torch.Tensor], drawn: Mapping[str, tuple[float, ...]]) -> list[str]:

@@ -62,6 +62,7 @@ from .progress import (
     warn,
 )
 from .prompts import encode_prompts
+from .provenance import serve_provenance, tell_recipe
 from .runs import progress_of
 from .sampling import SAMPLERS, SCHEDULERS, HostSampler, capture, drawer, experiment_noise, run_mark
 from .sites import own_name, site_width, some_sites
@@ -132,8 +133,10 @@ __all__ = [
     "run_mark",
     "serve_help",
     "serve_judging",
+    "serve_provenance",
     "site_width",
     "tell",
+    "tell_recipe",
     "some_sites",
     "temporary_file",
     "times_missed",

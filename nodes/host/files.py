@@ -43,8 +43,8 @@ def register_folders() -> None:
 
 
 def spelled(name: str) -> str:
-    """A listed or given name as graphs have it."""
-    return name.replace("\\", "/")
+    """A listed or given name as graphs have it. macOS takes letters with accents apart."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/"))
 
 
 def list_files(kind: str) -> list[str]:
@@ -59,20 +59,26 @@ def full_path(kind: str, name: str) -> Path | None:
     return Path(found) if found else None
 
 
-def find_file(kind: str, name: str) -> str:
-    """Path of a listed file. Raises `DiffLensError` if it is gone."""
+def find_file(kind: str, name: str, otherwise: str = "") -> str:
+    """Path of a listed file. Raises `DiffLensError` if it is gone, with what to do otherwise."""
     if path := full_path(kind, name):
         return str(path)
     folder = folder_paths.get_folder_paths(kind)[0]
-    raise DiffLensError(f"{name} was not found. Put it into {folder} or choose another file.")
+    raise DiffLensError(f"{name} was not found. Put it into {folder} or choose another file{otherwise}.")
 
 
-def check_name(name: str | None, listed: Sequence[str]) -> bool | str:
+def check_name(kind: str, name: str | None, listed: Sequence[str]) -> bool | str:
     """Whether a node can take a chosen name, for `validate_inputs`: ComfyUI's own check knows one spelling only.
 
-    None is a name that another node will tell.
+    None is a name that another node will tell. ComfyUI runs the outputs that do not need this node.
     """
-    return name is None or spelled(name) in listed or f"{name!r} is not in the list. There is: {', '.join(listed)}"
+    if name is None or spelled(name) in listed:
+        return True
+    folder = folder_paths.get_folder_paths(kind)[0]
+    return (
+        f"{name!r} is not on this machine: put it into {folder} or choose another; what does not need it runs all the "
+        f"same. There is: {', '.join(listed)}"
+    )
 
 
 def on_disk(*paths: Path) -> str:

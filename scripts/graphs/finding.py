@@ -49,7 +49,9 @@ def find_the_bias_features() -> Graph:
     )  # fmt: skip
     graph.add("PreviewAny", "Was the mix met?", source=calibrated[2])
     graph.group("5 Steer other pictures by them")
-    graph.add("DiffLensSaveRecipe", None, recipe=calibrated[0], name="my_presentation")
+    graph.add(
+        "DiffLensSaveRecipe", None, recipe=calibrated[0], name="my_presentation", author="", licence="", model_name=""
+    )
     before_and_after(graph, model, calibrated, classifier, batch, 16)
     return graph
 

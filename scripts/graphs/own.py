@@ -59,7 +59,9 @@ def your_own_model() -> Graph:
         tolerance=0.02, clear=0.999, only_where_needed=False, steps=20, seed=1, spare_others=False,
     )  # fmt: skip
     graph.add("PreviewAny", "Was the mix met?", source=calibrated[2])
-    graph.add("DiffLensSaveRecipe", None, recipe=calibrated[0], name="my_model_gender")
+    graph.add(
+        "DiffLensSaveRecipe", None, recipe=calibrated[0], name="my_model_gender", author="", licence="", model_name=""
+    )
     graph.group("5 Steer other pictures by it")
     steered = steer(graph, None, model[0], calibrated[0])
     graph.column()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import compileall
 import importlib
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,12 +15,25 @@ import pytest
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "scripts"), str(Path(__file__).resolve().parent)]
 
 from host import Server  # noqa: E402
+from make_archive import make_archive  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Started with an empty base folder; the models are those that the pack ships."""
-    with Server(base=tmp_path_factory.mktemp("comfyui"), boot_timeout=900) as running:
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the registry would take."""
+    path = tmp_path_factory.mktemp("archive") / "pack.zip"
+    make_archive(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Iterator[Server]:
+    """Started with an empty base folder and the pack as it comes out of its archive, models and all."""
+    pack = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(pack)
+    compileall.compile_dir(pack, quiet=1)
+    with Server(pack, base=tmp_path_factory.mktemp("comfyui"), boot_timeout=900) as running:
         yield running
 
 

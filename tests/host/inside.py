@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -25,13 +26,15 @@ import comfy.model_management  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
+import server  # noqa: E402, F401 (as all that ComfyUI itself has loaded before it loads packs)
 from comfy.patcher_extension import CallbacksMP  # noqa: E402
 from small_clips import random_clip, random_clip_vision  # noqa: E402
 from small_networks import FULL, SMALL, UNET, latent, model, prompt, random_model, with_lora  # noqa: E402
 
 __all__ = [
-    "CallbacksMP", "DiffLensError", "FULL", "SMALL", "UNET", "comfy", "forget", "host", "latent", "model",
-    "pack_module", "prompt", "random_clip", "random_clip_vision", "random_model", "sample", "schedule", "with_lora",
+    "CallbacksMP", "DiffLensError", "FULL", "IMPORT_SECONDS", "SMALL", "UNET", "comfy", "forget", "host", "latent",
+    "model", "pack_module", "prompt", "random_clip", "random_clip_vision", "random_model", "sample", "schedule",
+    "with_lora",
 ]  # fmt: skip
 
 
@@ -44,7 +47,9 @@ def load_pack() -> ModuleType:
     return pack
 
 
+began = time.process_time()
 load_pack()
+IMPORT_SECONDS = time.process_time() - began
 
 
 def pack_module(name: str) -> ModuleType:

@@ -40,10 +40,21 @@ def test_names_are_listed_and_found_alike_on_every_system(inside, folder, monkey
     assert host.list_files(host.RECIPES) == ["sub/age.safetensors"]
     for given in ("sub/age.safetensors", "sub\\age.safetensors"):
         assert host.find_file(host.RECIPES, given) == str(folder / "sub" / "age.safetensors")
-        assert host.check_name(given, host.list_files(host.RECIPES)) is True
+        assert host.check_name(host.RECIPES, given, host.list_files(host.RECIPES)) is True
         assert host.new_file(host.RECIPES, given) == (folder / "sub" / "age.safetensors", "sub/age.safetensors")
-    assert host.check_name(None, []) is True
-    assert "'gone' is not in the list. There is: sub/age" in host.check_name("gone", host.list_files(host.RECIPES))
+    assert host.check_name(host.RECIPES, None, []) is True
+    told = host.check_name(host.RECIPES, "gone", host.list_files(host.RECIPES))
+    assert f"'gone' is not on this machine: put it into {folder} or" in told and "There is: sub/age" in told
+
+
+def test_letters_that_macos_takes_apart_are_the_same(inside, folder):
+    host, apart, whole = inside.host, "sub/a\u0301ge\u0308.safetensors", "sub/\u00e1g\u00eb.safetensors"
+    shutil.copy(OWN, folder / apart)
+    assert whole in host.list_files(host.RECIPES) and apart not in host.list_files(host.RECIPES)
+    for given in (apart, whole):
+        assert host.check_name(host.RECIPES, given, host.list_files(host.RECIPES)) is True
+        assert host.find_file(host.RECIPES, given) == str(folder / apart)
+        assert host.new_file(host.RECIPES, given)[1] == whole
 
 
 @pytest.mark.parametrize(
