@@ -19,7 +19,8 @@ FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?:<([^>]+)>|([^)\s]+))\)")
 COMMAND = re.compile(r"python ((?:scripts|benchmarks|models/making)/\w+\.py)((?: +[^\s`]+)*)")
 FOLDERS = (
-    "difflens_core|nodes|web|locales|workflows|scripts|benchmarks|tests|docs|models/(?:avatars|prompted_avatars|making)"
+    "difflens_core|nodes|web|locales|workflows|scripts|benchmarks|tests|docs|"
+    "models/(?:avatars|prompted_avatars|scenes|making)"
 )
 
 

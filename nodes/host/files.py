@@ -23,7 +23,7 @@ MODELS, SAES, CLASSIFIERS, RECIPES = "difflens_models", "difflens_saes", "diffle
 
 
 STORES = "difflens_activations"
-SHIPPED = [Path(__file__).resolve().parents[2] / "models" / name for name in ("avatars", "prompted_avatars")]
+SHIPPED = [Path(__file__).resolve().parents[2] / "models" / name for name in ("avatars", "prompted_avatars", "scenes")]
 
 
 def register_folders() -> None:
