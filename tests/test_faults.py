@@ -138,6 +138,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(jobs, tmp_path, name):
 # --- memory ---
 
 
+@pytest.mark.slow  # it depends on how much the process holds before
 def test_a_capture_without_memory_for_a_batch_goes_on_with_half_of_it(toys):
     """Truly without: in a process that may not have more. What it keeps is what one does which may."""
     sampler = DenoiserSampler(toys.denoiser(size=64, outer_width=32), 2)
