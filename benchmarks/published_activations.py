@@ -41,7 +41,7 @@ def step_of(progress: float, steps: int) -> int:
 
 def at_step(activations: Activations, step: int) -> Tensor:
     """All pictures of a step (N x C x H x W)."""
-    return torch.cat([values for _, values in activations.batches(step)]).float()
+    return torch.cat([values.float() for _, values in activations.batches(step)])  # autocast takes no fp16
 
 
 # --- Linear-AcT ---
