@@ -32,6 +32,16 @@ SLOT = """([type, kind, slot]) => {
   return [(x + offset[0]) * scale, (y + offset[1]) * scale]
 }"""
 
+SETTLED = """() => new Promise(resolve => {
+  let last = '', since = 0
+  const look = now => {
+    const at = JSON.stringify([app.canvas.ds.offset, app.canvas.ds.scale, app.graph.nodes.map(node => [...node.pos])])
+    if (at !== last) { last = at; since = now }
+    now - since > 300 ? resolve() : requestAnimationFrame(look)
+  }
+  requestAnimationFrame(look)
+})"""  # a node that hangs on the mouse follows it frame by frame
+
 
 @pytest.fixture(scope="module")
 def canvas(open_page, server):
@@ -104,7 +114,9 @@ def test_five_clicks_from_a_graph_of_ones_own_to_the_first_picture(canvas, shots
     canvas.keyboard.press("Enter")
     canvas.wait_for_function("app.graph.nodes.some(node => node.type === 'DiffLensDebias')")
     canvas.mouse.move(400, 200, steps=5)
+    canvas.evaluate(SETTLED)
     canvas.mouse.click(400, 200)  # 2: where it shall be
+    canvas.evaluate(SETTLED)
     for origin, target in (
         (("DiffLensLoadPromptedModel", "output", "MODEL"), ("DiffLensDebias", "input", "model")),  # 3
         (("DiffLensDebias", "output", "MODEL"), ("KSampler", "input", "model")),  # 4
