@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..files import DiffLensError, write_whole
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+ENDINGS, FORMATS = (".png", ".jpg", ".jpeg", ".webp"), ("PNG", "JPEG", "WEBP")
+LARGEST = 2**26  # pixels of a picture: a small file can hold far more of one colour
 
 
 def save_picture(folder: Path, number: int, picture: Tensor) -> None:
@@ -27,11 +28,11 @@ def save_picture(folder: Path, number: int, picture: Tensor) -> None:
 
 def begin_folder(folder: Path, settings: Mapping[str, Any]) -> set[int]:
     """The numbers of the pictures that are there already; all older ones go if they were drawn by other settings."""
-    told, text = folder / "settings.json", json.dumps(settings, indent=1, sort_keys=True)
-    if told.exists() and told.read_text(encoding="utf-8") != text:
+    told, text = folder / "settings.json", json.dumps(settings, indent=1, sort_keys=True).encode()
+    if told.exists() and told.read_bytes() != text:
         for old in folder.glob("*.png"):
             old.unlink()
-    write_whole(told, text.encode())
+    write_whole(told, text)
     return {int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()}
 
 
@@ -48,9 +49,11 @@ def pictures_in(folder: Path) -> list[Path]:
 def read_picture(path: Path) -> np.ndarray:
     """H x W x 3, uint8. Raises `DiffLensError` if the file is no picture."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:  # whatever its name says: others run programs to be read
+            if image.width * image.height > LARGEST:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {LARGEST}")
             return np.array(image.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # damaged pictures bring up anything: OSError, SyntaxError, struct.error, ...
         raise DiffLensError(f"{path} cannot be read as a picture ({error}). Take it out, or draw it again.") from error
 
 

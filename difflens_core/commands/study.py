@@ -110,7 +110,7 @@ def read_study(path: str | Path) -> Study:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DiffLensError(f"{path} cannot be read ({error.strerror}). Give a study's TOML file.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, numbers too long, or nested too deeply
         raise DiffLensError(f"{path} is no TOML file: {error}.") from error
     if path.suffix != ".toml":
         raise DiffLensError(f"{path} does not end in .toml, so its folder would have its own name. Rename it.")
