@@ -154,6 +154,17 @@ def check_told(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     if features.is_floating_point() or not features.numel() or not steps.numel():
         raise DiffLensError("it has no features, or no steps. The file is damaged.")
     check_steps(tensors["normalisation.progress"], tensors["normalisation.scale"])
+    check_shown(info["info"], features.numel())
+
+
+def check_shown(info: Mapping[str, Any], features: int) -> None:
+    """Raise `DiffLensError` if scores and names, which the explorer shows, are none."""
+    scores, named = info.get("scores", [0.0] * features), info.get("named", {})
+    if len(scores) != features or not all(isinstance(score, (int, float)) for score in scores):
+        raise DiffLensError(f"its scores are no numbers of {features} features. The file is damaged.")
+    for words in named.values():
+        if not words.keys() <= {"name", "group"} or not all(isinstance(word, str) for word in words.values()):
+            raise DiffLensError("its names of features are not all a name and a group. The file is damaged.")
 
 
 def with_level_maps(tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
