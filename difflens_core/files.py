@@ -261,7 +261,7 @@ def tensors_in(content: Any) -> list[Tensor]:
 NAMED = re.compile(
     r"collections OrderedDict|torch (Size|device)|torch\.serialization _get_layout|torch\.nn\.parameter Parameter"
     r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state|sparse_tensor|qtensor)"
-    r"|torch (?!Untyped|Typed)\w+Storage|torch (b?float|u?int|complex|bool|q?u?int)\w*"
+    r"|torch (?!Untyped|Typed)\w+Storage|torch\.storage UntypedStorage|torch (b?float|u?int|complex|bool|q?u?int)\w*"
 )
 PICKLES = 5  # in a file of the kind that torch wrote before version 1.6, before its numbers
 

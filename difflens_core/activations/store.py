@@ -264,7 +264,9 @@ def read_index(folder: Path) -> Index:
             return Index(**found)
     except (DiffLensError, TypeError, ValueError, KeyError, OverflowError) as error:
         if not (folder / INDEX).is_file():
-            raise DiffLensError(f"{folder}: not an activation store, it has no {INDEX} to read.") from error
+            raise DiffLensError(
+                f"{folder}: not an activation store, {INDEX} cannot be read: it is not there."
+            ) from error
         names = ", ".join(["version", *(f.name for f in fields(Index))])
         raise DiffLensError(
             f"{folder.name}/{INDEX} is damaged ({error}), expected JSON with {names}. Copy it again from where the "

@@ -135,6 +135,8 @@ class SparseAutoencoder:
 
     def __post_init__(self) -> None:
         n, width = self.encoder.shape
+        if not isinstance(self.site, str):
+            raise DiffLensError(f"SAE: its site is {self.site!r:.80}, expected the name of a module.")
         if self.activation not in ACTIVATIONS:
             raise DiffLensError(f"SAE: activation is {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}.")
         if self.kernel < 1 or width % self.kernel**2:

@@ -321,8 +321,9 @@ def other_content(content: bytes, draw: Draw) -> bytes:
     """A whole file, zipped or of the older kind, that holds something else."""
     found = torch.load(io.BytesIO(content), weights_only=True)
     state = found
-    while isinstance(state, dict) and not any(isinstance(part, Tensor) for part in state.values()):
-        state = next(part for part in state.values() if isinstance(part, dict))
+    for _ in range(3):  # not for ever: an earlier change may have put it into itself
+        if isinstance(state, dict) and not any(isinstance(part, Tensor) for part in state.values()):
+            state = next(part for part in state.values() if isinstance(part, dict))
     if not isinstance(state, dict):
         found = state = {"": found}
     what = draw.randrange(4)

@@ -34,7 +34,7 @@ from difflens_core.sae import load_any_sae, load_class_features
 from difflens_core.steer import load_recipe, save_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-MUCH = 2**27  # bytes that no attempt may take
+MUCH = 2**26  # bytes that no attempt may take
 Files = dict[str, bytes]
 
 
@@ -106,7 +106,6 @@ def test_code_in_a_pickle_is_never_run(tmp_path, case, older):
 MADE_FROM_NOTHING = {
     "a bytearray": (bytearray, 2**30),
     "a tensor": (torch.FloatTensor, 2**28),
-    "storage": (torch.UntypedStorage, 2**30),
     "a copy": (OrderedDict.fromkeys, range(9)),
     "a word turned to bytes": (str.encode, "a"),
 }
@@ -298,7 +297,7 @@ def test_a_denoiser_of_endless_depth_is_refused(toys, tmp_path, name, value):
 def test_names_that_promise_endless_networks_are_refused(tmp_path):
     none = torch.zeros(0)
     few = ("conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight", "fc.weight", "fc.bias")
-    blocks = {f"layer1.{n}.a": none for n in range(9999)} | {name: torch.ones(1) for name in few}
+    blocks = {f"layer1.{n}.a": none for n in range(600)} | {name: torch.ones(1) for name in few}
     refused(tmp_path, {"a.safetensors": save(blocks)}, load_any_classifier, "a.safetensors", "more than any ResNet")
     names = ("output_blocks.0.0.in_layers.0.weight", f"output_blocks.{10**12}.0.a")
     adm = {name: torch.ones(1) for name in names}
@@ -336,7 +335,7 @@ def test_numbers_that_only_float64_holds_are_refused(tmp_path):
 # --- names ---
 
 NAMES = {
-    "very long": "a" * 10**6, "a line of its own": "a\nWARNING: all is well",
+    "very long": "a" * 10**5, "a line of its own": "a\nWARNING: all is well",
     "for the terminal": "\x1b[2J\x1b]0;mine\x07", "written backwards": "\u202etxt.exe",
     "half a letter": "\ud800", "a page's": "<script>alert(1)</script>",
     "of all the world": "наме 名前 🙂",

@@ -228,7 +228,7 @@ def test_a_folder_that_was_not_downloaded_whole_says_what_is_missing(folder):
     with pytest.raises(DiffLensError, match="no weights beside config.json. Expected diffusion_pytorch_model.safet"):
         load_checkpoint(folder)
     (folder / "config.json").write_text('{"_class_name": "UNet2D')
-    with pytest.raises(DiffLensError, match="config.json cannot be read"):
+    with pytest.raises(DiffLensError, match="config.json is not readable JSON"):
         load_checkpoint(folder)
 
 
