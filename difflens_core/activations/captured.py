@@ -39,9 +39,6 @@ class Activations:
                     f"activations have shape {tuple(shard.shape)}, expected steps x pictures x channels x height x "
                     "width with at least one of each. Capture at least one picture."
                 )
-        if len({(len(shard), *shard.shape[2:]) for shard in shards}) != 1:
-            raise DiffLensError("the shards of the activations differ in steps, channels or map. They do not belong "
-                                "together: capture again.")  # fmt: skip
         object.__setattr__(self, "shards", tuple(channels_last(shard) for shard in shards))
 
     @property

@@ -252,7 +252,16 @@ def open_store(folder: str | Path) -> Store:
             f"{shard_path(folder, missing).name}). Capture again under this name with the same settings: only those "
             "are drawn. Or copy them from where the store came from."
         )
-    return Store(index, tuple(read_shard(folder, index, number) for number in range(index.shards)))
+    shards = tuple(read_shard(folder, index, number) for number in range(index.shards))
+    for name in (*index.sites, SAMPLES):
+        # Steps and pictures have been looked at.
+        maps = {shard[name].shape[1 if name == SAMPLES else 2 :] for shard in shards}
+        if len(maps) > 1 or len({shard[name].dtype for shard in shards}) > 1 or 0 in maps.pop():
+            raise DiffLensError(
+                f"{folder.name}: the shards differ in the shape or type of {name}, or hold none of it. They do not "
+                "belong together: copy the folder again, or delete it and capture again."
+            )
+    return Store(index, shards)
 
 
 def read_index(folder: Path) -> Index:
@@ -326,7 +335,7 @@ def check_shard(shard: Shard, index: Index, number: int, name: str) -> None:
         ):
             raise DiffLensError(f"{name}: what it says of the map of {site} is no height and width.")
     if not shard[SAMPLES].ndim or len(shard[SAMPLES]) != pictures:
-        raise DiffLensError(f"{name}: holds {len(shard[SAMPLES])} samples, expected {pictures}.")
+        raise DiffLensError(f"{name}: holds samples of shape {tuple(shard[SAMPLES].shape)}, expected {pictures}.")
 
 
 @contextmanager
@@ -357,6 +366,8 @@ def load_labels(folder: str | Path) -> dict[str, tuple[tuple[str, ...], Tensor]]
     with reading(Path(folder) / LABELS):
         found = {attribute: (tuple(names), tensors[attribute]) for attribute, names in info["classes"].items()}
         for attribute, (names, labels) in found.items():
+            if not all(isinstance(name, str) for name in names):
+                raise DiffLensError(f"the classes of {attribute} are not all texts. The file is damaged.")
             if labels.ndim != 1 or labels.is_floating_point() or not ((labels >= -1) & (labels < len(names))).all():
                 raise DiffLensError(f"the labels of {attribute} are no numbers of its {len(names)} classes.")
         return found

@@ -131,6 +131,11 @@ def save_classifier(path: str | Path, model: AttributeClassifier | FramedClassif
     save_tensors(path, "classifier", tensors, plain)
 
 
+def are_classes(value: Any) -> bool:
+    strings = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+    return strings and len(set(value)) == len(value) >= 2
+
+
 def check_side(size: Any, what: str) -> None:
     """Raise `DiffLensError` unless `size` can be the side of what a classifier reads; `what` says it."""
     if type(size) is not int or not 32 <= size <= 4096:
@@ -143,6 +148,8 @@ def load_classifier(path: str | Path) -> AttributeClassifier | FramedClassifier:
     try:
         check_side(info["size"], "it")
         refuse_whole_numbers(tensors, ("num_batches_tracked",))
+        if not all(map(are_classes, info["attributes"].values())):
+            raise DiffLensError("its attributes do not have two different classes or more each. The file is damaged.")
         attributes = {name: tuple(classes) for name, classes in info["attributes"].items()}
         model: AttributeClassifier | FramedClassifier
         if "whole" in info:

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..files import DiffLensError, read_json, read_tensors, reading, told
-from .convolutional import FramedClassifier, check_side, load_classifier
+from .convolutional import FramedClassifier, are_classes, check_side, load_classifier
 from .faces import FaceFinder
 from .readings import ImageClassifier
 from .resnets import (
@@ -113,11 +113,6 @@ def described(info: Mapping[str, Any], outputs: int) -> tuple[dict[str, Readout]
         if not are_colours(settings[name]) or (name == "std" and min(settings[name]) <= 0):
             raise DiffLensError(f"its description says {name} {settings[name]!r}, expected a number for each colour.")
     return readouts, settings
-
-
-def are_classes(value: Any) -> bool:
-    strings = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
-    return strings and len(set(value)) == len(value) >= 2
 
 
 def are_colours(value: Any) -> bool:

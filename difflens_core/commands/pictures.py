@@ -16,7 +16,7 @@ from torch import Tensor
 from ..files import DiffLensError, write_whole
 
 ENDINGS, FORMATS = (".png", ".jpg", ".jpeg", ".webp"), ("PNG", "JPEG", "WEBP")
-LARGEST = 2**26  # pixels of a picture: a small file can hold far more of one colour
+LARGEST = 2**24  # pixels of a picture: a small file can hold far more of one colour
 
 
 def save_picture(folder: Path, number: int, picture: Tensor) -> None:
@@ -49,12 +49,31 @@ def pictures_in(folder: Path) -> list[Path]:
 def read_picture(path: Path) -> np.ndarray:
     """H x W x 3, uint8. Raises `DiffLensError` if the file is no picture."""
     try:
+        with path.open("rb") as file:
+            check_pixels(*size_of_webp(file.read(30)))  # for this kind PIL makes the canvas when it opens the file
         with Image.open(path, formats=FORMATS) as image:  # whatever its name says: others run programs to be read
-            if image.width * image.height > LARGEST:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {LARGEST}")
+            check_pixels(image.width, image.height)
             return np.array(image.convert("RGB"))
     except Exception as error:  # damaged pictures bring up anything: OSError, SyntaxError, struct.error, ...
         raise DiffLensError(f"{path} cannot be read as a picture ({error}). Take it out, or draw it again.") from error
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Raise `ValueError` for a picture that is too large to be opened."""
+    if width * height > LARGEST:
+        raise ValueError(f"{width} x {height} pixels, more than {LARGEST}")
+
+
+def size_of_webp(head: bytes) -> tuple[int, int]:
+    """Width and height that a WebP file tells in its first 30 bytes; 0 of any other file."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return 0, 0
+    if head[12:16] == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
 
 
 def read_folder(folder: Path) -> np.ndarray:

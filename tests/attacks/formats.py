@@ -37,7 +37,7 @@ from difflens_core import activations, classifiers, commands, explore, files, lo
 from difflens_core.activations.store import load_labels  # noqa: E402
 from difflens_core.classifiers.faces import load_face_finder  # noqa: E402
 from difflens_core.commands.fairness import read_asked  # noqa: E402
-from difflens_core.commands.pictures import read_picture  # noqa: E402
+from difflens_core.commands.pictures import LARGEST, read_picture  # noqa: E402
 from difflens_core.experiments.draw import Trials  # noqa: E402
 from difflens_core.locate.probes import load_probes  # noqa: E402
 from difflens_core.sae.training import State, initial_sae  # noqa: E402
@@ -48,10 +48,14 @@ FILE = "file.safetensors"
 
 @dataclass(frozen=True)
 class Format:
-    """write(folder): the files of a good one; load(folder): what we make of them."""
+    """write(folder): the files of a good one; load(folder): what we make of them.
+
+    spare: bytes of memory that may be taken whatever the files' size.
+    """
 
     write: Callable[[Path], object]
     load: Callable[[Path], object]
+    spare: int = 64 * 2**20
 
 
 def of(loader: Callable[[Path], object], name: str = FILE) -> Callable[[Path], object]:
@@ -239,6 +243,8 @@ def unet2d(folder: Path) -> None:
 WAYS = ("safetensors", "zipped", "older")
 SHIPPED = ROOT / "models" / "avatars" / "difflens_recipes" / "avatars_age.safetensors"
 
+PIXELS = 16 * LARGEST  # a picture of one colour is small in its file: what the largest takes while it is read
+
 FORMATS: dict[str, Format] = {
     "recipe": Format(lambda folder: steer.save_recipe(folder / FILE, rich_recipe()), of(steer.load_recipe)),
     "recipe of two sites": Format(lambda folder: steer.save_recipe(folder / FILE, two_sites()), of(steer.load_recipe)),
@@ -267,9 +273,9 @@ FORMATS: dict[str, Format] = {
     "classes asked for": Format(
         text("asked.json", '{"attribute": "age", "asked": [0, 1, 2]}'), of(read_asked, "asked.json")
     ),
-    "picture, PNG": Format(picture, of(read_picture, "file.png")),
-    "picture, JPEG": Format(partial(photograph, "jpg"), of(read_picture, "file.jpg")),
-    "picture, WebP": Format(partial(photograph, "webp"), of(read_picture, "file.webp")),
+    "picture, PNG": Format(picture, of(read_picture, "file.png"), PIXELS),
+    "picture, JPEG": Format(partial(photograph, "jpg"), of(read_picture, "file.jpg"), PIXELS),
+    "picture, WebP": Format(partial(photograph, "webp"), of(read_picture, "file.webp"), PIXELS),
     "feature files": Format(features, lambda folder: sae.load_class_features(folder, 20)),
     "ResNet": Format(resnet, of(classifiers.load_any_classifier)),
     "face detector": Format(detector, of(load_face_finder, "yunet.pth")),

@@ -407,6 +407,7 @@ def png(width: int, height: int) -> bytes:
 
 PICTURES = {
     "a bomb": (png(9000, 9000), "9000 x 9000 pixels"),
+    "a bomb as WebP": (b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0\xff\xff\0\xff\xff\0", "65536 x 65536 pixels"),
     "a program for a printer": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "cannot identify"),
     "text": (b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", "cannot identify"),
 }

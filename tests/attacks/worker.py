@@ -26,8 +26,7 @@ from mutations import mutated
 from difflens_core.files import LONGEST_MESSAGE, DiffLensError
 
 SECONDS = 5.0  # of the processor, that a file may take
-# What a file may take of memory: so many times its size, and so many bytes for what was not needed before.
-TIMES, SPARE = 8, 64 * 2**20
+TIMES = 8  # what a file may take of memory beside its format's `spare`: so many times its size
 LIMIT = 4 * 2**30  # bytes beyond those of the process, that it cannot get
 READING = ("os.listdir", "os.scandir")
 FORBIDDEN = ("os.", "subprocess.", "shutil.", "socket.", "ctypes.", "urllib.", "ftplib.", "smtplib.", "webbrowser.")
@@ -141,7 +140,7 @@ def trial(name: str, number: int, files: dict[str, bytes], folder: Path) -> dict
     seconds, peak = time.process_time() - begun, memory("VmHWM") - before
     if WATCH.seen:
         outcome, why = "crashed", "did what it must not: " + ", ".join(WATCH.seen[:3])
-    elif peak > TIMES * size + SPARE:
+    elif peak > TIMES * size + FORMATS[name].spare:
         outcome, why = "crashed", f"took {peak >> 20} MB for {size} bytes"
     return {
         "format": name, "number": number, "outcome": outcome, "why": why, "seconds": seconds, "memory": peak,
