@@ -441,7 +441,7 @@ def in_lines(content: bytes, draw: Draw) -> bytes:
     elif what == 1:
         lines.insert(draw.randrange(len(lines)), lines[at])
     elif what == 2:
-        lines[at] *= 1000
+        lines[at] *= 1000 if len(lines[at]) < 1000 else 1
     else:
         sign = draw.choice((",", " = "))
         words = lines[at].rstrip("\r\n").split(sign)

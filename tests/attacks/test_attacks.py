@@ -23,8 +23,9 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from difflens_core.activations import open_store
-from difflens_core.classifiers import load_any_classifier
+from difflens_core.activations import SAMPLES, Index, open_store, record
+from difflens_core.activations.store import write_shard
+from difflens_core.classifiers import AttributeClassifier, load_any_classifier, save_classifier
 from difflens_core.commands import read_study
 from difflens_core.commands.pictures import read_picture
 from difflens_core.explore import parse_choice
@@ -34,7 +35,7 @@ from difflens_core.sae import load_any_sae, load_class_features
 from difflens_core.steer import load_recipe, save_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-MUCH = 2**26  # bytes that no attempt may take
+MUCH = 2**27  # bytes that no attempt may take
 Files = dict[str, bytes]
 
 
@@ -159,7 +160,7 @@ def zipped(parts: Files, how: int = zipfile.ZIP_STORED) -> bytes:
 def test_a_zip_bomb_is_not_unpacked(tmp_path, part):
     parts = entries(pickled({"a": torch.ones(9)}))
     name = next(name for name in parts if name.endswith(part))
-    bomb = zipped(parts | {name: bytes(2 * MUCH)}, zipfile.ZIP_DEFLATED)
+    bomb = zipped(parts | {name: bytes(MUCH + 2**26)}, zipfile.ZIP_DEFLATED)
     assert len(bomb) < 2**20
     refused(tmp_path, {"a.pt": bomb}, read_content, "a.pt", "a.pt: what is packed in it is larger than the file")
 
@@ -236,13 +237,13 @@ def test_a_header_that_lies_is_refused(tmp_path, case):
 # --- settings that lie ---
 
 DEEP = "[" * 10**5 + "]" * 10**5
-MANY = "[" + "[]," * (3 * 2**20) + "[]]"  # nine megabytes, of which Python would make 250
+LONG = json.dumps("a" * 2**23)  # more than settings ever are
 SPARSIFY = {name: torch.ones(4, 2) for name in ("encoder.weight", "W_dec")} | {
     "encoder.bias": torch.ones(4), "b_dec": torch.ones(2)
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "said"), [(DEEP, "not readable JSON"), (MANY, "larger than 8 MB"), ("[1]", "list")])
+@pytest.mark.parametrize(("text", "said"), [(DEEP, "not readable JSON"), (LONG, "larger than 8 MB"), ("[1]", "list")])
 def test_json_that_is_deep_or_endless_is_refused_wherever_it_stands(tmp_path, text, said):
     tensors, told = save(SPARSIFY), text.encode()
     ours = save(SPARSIFY, {"difflens": text})
@@ -259,9 +260,11 @@ def test_json_that_is_deep_or_endless_is_refused_wherever_it_stands(tmp_path, te
         parse_choice(text)
 
 
-@pytest.mark.parametrize("text", ["a = " + DEEP, "a = " + "9" * 5000, "a = 1e999\n[capture]\npictures = nan", "\xff"])
+@pytest.mark.parametrize("text", ["a = " + DEEP, "a = " + "9" * 5000, "\xff", "#" * 2**21])
 def test_a_study_that_is_no_toml_is_refused(tmp_path, text):
-    refused(tmp_path, {"study.toml": text.encode("latin-1")}, read_study, "study.toml", "study.toml")
+    refused(tmp_path, {"study.toml": text.encode("latin-1")}, read_study, "study.toml", "study.toml is no TOML")
+    large = f'model = "m"\nclassifier = "c"\nattribute = "a"\nsite = "s"\ncfg = {"9" * 400}'
+    refused(tmp_path, {"study.toml": large.encode()}, read_study, "study.toml", "a number is too large")
 
 
 def index(**told: Any) -> bytes:
@@ -361,6 +364,29 @@ def test_names_that_the_explorer_would_show_are_texts(toys, tmp_path):
         refused(tmp_path, {}, load_recipe, "a.safetensors", "^a.safetensors: its")
 
 
+def test_names_that_are_no_texts_are_refused(tmp_path):
+    """Found by fuzzing: what joins them into a sentence would fail later, or nobody would find the site."""
+    tensors = {"W_enc": torch.ones(2, 4), "b_enc": torch.ones(4), "W_dec": torch.ones(4, 2), "b_dec": torch.ones(2)}
+    config = {"architecture": "standard", "metadata": {"hook_name": 7}}
+    content = {"sae/a.safetensors": save(tensors), "sae/cfg.json": json.dumps(config).encode()}
+    refused(tmp_path, content, load_any_sae, "sae", "its site is 7")
+    save_classifier(tmp_path / "a.safetensors", AttributeClassifier({"age": ("a", "b")}, 32), {})
+    tensors, info = load_tensors(tmp_path / "a.safetensors", "classifier")
+    for classes in (["a", 7], ["a", "a"], ["a"], "ab"):
+        save_tensors(tmp_path / "a.safetensors", "classifier", tensors, info | {"attributes": {"age": classes}})
+        refused(tmp_path, {}, load_any_classifier, "a.safetensors", "two different classes or more each")
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(1, 2, 3, 2, 3), torch.zeros(1, 2, 2, 2, 0), torch.zeros(1, 2, 2, 2, 4)])
+def test_shards_that_do_not_belong_together_are_refused(tmp_path, wrong):
+    place = Index(("a",), (0.0,), pictures=4, per_shard=2, seed=0, model="")
+    good = {"a": torch.zeros(1, 2, 2, 2, 3).half(), SAMPLES: torch.zeros(2, 3)}
+    record(place, [torch.zeros(2)] * 2, lambda first, noise: good, tmp_path / "store")
+    assert open_store(tmp_path / "store").samples().shape == (4, 3)
+    write_shard(tmp_path / "store", place, 1, good | {"a": wrong.half()})
+    refused(tmp_path, {}, open_store, "store", "store: the shards differ in the shape or type of a")
+
+
 def test_the_page_takes_no_text_for_html():
     """What the page shows of names it sets as text. That this is so in a browser: tests/host/page/test_explorer.py."""
     risky = re.compile(
@@ -407,7 +433,7 @@ def png(width: int, height: int) -> bytes:
 
 PICTURES = {
     "a bomb": (png(9000, 9000), "9000 x 9000 pixels"),
-    "a bomb as WebP": (b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0\xff\xff\0\xff\xff\0", "65536 x 65536 pixels"),
+    "a bomb as WebP": (b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0\xdf\x2e\0\xdf\x2e\0", "12000 x 12000 pixels"),
     "a program for a printer": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "cannot identify"),
     "text": (b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", "cannot identify"),
 }
