@@ -24,7 +24,7 @@ sys.path.insert(0, str(REPOSITORY / "tests" / "attacks"))
 
 from fuzzing import Tally, outcomes, table  # noqa: E402
 
-PART = 5000  # files between two looks at the clock
+PART = 1000  # files of a format between two looks at the clock
 
 
 def kept(name: str) -> Path:
@@ -61,14 +61,18 @@ def main() -> int:
     end = time.monotonic() + 60 * options.minutes
     found = {name: load(name) for name in options.formats}
     while not options.table and time.monotonic() < end:
-        name = min(found, key=lambda name: found[name].tried)
-        missing = options.count - found[name].tried
-        if missing <= 0:
+        least = min(one.tried for one in found.values())
+        part = min(PART, options.count - least)
+        if part <= 0:
             break
-        for one in outcomes([name], found[name].tried, min(PART, missing)):
+        for one in outcomes([name for name in found if found[name].tried == least], least, part):
+            name = one["format"]
             found[name].count(one)
-        save(name, found[name])
-        print(f"{name}: {found[name].tried}", file=sys.stderr, flush=True)
+            if found[name].tried == least + part:
+                save(name, found[name])
+                print(f"{name}: {found[name].tried}", file=sys.stderr, flush=True)
+                if time.monotonic() > end:
+                    break
     print(table(found))
     crashes = [crash for one in found.values() for crash in one.crashes]
     print(*crashes, sep="\n")

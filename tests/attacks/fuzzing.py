@@ -44,10 +44,14 @@ def outcomes(names: Sequence[str], first: int, count: int) -> Iterator[dict[str,
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
             at, number = 0, first
-            for line in process.stdout:
-                found = json.loads(line)
-                yield found
-                at, number = names.index(found["format"]), found["number"] + 1
+            try:
+                for line in process.stdout:
+                    found = json.loads(line)
+                    yield found
+                    at, number = names.index(found["format"]), found["number"] + 1
+            except GeneratorExit:  # whoever asked has heard enough
+                process.kill()
+                raise
         if process.returncode == 0:
             return
         if number == first and at == 0:
