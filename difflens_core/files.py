@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
 import pickle
+import pickletools
 import re
 import uuid
 import zipfile
@@ -25,8 +27,20 @@ from torch import Tensor
 METADATA_KEY = "difflens"
 
 
+LONGEST_MESSAGE, ITS_END = 1000, 300  # letters; of the end, which says what to do
+
+
 class DiffLensError(ValueError):
-    """Something the user gave does not fit. The message says what was found, what was expected and what to do."""
+    """Something the user gave does not fit. The message says what was found, what was expected and what to do.
+
+    It is one line of printable letters and not too long, whatever a stranger's file calls its parts.
+    """
+
+    def __init__(self, message: str):
+        message = "".join(letter if letter.isprintable() else " " for letter in message)
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE - ITS_END]} ... {message[-ITS_END:]}"
+        super().__init__(message)
 
 
 class NotWritten(DiffLensError):
@@ -93,7 +107,8 @@ def finite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
             small = tensor.is_floating_point() and tensor.element_size() == 1
             found[name] = tensor.float() if small else tensor
-            fine = not tensor.is_floating_point() or bool(torch.isfinite(found[name]).all())
+            single = found[name].float() if tensor.dtype == torch.float64 else found[name]  # which may not hold it
+            fine = not tensor.is_floating_point() or bool(torch.isfinite(single).all())
         except (NotImplementedError, RuntimeError) as error:  # sparse, packed, or without any content
             raise DiffLensError(
                 f"tensor {name} is of a kind that cannot be read here ({tensor.dtype}, {tensor.layout}, on "
@@ -225,8 +240,129 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with path.open("rb") as file, unchanged(file):
         content = file.read()
     tensors = load(content)  # which also checks the header
+    check_room(tensors.values(), path)
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return tensors, header.get("__metadata__") or {}
+
+
+# --- what a stranger's file must not do ---
+
+
+ROOM, SPARE = 4, 2**20  # what a file's tensors may take: so many times its size, and so many bytes
+
+
+def check_room(tensors: Iterable[Tensor], path: Path) -> None:
+    """Raise `DiffLensError` if tensors would take far more memory than their file.
+
+    A view can repeat one number as often as it likes, and a shape with a 0 in it can have any other numbers.
+    """
+    size, taken = path.stat().st_size, 0
+    for tensor in tensors:
+        taken += math.prod(max(1, n) for n in tensor.shape) * tensor.element_size()
+        if taken > ROOM * size + SPARE:
+            raise DiffLensError(
+                f"{path.name}: its tensors would take far more memory than the file ({size} bytes) holds. It is "
+                "damaged or made to do harm: choose another file."
+            )
+
+
+def tensors_in(content: Any) -> list[Tensor]:
+    """All tensors in dictionaries and lists that may lie in one another, and even in themselves."""
+    found, waiting, seen = [], [content], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+    return found
+
+
+# What the pickle of a training's state names. torch allows more: a bytearray of any size, and text turned to bytes.
+NAMED = re.compile(
+    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|torch (Size|device|Tensor)"
+    r"|torch\.serialization _get_layout|torch\.nn\.parameter Parameter|torch\._tensor _rebuild_from_type_v2"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state|sparse_tensor|qtensor)"
+    r"|torch (?!Untyped|Typed)\w+Storage|torch\.storage UntypedStorage|torch (b?float|u?int|complex|bool|q?u?int)\w*"
+)
+PICKLES = 5  # in a file of the kind that torch wrote before version 1.6, before its numbers
+
+
+def check_pytorch(path: Path) -> None:
+    """Raise `DiffLensError` for a PyTorch file that unpacks to more than it is, or whose pickle builds other objects.
+
+    Whether it is whole is left to torch.
+    """
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"PK"
+    if not zipped:
+        with path.open("rb") as file:
+            check_pickles(file, PICKLES, path)
+        return
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise DiffLensError(
+                f"{path.name}: what is packed in it is larger than the file, as a zip bomb's is. Save the state_dict "
+                "alone with torch.save, which packs nothing."
+            )
+        for name in archive.namelist():
+            if name.endswith("data.pkl"):
+                check_pickles(io.BytesIO(archive.read(name)), 1, path)
+
+
+class Left:
+    """A file of which nobody is given room for more than is left of it: pickles promise texts of any length."""
+
+    def __init__(self, file: BinaryIO):
+        self.end = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        self.file, self.readline, self.tell = file, file.readline, file.tell
+
+    def read(self, n: int) -> bytes:
+        return self.file.read(min(n, self.end - self.file.tell()))
+
+
+def check_pickles(file: BinaryIO, count: int, path: Path) -> None:
+    """Raise `DiffLensError` if one of `count` pickles in a row names what no state_dict needs."""
+    left = Left(file)
+    for _ in range(count):
+        for operation, argument, _ in pickletools.genops(left):  # type: ignore[arg-type]
+            if "GLOBAL" in operation.name and not NAMED.fullmatch(str(argument)):
+                raise DiffLensError(
+                    f"{path.name}: holds pickled objects that are not plain tensors ({argument}). Such objects can run "
+                    "code and are never loaded. Save the state_dict alone."
+                )
+
+
+LARGEST_JSON = 8 * 2**20  # bytes; what Python makes of them can take 25 times as much
+
+
+def parse_json(text: str | bytes, name: str) -> dict[str, Any]:
+    """The object in a JSON text that came with a file; `name` says where it stood.
+
+    Raises `DiffLensError` if it is none, too large or nested too deeply.
+    """
+    if len(text) > LARGEST_JSON:
+        raise DiffLensError(f"{name} is larger than {LARGEST_JSON >> 20} MB, too large for settings.")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deeply
+        raise DiffLensError(f"{name} is not readable JSON ({error}). Copy or download it again.") from error
+    if not isinstance(found, dict):
+        raise DiffLensError(f"{name} holds a {type(found).__name__}, expected an object. Copy or download it again.")
+    return found
+
+
+def read_json(path: Path, name: str = "") -> dict[str, Any]:
+    """The object in a JSON file. Raises `DiffLensError` that calls it `name` if it cannot be read or is none."""
+    name = name or path.name
+    try:
+        with path.open("rb") as file:
+            text = file.read(LARGEST_JSON + 1)
+    except OSError as error:
+        raise DiffLensError(f"{name} cannot be opened ({error.strerror}). Copy or download it again.") from error
+    return parse_json(text, name)
 
 
 # What files begin with that are taken for weights.
@@ -248,8 +384,8 @@ def kind_of_file(path: Path) -> str:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
-        except (zipfile.BadZipFile, NotImplementedError, ValueError):
-            return ""  # cut off or damaged
+        except Exception:  # cut off or damaged, which may bring up anything
+            return ""
         return "a PyTorch file" if any(name.endswith("data.pkl") for name in names) else "a zip archive"
     if found := next((kind for start, kind in BEGINNINGS.items() if head.startswith(start)), ""):
         return found
@@ -278,13 +414,16 @@ def not_readable(path: Path, wanted: str, error: Exception) -> DiffLensError:
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Let the `DiffLensError`s raised inside begin with the file's name, and settings that are none become such."""
+    """Let the `DiffLensError`s raised inside begin with the file's name, and all that goes wrong there become such.
+
+    For what makes something of a file alone, and so can only fail because of what is in it.
+    """
     name = Path(path).name
     try:
         yield
     except DiffLensError as error:
-        raise DiffLensError(f"{name}: {error}") from error
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise DiffLensError(f"{name}: {str(error).removeprefix(f'{name}: ')}") from error
+    except Exception as error:  # settings and tensors that are made up bring up anything
         reason = " ".join(str(error).split())[:300]
         raise DiffLensError(f"{name}: its settings are damaged ({reason}). Copy or download it again.") from error
 
@@ -300,10 +439,13 @@ def load_tensors(path: str | Path, kind: str, needs: Iterable[str] = ()) -> tupl
         raise DiffLensError(f"{path}: no such file. Expected a DiffLens {kind} file (.safetensors).")
     try:
         tensors, metadata = read_safetensors(path)
-        info = json.loads(metadata.get(METADATA_KEY, "{}"))
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except DiffLensError:
+        raise
+    except Exception as error:  # headers that lie bring up anything, as the unpickler does
         raise not_readable(path, "safetensors", error) from error
-    found = info.pop("kind", None) if isinstance(info, dict) else None
+    with reading(path):
+        info = told(metadata)
+    found = info.pop("kind", None)
     if found != kind:
         what = f"a DiffLens {found} file" if found else "a safetensors file without DiffLens metadata"
         raise DiffLensError(f"{path.name}: this is {what}, expected a DiffLens {kind} file.")
@@ -317,14 +459,18 @@ def load_tensors(path: str | Path, kind: str, needs: Iterable[str] = ()) -> tupl
     return tensors, info
 
 
+def told(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """What the metadata of a safetensors file tells that `save_tensors` wrote; nothing if it is another's."""
+    return parse_json((metadata or {}).get(METADATA_KEY, "{}"), "its metadata")
+
+
 def difflens_info(path: str | Path) -> dict[str, Any]:
     """What `save_tensors` wrote beside the tensors, with the kind; nothing of any other file or a damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
-            info = json.loads((file.metadata() or {})[METADATA_KEY])
-    except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
+            return told(file.metadata())
+    except (SafetensorError, OSError, ValueError):
         return {}
-    return info if isinstance(info, dict) else {}
 
 
 def difflens_kind(path: str | Path) -> str | None:
@@ -342,9 +488,14 @@ def read_content(path: str | Path) -> Any:
         with path.open("rb") as file:
             if file.read(9)[8:] == b"{":
                 return read_safetensors(path)[0]
+            check_pytorch(path)
             file.seek(0)
             with unchanged(file):
-                return torch.load(file, map_location="cpu", weights_only=True)
+                content = torch.load(file, map_location="cpu", weights_only=True)
+            check_room(tensors_in(content), path)
+            return content
+    except DiffLensError:
+        raise
     except Exception as error:  # damaged files bring up anything: IndexError, KeyError, TypeError, MemoryError, ...
         # torch's own message advises to load it unsafely
         if isinstance(error, pickle.UnpicklingError) and looks_pickled(path):

@@ -24,16 +24,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from ..files import METADATA_KEY, DiffLensError, NotWritten, digest, load_tensors, replacing, save_tensors, written
+from ..files import (
+    DiffLensError,
+    NotWritten,
+    check_room,
+    digest,
+    load_tensors,
+    read_json,
+    reading,
+    replacing,
+    save_tensors,
+    told,
+    written,
+)
 from ..processes import alone_in, process
 from .captured import Activations
 
 VERSION = 1
 INDEX, LABELS = "index.json", "labels.safetensors"
-SAMPLES = "samples"
+SAMPLES, SHARD = "samples", "shard_"
 SIZE = " map"  # ends the name of a shard's height and width of a site's map of which not all positions are kept
 MOST = "most"  # in an index's info: how many pictures at most, of a capture that goes on until it has enough
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -67,6 +79,11 @@ class Index:
         object.__setattr__(self, "progress", tuple(self.progress))
         if not all(self.sites) or not 0 < len(self.sites) < len({*self.sites, SAMPLES}):
             raise DiffLensError(f'the sites are "{", ".join(self.sites)}". Name at least one, and each only once.')
+        counts = self.pictures, self.per_shard, self.seed, self.cells
+        if not all(isinstance(text, str) for text in (*self.sites, self.model)) or {*map(type, counts)} != {int}:
+            raise DiffLensError("sites and model must be texts, and pictures, per_shard, seed and cells whole numbers.")
+        if not all(0 <= float(at) <= 1 for at in self.progress) or not isinstance(self.info, Mapping):
+            raise DiffLensError("progress must be numbers from 0 to 1, and info settings by their names.")
         if not self.progress or self.pictures < 1 or self.per_shard < 1 or self.dtype not in DTYPES:
             raise DiffLensError(
                 f"a capture of {len(self.progress)} steps and {self.pictures} pictures, {self.per_shard} at once, as "
@@ -249,26 +266,39 @@ def open_store(folder: str | Path) -> Store:
     """The store in `folder`. Raises `DiffLensError` if it is none, unfinished, or one of its files is damaged."""
     folder = Path(folder)
     index = read_index(folder)
-    missing = [number for number in range(index.shards) if not shard_path(folder, number).exists()]
-    if missing:
+    # The index may promise more shards than anybody can count.
+    missing = next((number for number in range(index.shards) if not shard_path(folder, number).exists()), None)
+    if missing is not None:
+        there = len([*folder.glob(f"{SHARD}*.safetensors")])
         raise DiffLensError(
-            f"{folder.name}: {len(missing)} of {index.shards} shards are missing (the first is "
-            f"{shard_path(folder, missing[0]).name}). Capture again under this name with the same settings: only those "
+            f"{folder.name}: {index.shards - there} of {index.shards} shards are missing (the first is "
+            f"{shard_path(folder, missing).name}). Capture again under this name with the same settings: only those "
             "are drawn. Or copy them from where the store came from."
         )
-    return Store(index, tuple(read_shard(folder, index, number) for number in range(index.shards)))
+    shards = tuple(read_shard(folder, index, number) for number in range(index.shards))
+    for name in (*index.sites, SAMPLES):
+        # Steps and pictures have been looked at.
+        maps = {shard[name].shape[1 if name == SAMPLES else 2 :] for shard in shards}
+        if len(maps) > 1 or len({shard[name].dtype for shard in shards}) > 1 or 0 in maps.pop():
+            raise DiffLensError(
+                f"{folder.name}: the shards differ in the shape or type of {name}, or hold none of it. They do not "
+                "belong together: copy the folder again, or delete it and capture again."
+            )
+    return Store(index, shards)
 
 
 def read_index(folder: Path) -> Index:
     """The index of a store. Raises `DiffLensError` if the folder holds none that this version can read."""
     try:
-        found = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        found = read_json(folder / INDEX)
         version = found.pop("version")
         if version == VERSION:
             return Index(**found)
-    except OSError as error:
-        raise DiffLensError(f"{folder}: not an activation store, {INDEX} cannot be read ({error.strerror}).") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (DiffLensError, TypeError, ValueError, KeyError, OverflowError) as error:
+        if isinstance(cause := error.__cause__, OSError):
+            raise DiffLensError(
+                f"{folder}: not an activation store, {INDEX} cannot be read ({cause.strerror})."
+            ) from error
         names = ", ".join(["version", *(f.name for f in fields(Index))])
         raise DiffLensError(
             f"{folder.name}/{INDEX} is damaged ({error}), expected JSON with {names}. Copy it again from where the "
@@ -281,7 +311,7 @@ def read_index(folder: Path) -> Index:
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    return folder / f"shard_{number:05}.safetensors"
+    return folder / f"{SHARD}{number:05}.safetensors"
 
 
 def write_shard(folder: Path, index: Index, number: int, shard: Shard) -> None:
@@ -297,9 +327,10 @@ def read_shard(folder: Path, index: Index, number: int) -> Shard:
     name = f"{folder.name}/{path.name}"
     try:
         with safe_open(path, framework="pt") as file:
-            info = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            info = told(file.metadata())
             shard = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        check_room(shard.values(), path)
+    except Exception as error:  # headers that lie bring up anything
         raise DiffLensError(
             f"{name} is damaged or cut off ({error}). Copy it again from where the store came from; or delete it and "
             "capture again under this name: only its pictures are drawn."
@@ -322,8 +353,12 @@ def check_shard(shard: Shard, index: Index, number: int, name: str) -> None:
                 f"{name}: {site} is {found} in {shard[site].dtype}, expected {steps} steps x {pictures} pictures x "
                 f"height x width x channels in {index.dtype}."
             )
-    if len(shard[SAMPLES]) != pictures:
-        raise DiffLensError(f"{name}: holds {len(shard[SAMPLES])} samples, expected {pictures}.")
+        if f"{site}{SIZE}" in shard and (
+            shard[f"{site}{SIZE}"].shape != (2,) or not (shard[f"{site}{SIZE}"] > 0).all()
+        ):
+            raise DiffLensError(f"{name}: what it says of the map of {site} is no height and width.")
+    if not shard[SAMPLES].ndim or len(shard[SAMPLES]) != pictures:
+        raise DiffLensError(f"{name}: holds samples of shape {tuple(shard[SAMPLES].shape)}, expected {pictures}.")
 
 
 @contextmanager
@@ -351,4 +386,11 @@ def save_labels(folder: str | Path, labels: Mapping[str, tuple[tuple[str, ...], 
 def load_labels(folder: str | Path) -> dict[str, tuple[tuple[str, ...], Tensor]]:
     """The pictures' classes as `save_labels` got them. Raises `DiffLensError` if there are none."""
     tensors, info = load_tensors(Path(folder) / LABELS, "labels", needs=["classes"])
-    return {attribute: (tuple(names), tensors[attribute]) for attribute, names in info["classes"].items()}
+    with reading(Path(folder) / LABELS):
+        found = {attribute: (tuple(names), tensors[attribute]) for attribute, names in info["classes"].items()}
+        for attribute, (names, labels) in found.items():
+            if not all(isinstance(name, str) for name in names):
+                raise DiffLensError(f"the classes of {attribute} are not all texts. The file is damaged.")
+            if labels.ndim != 1 or labels.is_floating_point() or not ((labels >= -1) & (labels < len(names))).all():
+                raise DiffLensError(f"the labels of {attribute} are no numbers of its {len(names)} classes.")
+        return found

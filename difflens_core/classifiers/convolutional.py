@@ -131,11 +131,25 @@ def save_classifier(path: str | Path, model: AttributeClassifier | FramedClassif
     save_tensors(path, "classifier", tensors, plain)
 
 
+def are_classes(value: Any) -> bool:
+    strings = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+    return strings and len(set(value)) == len(value) >= 2
+
+
+def check_side(size: Any, what: str) -> None:
+    """Raise `DiffLensError` unless `size` can be the side of what a classifier reads; `what` says it."""
+    if type(size) is not int or not 32 <= size <= 4096:
+        raise DiffLensError(f"{what} says size {size!r}, expected a number of pixels from 32 to 4096.")
+
+
 def load_classifier(path: str | Path) -> AttributeClassifier | FramedClassifier:
     """Read a classifier that `save_classifier` wrote, in evaluation mode. Raises `DiffLensError` if it does not fit."""
     tensors, info = load_tensors(path, "classifier", needs=["attributes", "size"])
     try:
+        check_side(info["size"], "it")
         refuse_whole_numbers(tensors, ("num_batches_tracked",))
+        if not all(map(are_classes, info["attributes"].values())):
+            raise DiffLensError("its attributes do not have two different classes or more each. The file is damaged.")
         attributes = {name: tuple(classes) for name, classes in info["attributes"].items()}
         model: AttributeClassifier | FramedClassifier
         if "whole" in info:
@@ -146,7 +160,7 @@ def load_classifier(path: str | Path) -> AttributeClassifier | FramedClassifier:
         model.load_state_dict(tensors)
     except DiffLensError as error:
         raise DiffLensError(f"{Path(path).name}: {error}") from error
-    except (RuntimeError, TypeError, AttributeError, ValueError, KeyError) as error:  # or what it says is damaged
+    except Exception as error:  # or what it says is damaged, which brings up anything
         reason = " ".join(str(error).split())[:300]
         raise DiffLensError(f"{Path(path).name}: its weights do not fit a DiffLens classifier. {reason}") from error
     return model.eval().requires_grad_(False)

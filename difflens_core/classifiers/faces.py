@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..files import DiffLensError, finite, read_tensors, refuse_whole_numbers
+from ..files import DiffLensError, finite, read_tensors, reading, refuse_whole_numbers
 
 # YuNet's boxes at strides 8, 16, 32 and 64: sides in pixels, and the scales of what the network tells about them.
 SIDES = ((10, 16, 24), (32, 48), (64, 96), (128, 192, 256))
@@ -111,14 +111,13 @@ def load_face_finder(path: str | Path) -> YuNetFinder:
     except ImportError as error:
         raise DiffLensError(f"{path.name}: finding faces needs kornia, which does not load ({error}).") from error
     network, weights = YuNet("test", pretrained=False), read_tensors(path)
-    try:
+    with reading(path):
         weights = finite(weights)
         refuse_whole_numbers(weights, ("num_batches_tracked",))
-        network.load_state_dict(weights)
-    except DiffLensError as error:
-        raise DiffLensError(f"{path.name}: {error}") from error
-    except RuntimeError as error:
-        raise DiffLensError(
-            f"{path.name}: these are not the weights of kornia's face detector YuNet (yunet_final.pth)."
-        ) from error
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise DiffLensError(
+                "these are not the weights of kornia's face detector YuNet (yunet_final.pth)."
+            ) from error
     return YuNetFinder(network).eval().requires_grad_(False)

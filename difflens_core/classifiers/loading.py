@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..files import METADATA_KEY, DiffLensError, read_tensors
-from .convolutional import FramedClassifier, load_classifier
+from ..files import DiffLensError, read_json, read_tensors, reading, told
+from .convolutional import FramedClassifier, are_classes, check_side, load_classifier
 from .faces import FaceFinder
 from .readings import ImageClassifier
 from .resnets import (
@@ -50,7 +49,7 @@ def load_any_classifier(path: str | Path, faces: FaceFinder | None = None) -> tu
             f"{path.name}: not a classifier of a known format. Tensors: {', '.join(list(tensors)[:6]) or 'none'}. "
             "Known are DiffLens's own, FairFace's ResNet-34 and ResNets in torchvision's layout."
         )
-    try:
+    with reading(path):
         network, name = build_resnet(tensors)
         outputs = tensors["fc.bias"].numel()
         notes: tuple[str, ...] = ()
@@ -66,8 +65,6 @@ def load_any_classifier(path: str | Path, faces: FaceFinder | None = None) -> tu
                 f"a {name} with {outputs} outputs, and nothing says what they mean. Put {path.name}.json beside it: "
                 '{"attributes": {"NAME": ["CLASS", ...]}}, the classes in the order of the outputs.'
             )
-    except DiffLensError as error:
-        raise DiffLensError(f"{path.name}: {error}") from error
     model = ResNetClassifier(network, readouts, faces=faces, **settings).eval().requires_grad_(False)
     area = "the largest face, or the whole picture where there is none" if faces else "whole pictures"
     lines = [f"format: {name}", f"input: {area}, {model.size} x {model.size}", *attribute_lines(model)]
@@ -82,20 +79,14 @@ def description(path: Path) -> dict[str, Any]:
     """What `<file>.json`, or else the metadata of a safetensors file, says about a classifier. Empty if nothing."""
     beside = path.with_name(f"{path.name}.json")
     if beside.is_file():
-        source, text = beside.name, beside.read_bytes()
-    else:
-        try:
-            with safe_open(path, framework="pt") as file:
-                source, text = f"{path.name}'s metadata", (file.metadata() or {}).get(METADATA_KEY, "{}")
-        except (SafetensorError, OSError):
-            return {}  # a PyTorch file, which has no metadata
+        return read_json(beside)
     try:
-        info = json.loads(text)
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise DiffLensError(f"{source} is not readable JSON ({error}).") from error
-    if not isinstance(info, dict):
-        raise DiffLensError(f"{source} holds a {type(info).__name__}, expected an object with attributes.")
-    return info
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+    except (SafetensorError, OSError):
+        return {}  # a PyTorch file, which has no metadata
+    with reading(path):
+        return told(metadata)
 
 
 def described(info: Mapping[str, Any], outputs: int) -> tuple[dict[str, Readout], dict[str, Any]]:
@@ -117,17 +108,11 @@ def described(info: Mapping[str, Any], outputs: int) -> tuple[dict[str, Readout]
         start += len(classes)
     settings = {name: info[name] for name in ("size", "mean", "std") if name in info}
     size = settings.get("size", SIZE)
-    if not isinstance(size, int) or not 32 <= size <= 4096:
-        raise DiffLensError(f"its description says size {size!r}, expected a number of pixels from 32 to 4096.")
+    check_side(size, "its description")
     for name in settings.keys() - {"size"}:
         if not are_colours(settings[name]) or (name == "std" and min(settings[name]) <= 0):
             raise DiffLensError(f"its description says {name} {settings[name]!r}, expected a number for each colour.")
     return readouts, settings
-
-
-def are_classes(value: Any) -> bool:
-    strings = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
-    return strings and len(set(value)) == len(value) >= 2
 
 
 def are_colours(value: Any) -> bool:

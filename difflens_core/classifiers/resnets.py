@@ -15,6 +15,7 @@ from .faces import FaceFinder, around_faces, cut_out, largest_faces
 from .readings import MISTAKE, NO_FACE, by_batches, left_out
 
 SIZE = 224
+MOST_BLOCKS = 512
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which torchvision's weights began with
 
 
@@ -178,6 +179,8 @@ def build_resnet(weights: Mapping[str, Tensor]) -> tuple[nn.Module, str]:
         ) from error
     bottleneck = "layer1.0.conv3.weight" in weights
     blocks = [len({m[1] for name in weights if (m := re.match(rf"layer{i}\.(\d+)\.", name))}) for i in range(1, 5)]
+    if sum(blocks) > MOST_BLOCKS:  # each takes time to build, and few bytes to name
+        raise DiffLensError(f"its tensors name {sum(blocks)} blocks, more than any ResNet has. Choose another file.")
     with torch.device("meta"):  # no time for random weights
         kind = resnet.Bottleneck if bottleneck else resnet.BasicBlock
         network = resnet.ResNet(kind, blocks, num_classes=weights["fc.bias"].numel())

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..activations import noise_batches
 from ..classifiers import join_readings
 from ..experiments import asked_shares
-from ..files import DiffLensError, digest, write_whole
+from ..files import DiffLensError, digest, read_json, reading, write_whole
 from ..measure import measure_changes
 from ..report import SHOWN, Question, report_page, report_text, share_chart, summary
 from ..steer import at_dose, load_recipe, steerings
@@ -77,7 +77,7 @@ def run_report(study: Study, console: Console, before: Path | None = None, after
                 parts[-1].append(classifier.classify(batch))
                 progress(done := done + len(batch))
     read = [join_readings(part) for part in parts]
-    assigned = np.array(json.loads(asked.read_text(encoding="utf-8"))["asked"]) if asked else None
+    assigned = read_asked(asked) if asked else None
     numbers = summary(question, read[0], read[1] if len(read) > 1 else None, assigned)
     numbers |= {"size": (pictures[0].shape[2], pictures[0].shape[1])}
     if len(pictures) == 2:
@@ -87,6 +87,15 @@ def run_report(study: Study, console: Console, before: Path | None = None, after
     write_report(study, numbers, pictures)
     console.say(report_text(numbers))
     return numbers
+
+
+def read_asked(path: Path) -> np.ndarray:
+    """The classes (n) that steered pictures were asked for, or LEFT_ALONE, as `run_steer` wrote them."""
+    with reading(path):
+        found = np.array(read_json(path)["asked"])
+        if found.ndim != 1 or found.dtype.kind != "i":
+            raise DiffLensError("it holds no list of classes. Draw the pictures again: difflens steer")
+        return found
 
 
 def write_report(study: Study, numbers: dict[str, Any], pictures: list[np.ndarray]) -> None:

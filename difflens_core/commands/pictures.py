@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..files import DiffLensError, write_whole, written
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+ENDINGS, FORMATS = (".png", ".jpg", ".jpeg", ".webp"), ("PNG", "JPEG", "WEBP")
+LARGEST = 2**24  # pixels of a picture: a small file can hold far more of one colour
 
 
 def save_picture(folder: Path, number: int, picture: Tensor) -> None:
@@ -27,12 +28,12 @@ def save_picture(folder: Path, number: int, picture: Tensor) -> None:
 
 def begin_folder(folder: Path, settings: Mapping[str, Any]) -> set[int]:
     """The numbers of the pictures that are there already; all older ones go if they were drawn by other settings."""
-    told, text = folder / "settings.json", json.dumps(settings, indent=1, sort_keys=True)
-    if told.exists() and told.read_text(encoding="utf-8") != text:
+    told, text = folder / "settings.json", json.dumps(settings, indent=1, sort_keys=True).encode()
+    if told.exists() and told.read_bytes() != text:
         with written(folder):
             for old in folder.glob("*.png"):
                 old.unlink()
-    write_whole(told, text.encode())
+    write_whole(told, text)
     return {int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()}
 
 
@@ -49,10 +50,31 @@ def pictures_in(folder: Path) -> list[Path]:
 def read_picture(path: Path) -> np.ndarray:
     """H x W x 3, uint8. Raises `DiffLensError` if the file is no picture."""
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file:
+            check_pixels(*size_of_webp(file.read(30)))  # for this kind PIL makes the canvas when it opens the file
+        with Image.open(path, formats=FORMATS) as image:  # whatever its name says: others run programs to be read
+            check_pixels(image.width, image.height)
             return np.array(image.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # damaged pictures bring up anything: OSError, SyntaxError, struct.error, ...
         raise DiffLensError(f"{path} cannot be read as a picture ({error}). Take it out, or draw it again.") from error
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Raise `ValueError` for a picture that is too large to be opened."""
+    if width * height > LARGEST:
+        raise ValueError(f"{width} x {height} pixels, more than {LARGEST}")
+
+
+def size_of_webp(head: bytes) -> tuple[int, int]:
+    """Width and height that a WebP file tells in its first 30 bytes; 0 of any other file."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return 0, 0
+    if head[12:16] == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
 
 
 def read_folder(folder: Path) -> np.ndarray:

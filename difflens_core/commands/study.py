@@ -19,6 +19,7 @@ else:
     import tomli as tomllib
 
 Table = TypeVar("Table")
+LARGEST = 2**20  # bytes of a study
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,21 @@ def read_study(path: str | Path) -> Study:
     """The study in a TOML file. Raises `DiffLensError` that names the key that does not fit."""
     path = Path(path)
     try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"it is larger than {LARGEST >> 20} MB")
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DiffLensError(f"{path} cannot be read ({error.strerror}). Give a study's TOML file.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, numbers too long, or nested too deeply
         raise DiffLensError(f"{path} is no TOML file: {error}.") from error
     if path.suffix != ".toml":
         raise DiffLensError(f"{path} does not end in .toml, so its folder would have its own name. Rename it.")
     if "file" in given:
         raise DiffLensError(f"{path}: file is not known.")
-    return read_table(Study, given | {"file": path}, str(path))
+    try:
+        return read_table(Study, given | {"file": path}, str(path))
+    except OverflowError as error:  # a whole number where one with a fraction is meant
+        raise DiffLensError(f"{path}: a number is too large ({error}).") from error
 
 
 def read_table(kind: type[Table], given: Mapping[str, Any], where: str) -> Table:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..activations import Draw, Edit
 from ..classifiers import NO_CLASS, faces_missing
-from ..files import DiffLensError, load_tensors, save_tensors
+from ..files import DiffLensError, load_tensors, reading, save_tensors
 from ..sae import SparseAutoencoder
 from ..steer import Recipe, steerings, with_settings
 from ..targets import LEFT_ALONE
@@ -72,9 +72,12 @@ class Trials:
     def __post_init__(self) -> None:
         for file in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
             kept, _ = load_tensors(file, "calibration", ("keys", "read"))
-            of_all = np.where(kept["read"].numpy() == LEFT_OUT, np.nan, kept["read"].numpy())
-            for (picture, asked, strength), read in zip(kept["keys"].tolist(), of_all, strict=True):
-                self.known[int(picture), int(asked), strength] = read
+            with reading(file):
+                if kept["read"].shape[1:] != (len(self.recipe.classes),):
+                    raise DiffLensError(f"its readings are not of {len(self.recipe.classes)} classes. Delete the file.")
+                of_all = np.where(kept["read"].numpy() == LEFT_OUT, np.nan, kept["read"].numpy())
+                for (picture, asked, strength), read in zip(kept["keys"].tolist(), of_all, strict=True):
+                    self.known[int(picture), int(asked), strength] = read
 
     def read(self, pictures: np.ndarray, asked: np.ndarray, strength: np.ndarray) -> np.ndarray:
         """Class probabilities (n x K) of `pictures` (n) steered to `asked` (n) with `strength` (K)."""

@@ -42,7 +42,7 @@ def parse_choice(text: str) -> dict[int, Wish]:
     try:
         features = json.loads(text)["features"]
         return {int(number): parse_wish(wish) for number, wish in features.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         reason = " ".join(str(error).split())[:120]
         raise DiffLensError(
             f"choice is not what the explorer writes ({reason}). Empty it to begin anew, or choose in the explorer."

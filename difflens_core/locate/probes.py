@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..activations import Activations
 from ..classifiers import NO_CLASS
-from ..files import DiffLensError, load_tensors, save_tensors
+from ..files import DiffLensError, load_tensors, reading, save_tensors
 from ..sae import SparseAutoencoder, nearest_step
 
 TENSORS = ("weight", "bias", "progress", "accuracy")
@@ -139,5 +139,11 @@ def save_probes(path: str | Path, probes: Probes) -> None:
 
 def load_probes(path: str | Path) -> Probes:
     tensors, info = load_tensors(path, "probes", needs=[*TENSORS, "attribute", "classes"])
-    weight, bias, progress, accuracy = (tensors[name] for name in TENSORS)
-    return Probes(weight, bias, progress, accuracy, info["attribute"], tuple(info["classes"]))
+    with reading(path):
+        weight, bias, progress, accuracy = (tensors[name].float() for name in TENSORS)
+        found = Probes(weight, bias, progress, accuracy, str(info["attribute"]), tuple(map(str, info["classes"])))
+        steps, classes, _ = weight.shape
+        fits = bias.shape == (steps, classes) and progress.shape == accuracy.shape == (steps,)
+        if not fits or not steps or len(found.classes) != classes:
+            raise DiffLensError("its weights do not fit its classes and steps. The file is damaged.")
+        return found

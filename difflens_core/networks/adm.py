@@ -273,6 +273,8 @@ def _infer(weights: Mapping[str, Tensor]) -> AdmConfig:
         return any(map(re.compile(pattern).match, weights))
 
     blocks = count(r"output_blocks\.(\d+)\.")
+    if blocks > len(weights):
+        raise KeyError(f"the blocks before output_blocks.{blocks - 1}")
     # The last block of a level ends with what doubles the size. Of those that only repeat pixels no weight tells, but
     # then the blocks that halve the size have none either.
     resblock_updown = has(r"output_blocks\.\d+\.[12]\.in_layers")

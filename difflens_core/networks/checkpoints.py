@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import DiffLensError, finite, read_content, refuse_whole_numbers
+from ..files import DiffLensError, finite, read_content, read_json, reading, refuse_whole_numbers
 from .adm import P2_FACES, AdmConfig, infer_config
 from .schedules import BETAS, Schedule, linear_betas, read_scheduler
 from .unet2d import check_weights, current_names, infer_unet2d, read_config
@@ -70,13 +69,11 @@ def load_checkpoint(
     Raises `DiffLensError` that says what the file is if it is something else, cut off or damaged.
     """
     path = Path(path)
-    try:
-        notes: list[str] = []
+    notes: list[str] = []
+    with reading(path):
         found = _read_folder(path, notes) if path.is_dir() else _read_file(path, heads, new_attention_order, notes)
         found = replace(found, weights=finite(found.weights))
         refuse_whole_numbers(found.weights)
-    except DiffLensError as error:
-        raise DiffLensError(f"{path.name}: {str(error).removeprefix(f'{path.name}: ')}") from error
     if found.in_channels != 3:
         what = " It is an upsampler, which needs a small picture as well." if found.in_channels == 6 else ""
         raise DiffLensError(
@@ -128,7 +125,7 @@ def _read_file(path: Path, heads: int, new_order: bool, notes: list[str]) -> Che
 
 
 def _read_folder(folder: Path, notes: list[str]) -> Checkpoint:
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG, f"{CONFIG} cannot be read: it")
     kind = config.get("_class_name") or "model without a name"
     if kind != "UNet2DModel":
         raise DiffLensError(f"{CONFIG} says that this is a {kind}, expected a diffusers "
@@ -145,17 +142,6 @@ def _read_folder(folder: Path, notes: list[str]) -> Checkpoint:
         notes.append("note: no scheduler_config.json; linear and epsilon are assumed unless you choose otherwise")
     schedule = read_scheduler(read_json(scheduler)) if scheduler else Schedule(linear_betas())
     return Checkpoint(config, weights, schedule, "")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `DiffLensError` if the file is missing or is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DiffLensError(f"{path.name} cannot be read ({error}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise DiffLensError(f"{path.name} holds no settings. Download it again.")
-    return content
 
 
 def unwrap(content: Any, notes: list[str]) -> dict[str, Tensor]:

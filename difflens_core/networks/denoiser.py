@@ -232,21 +232,40 @@ def load_denoiser_weights(path: str | Path) -> tuple[DenoiserConfig, dict[str, T
     tensors, info = load_tensors(path, "denoiser", needs=["config"])
     with reading(path):
         refuse_whole_numbers(tensors)
+        config = DenoiserConfig(**info["config"])
+        check_sizes(config, tensors)
         with torch.device("meta"):
-            config = DenoiserConfig(**info["config"])
             expected = {name: tensor.shape for name, tensor in Denoiser(config).state_dict().items()}
             if config.context_width:
+                check_depth(info["text"].get("depth", 0), tensors)  # left out: the default
                 expected |= {f"{TEXT}{n}": t.shape for n, t in TextEncoder(**info["text"]).state_dict().items()}
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if found != expected:
-        wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-        raise DiffLensError(f"{Path(path).name}: its weights do not fit a DiffLens denoiser ({', '.join(wrong[:3])}).")
-    weights = {name: tensor.float() for name, tensor in tensors.items()}
-    text = None
-    if config.context_width:
-        text = TextEncoder(**info["text"]).eval().requires_grad_(False)
-        text.load_state_dict({n[len(TEXT) :]: weights.pop(n) for n in [*weights] if n.startswith(TEXT)})
-    return config, weights, text
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        if found != expected:
+            wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+            raise DiffLensError(f"its weights do not fit a DiffLens denoiser ({', '.join(wrong[:3])}).")
+        weights = {name: tensor.float() for name, tensor in tensors.items()}
+        text = None
+        if config.context_width:
+            text = TextEncoder(**info["text"]).eval().requires_grad_(False)
+            text.load_state_dict({n[len(TEXT) :]: weights.pop(n) for n in [*weights] if n.startswith(TEXT)})
+        return config, weights, text
+
+
+def check_sizes(config: DenoiserConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `DiffLensError` for sizes that no weight tells, and those that would take forever to build."""
+    for size in (config.size, config.width, config.outer_width, config.heads):
+        if type(size) is not int or size < 1:
+            raise DiffLensError(f"it says a size of {size!r}, expected a positive whole number. The file is damaged.")
+    for depth in (config.middle_depth, config.decoder_depth):
+        check_depth(depth, tensors)
+    if config.width % config.heads or (config.any_size and config.width // config.heads % 4):
+        raise DiffLensError(f"its width of {config.width} cannot have {config.heads} heads. The file is damaged.")
+
+
+def check_depth(depth: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `DiffLensError` unless there can be so many layers, each of which has tensors of its own."""
+    if type(depth) is not int or not 0 <= depth <= len(tensors):
+        raise DiffLensError(f"it says {depth!r} layers and holds {len(tensors)} tensors. The file is damaged.")
 
 
 def load_denoiser(path: str | Path) -> Denoiser:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..files import DiffLensError
 
+MOST_TIMESTEPS = 100_000
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("ddim", "leading", "trailing")
 
@@ -86,6 +87,8 @@ def read_scheduler(config: Mapping[str, Any]) -> Schedule:
     if config.get("timestep_type", "discrete") != "discrete":
         raise DiffLensError(f"the scheduler's timestep_type {config['timestep_type']} is not supported, only discrete.")
     kind, timesteps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
+    if type(timesteps) is not int or not 1 <= timesteps <= MOST_TIMESTEPS:
+        raise DiffLensError(f"the scheduler has {timesteps!r} timesteps, expected 1 to {MOST_TIMESTEPS}.")
     default = (8.5e-4, 0.012) if name in FLAT else (1e-4, 0.02)
     first, last = config.get("beta_start", default[0]), config.get("beta_end", default[1])
     if config.get("trained_betas") is not None:
@@ -101,11 +104,15 @@ def read_scheduler(config: Mapping[str, Any]) -> Schedule:
     else:
         raise DiffLensError(f"the scheduler's beta_schedule {kind} is not known. Known are linear, scaled_linear, "
                             "squaredcos_cap_v2 and sigmoid.")  # fmt: skip
+    if betas.ndim != 1 or not len(betas) or not ((betas >= 0) & (betas <= 1)).all():
+        raise DiffLensError("the scheduler's betas are not all from 0 to 1. Its configuration is damaged.")
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise DiffLensError(f"the scheduler's prediction_type {prediction} is none of {', '.join(PREDICTIONS)}.")
     clips = config.get("clip_sample", name in CLIPPING)
-    clip = config.get("clip_sample_range", 1.0) if clips else None
+    clip = float(config.get("clip_sample_range", 1.0)) if clips else None
+    if clip is not None and not 0 < clip < math.inf:
+        raise DiffLensError(f"the scheduler clips at {clip}, expected a positive number. Its configuration is damaged.")
     return Schedule(betas, prediction, clip)
 
 

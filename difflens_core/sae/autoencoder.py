@@ -135,6 +135,8 @@ class SparseAutoencoder:
 
     def __post_init__(self) -> None:
         n, width = self.encoder.shape
+        if not isinstance(self.site, str):
+            raise DiffLensError(f"SAE: its site is {self.site!r:.80}, expected the name of a module.")
         if self.activation not in ACTIVATIONS:
             raise DiffLensError(f"SAE: activation is {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}.")
         if self.kernel < 1 or width % self.kernel**2:
@@ -263,6 +265,12 @@ def save_sae(path: str | Path, sae: SparseAutoencoder, dtype: torch.dtype = torc
     save_tensors(path, "sae", tensors, {name: getattr(sae, name) for name in SETTINGS} | {"info": dict(sae.info)})
 
 
+def check_steps(progress: Tensor, scale: Tensor) -> None:
+    """Raise `DiffLensError` unless a file's normalisation is of one step or more, and can be divided by."""
+    if not progress.numel() or not (scale > 0).all():
+        raise DiffLensError("its normalisation has no step, or one of scale 0. The file is damaged.")
+
+
 def load_sae(path: str | Path) -> SparseAutoencoder:
     """Read an SAE that `save_sae` wrote; weights come back in fp32. Raises `DiffLensError` if it does not fit."""
     statistics = [f"normalisation.{name}" for name in NORMALISATION]
@@ -277,5 +285,6 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
         refuse_whole_numbers(tensors)
         modulation = tensors.get("normalisation.modulation")
         progress, mean, scale = (tensors[name].float() for name in statistics)
+        check_steps(progress, scale)
         normalisation = Normalisation(progress, mean, scale, modulation)
         return SparseAutoencoder(**parts, normalisation=normalisation)

@@ -8,7 +8,6 @@ the mean of our normalisation. Only tensors are read, never pickled code.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..activations import UPDATE, reads_update
-from ..files import DiffLensError, finite, read_tensors, reading, refuse_whole_numbers
-from .autoencoder import SparseAutoencoder, load_sae
+from ..files import DiffLensError, finite, read_json, read_tensors, reading, refuse_whole_numbers
+from .autoencoder import TENSORS, SparseAutoencoder, load_sae
 from .readers import COUNTS, DIFFRACT, FORMATS, Config, Tensors, dict_class
 
 WEIGHTS = (".safetensors", ".pt", ".pth")
@@ -42,6 +41,8 @@ def load_any_sae(path: str | Path, site: str = "") -> tuple[SparseAutoencoder, s
     else:
         with reading(weights):
             sae, name = convert(tensors, read_config(weights.parent), notes)
+            computed = {name: getattr(sae, name) for name in (*TENSORS, "threshold")}
+            finite({name: tensor for name, tensor in computed.items() if tensor is not None})
         sae = replace(sae, info={"format": name})
         if name == DIFFRACT:
             sae = replace(sae, site=site_of_diffract(weights))
@@ -116,13 +117,7 @@ def read_config(folder: Path) -> Config:
     """The configuration in `folder`; empty if there is none."""
     for path in (folder / name for name in CONFIGS):
         if path.is_file():
-            try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise DiffLensError(f"{path.name} beside it is not readable JSON ({error}).") from error
-            if not isinstance(config, dict):
-                raise DiffLensError(f"{path.name} beside it holds a {type(config).__name__}, expected an object.")
-            return config
+            return read_json(path, f"{path.name} beside it")
     return {}
 
 
@@ -175,7 +170,8 @@ def load_class_features(folder: str | Path, latents: int, classes: Sequence[str]
     features = {}
     for name in classes or files:
         ids = read_tensors(files[name]).get("")
-        if ids is None or ids.ndim != 1 or ids.is_floating_point() or (ids < 0).any():
-            raise DiffLensError(f"{name}.pt: expected a list of feature ids, as the reference DiffLens writes them.")
-        features[name] = torch.tensor(list(dict.fromkeys((ids % latents).tolist())), dtype=torch.int64)
+        with reading(files[name]):
+            if ids is None or ids.ndim != 1 or ids.is_floating_point() or (ids < 0).any():
+                raise DiffLensError("expected a list of feature ids, as the reference DiffLens writes them.")
+            features[name] = torch.tensor(list(dict.fromkeys((ids % latents).tolist())), dtype=torch.int64)
     return features

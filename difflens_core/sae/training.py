@@ -158,7 +158,7 @@ class State:
         if not isinstance(saved, dict):
             raise DiffLensError(f"{path}: holds no training that was begun. Delete it, or use another name.")
         for what, now in (("options", repr(self.options)), ("data", self.data)):
-            if saved.get(what) != now:
+            if not isinstance(saved.get(what), str) or saved[what] != now:
                 raise DiffLensError(
                     f"{path.name}: was begun with other {what} ({saved.get(what)}), not {now}. Delete it or use those."
                 )

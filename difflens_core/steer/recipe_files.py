@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..files import DiffLensError, in_bytes, load_tensors, out_of_bytes, reading, refuse_whole_numbers, save_tensors
 from ..locate import FRAME, LEVELS, FrameProbes, Levels
-from ..sae import NORMALISATION, Normalisation
+from ..sae import NORMALISATION, Normalisation, check_steps
 from .recipes import Recipe, check_together
 
 TENSORS = ("features", "encoder", "bias", "threshold", "decoder", "member", "probe_weight", "probe_bias")
@@ -36,6 +36,7 @@ OPTIONAL = (
     "weight", "frame.weight", "frame.bias", "levels.effects", "levels.weight", "levels.bias",
     "normalisation.modulation",
 )  # fmt: skip
+MOST_LEVELS = 4096  # steps times classes, and positions, in files of version 0.4 and before
 PLAIN = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "map", "hold", "info")
 
 
@@ -111,6 +112,7 @@ def restored_part(tensors: dict[str, Tensor], info: dict[str, Any]) -> Recipe:
     refuse_whole_numbers(tensors, ("features", "member"))
     with_level_maps(tensors, info)
     check_shapes(tensors)
+    check_told(tensors, info)
     tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     parts = {name: info[name] for name in PLAIN} | {name: tensors[name] for name in TENSORS}
     parts |= {"classes": tuple(map(str, parts["classes"])), "strength": tuple(map(float, parts["strength"]))}
@@ -128,6 +130,43 @@ def restored_part(tensors: dict[str, Tensor], info: dict[str, Any]) -> Recipe:
     )  # fmt: skip
 
 
+def check_told(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """Raise `DiffLensError` if what a recipe says of its tensors is not so."""
+    names = [name for of in info["traits"].values() for name in of]
+    texts = [*(info[name] for name in ("attribute", "site", "model", "mode")), *info["classes"], *names]
+    if not all(isinstance(text, str) for text in texts):
+        raise DiffLensError(
+            "its attribute, site, model, mode, classes or traits are not all texts. The file is damaged."
+        )
+    if not all(type(n) is int and n > 0 for n in info["map"] or ()) or len(info["map"] or "hw") != 2:
+        raise DiffLensError(f"its map is {info['map']!r}, expected height and width. The file is damaged.")
+    positions = tensors["levels.places"].shape[1]
+    traits = tensors["levels.bias"].shape[1] if info["traits"] else 0
+    said = {
+        "classes": (len(info["classes"]), len(tensors["member"])),
+        "traits": (len(names), traits),
+        "positions": (prod(info["map"] or (positions,)) if positions else 0, positions),
+    }
+    for what, (told, found) in said.items():
+        if told != found:
+            raise DiffLensError(f"it tells of {told} {what} and holds {found}. The file is damaged.")
+    features, steps = tensors["features"], tensors["probe_bias"]
+    if features.is_floating_point() or not features.numel() or not steps.numel():
+        raise DiffLensError("it has no features, or no steps. The file is damaged.")
+    check_steps(tensors["normalisation.progress"], tensors["normalisation.scale"])
+    check_shown(info["info"], features.numel())
+
+
+def check_shown(info: Mapping[str, Any], features: int) -> None:
+    """Raise `DiffLensError` if scores and names, which the explorer shows, are none."""
+    scores, named = info.get("scores", [0.0] * features), info.get("named", {})
+    if len(scores) != features or not all(isinstance(score, (int, float)) for score in scores):
+        raise DiffLensError(f"its scores are no numbers of {features} features. The file is damaged.")
+    for words in named.values():
+        if not words.keys() <= {"name", "group"} or not all(isinstance(word, str) for word in words.values()):
+            raise DiffLensError("its names of features are not all a name and a group. The file is damaged.")
+
+
 def with_level_maps(tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
     """Bring levels of files of version 0.4, one for each step, class and position, into the shape of today's."""
     if "levels.maps" in tensors:
@@ -135,6 +174,9 @@ def with_level_maps(tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
     dense = tensors.pop("levels", torch.zeros(0))
     if dense.ndim != 4:
         raise DiffLensError("it holds no levels. The file is damaged.")
+    steps, classes, _, positions = dense.shape
+    if max(steps * classes, positions) > MOST_LEVELS:
+        raise DiffLensError(f"it holds levels of shape {tuple(dense.shape)}, too large for a file of that age.")
     levels, info["traits"] = Levels.of(dense), {}
     tensors |= {f"levels.{name}": getattr(levels, name) for name in held({})}
 

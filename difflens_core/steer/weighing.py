@@ -21,7 +21,7 @@ from ..classifiers import (
     seen,
     seen_classes,
 )  # fmt: skip
-from ..files import load_tensors, save_tensors
+from ..files import DiffLensError, load_tensors, reading, save_tensors
 from ..locate import tied
 from .recipes import Recipe
 from .steering import BY_LEVELS, Steering
@@ -95,6 +95,15 @@ def nothing_to_spare(recipe: Recipe, classifier: ImageClassifier) -> str:
     return ""
 
 
+def read_weights(file: Path, recipe: Recipe) -> Recipe:
+    """The recipe with the weights that `weigh_latents` kept. Raises `DiffLensError` if they are another's."""
+    found, info = load_tensors(file, "weights", ("weight", "weighed"))
+    with reading(file):
+        if found["weight"].shape != recipe.features.shape:
+            raise DiffLensError(f"it does not hold {len(recipe.features)} weights. Delete the file.")
+        return with_figures(replace(recipe, weight=found["weight"].float()), dict(info["weighed"]))
+
+
 def weigh_latents(
     recipe: Recipe,
     sampler: Sampler,
@@ -121,8 +130,7 @@ def weigh_latents(
     if why := nothing_to_spare(recipe, classifier):
         return with_figures(recipe, {"why": why})
     if file and file.exists():
-        found, info = load_tensors(file, "weights", ("weight", "weighed"))
-        return with_figures(replace(recipe, weight=found["weight"]), info["weighed"])
+        return read_weights(file, recipe)
     labels = read_classes(sampler, classifier, noise, batch, on_batch)
     own = labels[recipe.attribute]
     others = other_attributes(classifier.attributes, recipe.attribute)

@@ -1,12 +1,17 @@
-"""Data that are sparse by construction, for the tests of losses and of training."""
+"""Data that are sparse by construction, for the tests of losses and of training; lets them import what lies here."""
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from difflens_core.activations import Activations
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 @pytest.fixture(scope="module")
