@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the worker looks at /proc")
 
-EACH = 4  # broken files of a format: the first of those that the long form makes
+EACH = 2  # broken files of a format: the first of those that the long form makes
 
 
 def test_broken_files_of_every_format_are_refused_in_a_sentence_or_loaded():
