@@ -62,7 +62,7 @@ def example_of(recipe: Recipe) -> np.ndarray | None:
         if max(image.size) > SIDE:
             raise ValueError(f"{image.width} x {image.height} pixels")
         return np.asarray(image.convert("RGB"))
-    except (ValueError, OSError) as error:
+    except Exception as error:  # damaged pictures bring up anything
         raise DiffLensError(f"The recipe's example cannot be shown ({error}). It steers as well without.") from error
 
 

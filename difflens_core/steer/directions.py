@@ -87,6 +87,7 @@ NETWORK = "unet."  # what their names of our sites begin with
 TOKENS = "transformer_blocks."  # in the names of modules that put out tokens
 STD = 1e-4  # channels of which source or target varies less, mean_ot and gaussian_ot leave alone
 ANYWHERE = 1e6  # their range from minus this to this is no range
+MOST_CHANNELS = 8192  # of a map: a recipe of C channels holds C x C numbers
 
 
 def load_ml_act(folder: str | Path, attribute: str, name: str) -> Recipe:
@@ -109,7 +110,8 @@ def load_ml_act(folder: str | Path, attribute: str, name: str) -> Recipe:
             parts.append(
                 moved(site, attribute, name, bias) if weight is None else mapped(site, attribute, name, weight, bias)
             )
-    return joined(*parts)
+    with reading(folder):
+        return joined(*parts)
 
 
 def site_of(module: str) -> str:
@@ -156,6 +158,8 @@ def moved(site: str, attribute: str, name: str, direction: Tensor) -> Recipe:
 def mapped(site: str, attribute: str, name: str, weight: Tensor, bias: Tensor) -> Recipe:
     """The recipe of one class that makes w h + b of h in every channel: it moves (1 - w) h to b."""
     width = len(bias)
+    if width > MOST_CHANNELS:
+        raise DiffLensError(f"it maps {width} channels, and a recipe can map {MOST_CHANNELS} at most.")
     return plain(site, attribute, name, (1 - weight).diag(), torch.eye(width), bias.view(1, 1, width, 1), "move")
 
 

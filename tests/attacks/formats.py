@@ -33,7 +33,19 @@ toys = toy_maker()
 
 from foreign import CASES, SPARSIFY, C, N, make, told_the_time  # noqa: E402
 
-from difflens_core import activations, classifiers, commands, explore, files, locate, measure, networks, sae, steer  # noqa: E402, E501, I001
+from difflens_core import (  # noqa: E402
+    activations,
+    classifiers,
+    commands,
+    explore,
+    files,
+    locate,
+    measure,
+    networks,
+    report,
+    sae,
+    steer,
+)
 from difflens_core.activations.store import load_labels  # noqa: E402
 from difflens_core.classifiers.faces import load_face_finder  # noqa: E402
 from difflens_core.commands.fairness import read_asked  # noqa: E402
@@ -209,6 +221,25 @@ def features(folder: Path) -> None:
     torch.save(torch.arange(7, 30), folder / "male.pt")
 
 
+def ml_act(method: str, module: str, folder: Path) -> None:
+    """What ml-act wrote of a module; where it is a map of each channel, the folder's name has to say so, too."""
+    names = ("mu1", "mu2", "std1", "std2") if method == "gaussian" else ("net.w1", "net.b1")
+    state = {name: 0.5 + torch.rand(C) for name in names}
+    torch.save(state | {"quantiles_src": [-1e6, 1e6]}, folder / f"unet.{module}.statedict")
+
+
+def load_ml_act(folder: Path) -> steer.Recipe:
+    return steer.load_ml_act(folder, "age", "old")
+
+
+def example(folder: Path) -> None:
+    (folder / "example").write_bytes(report.example_grid(torch.rand(2, 16, 16, 3)))
+
+
+def load_example(path: Path) -> object:
+    return report.example_of(report.with_provenance(toys.recipe(), example=path.read_bytes()))
+
+
 def resnet(folder: Path) -> None:
     """Of one block a level, in fp8: the smallest of torchvision's layout."""
     from torchvision.models.resnet import BasicBlock, ResNet
@@ -276,6 +307,9 @@ FORMATS: dict[str, Format] = {
     "picture, PNG": Format(picture, of(read_picture, "file.png"), PIXELS),
     "picture, JPEG": Format(partial(photograph, "jpg"), of(read_picture, "file.jpg"), PIXELS),
     "picture, WebP": Format(partial(photograph, "webp"), of(read_picture, "file.webp"), PIXELS),
+    "picture in a recipe": Format(example, of(load_example, "example")),
+    "ml-act's map": Format(partial(ml_act, "gaussian", "mid_block"), load_ml_act),
+    "ml-act's map of tokens": Format(partial(ml_act, "linear", "transformer_blocks.0.norm1"), load_ml_act),
     "feature files": Format(features, lambda folder: sae.load_class_features(folder, 20)),
     "ResNet": Format(resnet, of(classifiers.load_any_classifier)),
     "face detector": Format(detector, of(load_face_finder, "yunet.pth")),

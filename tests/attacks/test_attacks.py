@@ -31,8 +31,9 @@ from difflens_core.commands.pictures import read_picture
 from difflens_core.explore import parse_choice
 from difflens_core.files import LONGEST_MESSAGE, DiffLensError, load_tensors, read_content, save_tensors
 from difflens_core.networks import load_checkpoint, load_denoiser, save_denoiser
+from difflens_core.report import example_grid, example_of, with_provenance
 from difflens_core.sae import load_any_sae, load_class_features
-from difflens_core.steer import load_recipe, save_recipe
+from difflens_core.steer import load_ml_act, load_recipe, save_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 MUCH = 2**27  # bytes that no attempt may take
@@ -443,6 +444,23 @@ PICTURES = {
 def test_a_picture_that_is_none_is_refused(tmp_path, case):
     content, said = PICTURES[case]
     refused(tmp_path, {"a.png": content}, read_picture, "a.png", f"a.png cannot be read as a picture .*{said}")
+
+
+def test_a_picture_in_a_recipe_costs_what_its_file_does(toys):
+    """PIL's own refusal of so many pixels is no ValueError."""
+    content = bytearray(example_grid(torch.rand(1, 8, 8, 3)))
+    at = content.index(b"\xff\xc0")  # the frame's head, with height and width
+    content[at + 5 : at + 9] = b"\xff" * 4
+    recipe = with_provenance(toys.recipe(), example=bytes(content))
+    with pytest.raises(DiffLensError, match="The recipe's example cannot be shown"):
+        example_of(recipe)
+
+
+def test_what_ml_act_has_learnt_costs_what_its_file_does(tmp_path):
+    """A recipe holds a map as a matrix: of some 100 KB one of 10 GB could be made."""
+    state = {"net.w1": torch.ones(50_000), "net.b1": torch.ones(50_000), "quantiles_src": [-1e6, 1e6]}
+    file = "learnt/unet.transformer_blocks.0.statedict"
+    refused(tmp_path, {file: pickled(state)}, lambda path: load_ml_act(path, "age", "old"), "learnt", "maps 50000 chan")
 
 
 def test_what_is_refused_is_refused_for_a_reason(tmp_path):

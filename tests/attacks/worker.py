@@ -27,6 +27,7 @@ from difflens_core.files import LONGEST_MESSAGE, DiffLensError
 
 SECONDS = 5.0  # of the processor, that a file may take
 TIMES = 8  # what a file may take of memory beside its format's `spare`: so many times its size
+NAME = "incr-gaussian_ot-mean"  # of the folder that a format's files are in: ml-act tells by it what they are
 LIMIT = 4 * 2**30  # bytes beyond those of the process, that it cannot get
 READING = ("os.listdir", "os.scandir")
 FORBIDDEN = ("os.", "subprocess.", "shutil.", "socket.", "ctypes.", "urllib.", "ftplib.", "smtplib.", "webbrowser.")
@@ -156,14 +157,14 @@ def main(first: int, count: int, names: list[str]) -> None:
         os.chdir(scratch)  # where `Code` would leave its folder
         good = {}
         for name in names:
-            (place := Path(scratch, f"good {len(good)}")).mkdir()
+            (place := Path(scratch, f"good {len(good)}", NAME)).mkdir(parents=True)
             good[name] = good_files(name, place)
             FORMATS[name].load(place)  # a good one loads, and what that imports is there from now on
         limit = memory("VmSize") + LIMIT
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         for name in names:
             for number in range(first, first + count):
-                found = trial(name, number, good[name], Path(scratch, "store"))
+                found = trial(name, number, good[name], Path(scratch, NAME))
                 if Path(scratch, "code_was_run").exists():
                     found |= {"outcome": "crashed", "why": "ran code"}
                 print(json.dumps(found), flush=True)
