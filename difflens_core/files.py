@@ -239,7 +239,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     with path.open("rb") as file, unchanged(file):
         content = file.read()
-    tensors = load(content)  # which also checks the header
+    tensors = dict(sorted(load(content).items()))  # which also checks the header, and has another order each time
     check_room(tensors.values(), path)
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return tensors, header.get("__metadata__") or {}

@@ -320,3 +320,11 @@ def test_a_damaged_file_is_not_called_a_pickle_by_the_length_of_its_header(tmp_p
     path.write_bytes((2432).to_bytes(8, "little") + b'{"name": ' + b" " * 500)
     with pytest.raises(DiffLensError, match="cut_off.safetensors: not a readable safetensors file .*cut off"):
         load_recipe(path)
+
+
+def test_tensors_have_one_order_each_time_they_are_read(tmp_path):
+    """Messages name the first ones; safetensors itself orders them by chance."""
+    names = [f"{letter}.weight" for letter in "abcdefghij"]
+    save_tensors(tmp_path / "a.safetensors", "sae", {name: torch.ones(2) for name in names}, {})
+    assert list(load_tensors(tmp_path / "a.safetensors", "sae")[0]) == names
+    assert list(read_tensors(tmp_path / "a.safetensors")) == names
