@@ -1,6 +1,6 @@
 """Broken copies of files of every format: each is loaded, or refused in a sentence that names it, and nothing else.
 
-The short form of `python scripts/fuzz.py`, whose last full run stands in docs/survived.md.
+The short form of `python scripts/fuzz.py`, whose last run stands in docs/survived.md.
 """
 
 from __future__ import annotations
