@@ -23,21 +23,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from debias import STEPS, Read, draw_all, measured, outcome, run, to_images
+from debias import STEPS, Read, draw_all, outcome, run, to_images
 from make_scenes import CFG, CLASSIFIER_FILE, DENOISER_FILE, RECIPES, SAE_FILE, everywhere
 from occupations import OCCUPATIONS
-from PIL import Image
 from precision import PRECISION, at_precision
 from prompted_portraits import phrase
+from scene_tables import figures, heading, row, save_grid, shown_beside
 from scenes import ATTRIBUTES, SIZES, layouts
+from stages import read_attributes
 from torch import Tensor
 from torch.nn import functional as F
 
 from difflens_core.activations import Activations, Shown, capture
 from difflens_core.classifiers import FramedClassifier, load_classifier
+from difflens_core.locate import latent_rows
 from difflens_core.locate.probes import fit_logistic
 from difflens_core.networks import Denoiser, DenoiserSampler, Guidance, TextEncoder, load_prompted, start_noise
-from difflens_core.report import image_grid
 from difflens_core.sae import SparseAutoencoder, load_sae
 from difflens_core.steer import load_recipe
 from difflens_core.targets import Targets, parse_target
@@ -51,7 +52,6 @@ BESIDE = {
 COMES_WITH = {"age": ("hair_colour",)}  # what pairs may differ in as well: seniors are grey
 CAPTURED, SEED, FRESH = ((96, 64), (64, 96)), 9_100, 97_001
 START, SHRINKAGE = 0.2, 30.0
-SHOWN = ("presentation", "age", "skin_tone", "hair_colour", "glasses", "occupation", "background")
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,13 @@ def drawn(
     ]
     sampler = DenoiserSampler(model, STEPS, Guidance(text.encode(prompts), text.encode([""]), CFG), size)
     store = capture(sampler, count, SEED + size[0], span=(START, 1.0))
-    seen = classifier.classify(to_images(store.samples()))
-    return Drawn(store.activations(), {name: of.argmax(dim=1) for name, of in seen.items()})
+    return Drawn(store.activations(), read_attributes(classifier, to_images(store.samples())))
 
 
-def firing(sae: SparseAutoencoder, h: Tensor, step: int) -> Tensor:
-    """Activity of all latents at h (B x C x H x W), and a one: B x P x N + 1."""
-    latents = sae.encode_rows(sae.rows(h, step), step)
-    dense = latents.values.new_zeros(*latents.values.shape[:2], sae.latents + 1)
-    dense[..., -1] = 1
-    return dense.scatter_(2, latents.indices, latents.values)
+def firing(sae: SparseAutoencoder, h: Tensor) -> Tensor:
+    """Activity of all latents at the h (B x C x H x W) of finished pictures, and a one: B x P x N + 1."""
+    latents, _ = latent_rows(sae, torch.arange(sae.latents))(h, sae.normalisation.step_at(1 - 1 / STEPS))
+    return F.pad(latents.transpose(1, 2), (0, 1), value=1.0)
 
 
 def fit_changes(sizes: list[list[Drawn]], sae: SparseAutoencoder, attribute: str, own: int, asked: int) -> Tensor:
@@ -97,16 +94,12 @@ def fit_changes(sizes: list[list[Drawn]], sae: SparseAutoencoder, attribute: str
                 same = torch.stack([first.seen[name] == second.seen[name] for name in alike]).all(dim=0)
                 pairs = same & (first.seen[attribute] == own) & (second.seen[attribute] == asked)
                 before, after = (of.activations.values[:, pairs].float() for of in (first, second))
-                x = firing(sae, before[-1], last_step(sae)).flatten(0, 1)
+                x = firing(sae, before[-1]).flatten(0, 1)
                 change = (after - before).movedim(2, -1).flatten(1, 3)
                 products, count = products + (x.T @ x).double(), count + int(pairs.sum())
                 sums = sums + torch.einsum("rn,src->snc", x, change).double()
     print(f"{ATTRIBUTES[attribute][own]} to {ATTRIBUTES[attribute][asked]}: {count} pairs", flush=True)
     return torch.linalg.solve(products + SHRINKAGE * torch.eye(len(products)).double(), sums).float()
-
-
-def last_step(sae: SparseAutoencoder) -> int:
-    return sae.normalisation.step_at(1 - 1 / STEPS)
 
 
 @dataclass(frozen=True)
@@ -128,7 +121,7 @@ class Change:
         if shown is None or not self.acts(progress):
             return h
         step, edited = round((progress - START) * STEPS), h.float()
-        x = firing(self.sae, shown.h.float(), last_step(self.sae))
+        x = firing(self.sae, shown.h.float())
         shows, asked = F.linear(shown.h.float().mean(dim=(2, 3)), *self.own).argmax(dim=1), self.targets.of(images)
         for (own, wanted), weight in self.by_classes.items():
             turns = (shows == own) & (asked == wanted)
@@ -149,12 +142,12 @@ def fitted(sizes: list[list[Drawn]], sae: SparseAutoencoder, attribute: str) -> 
 
 
 def compare(
-    model: Denoiser, classifier: FramedClassifier, change: Mapping[str, Any], guidance: Guidance,
+    model: Denoiser, classifier: FramedClassifier, change: Mapping[str, Any], job: str, guidance: Guidance,
     size: tuple[int, int], seed: int, options: argparse.Namespace,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Pictures of a prompt and size, steered by the change and by the shipped recipe, measured and printed."""
     attribute, count = options.attribute, options.pictures
-    classes, shown = ATTRIBUTES[attribute], [name for name in SHOWN if name != attribute]
+    classes, shown = ATTRIBUTES[attribute], shown_beside(attribute)
     targets = Targets(attribute, classes, tuple(parse_target("uniform", classes)), seed)
     edit = Change(**change, targets=targets, strength=options.strength)
     before = Read.of(run(model, count, None, seed, guidance, size)[0], classifier)
@@ -162,17 +155,13 @@ def compare(
     if (shipped := RECIPES / f"scenes_{attribute}.safetensors").exists():
         ways["recipe"] = run(model, count, load_recipe(shipped), seed, guidance, size)[0]
     rows = []
-    print(f"  {'':18s} FD [95 % interval] hard          success  {' '.join(n[:10] for n in shown)}  change")
+    print(f"\n{job}, {size[0]} x {size[1]}, {attribute}\n{heading(shown)}")
     for way, pictures in ways.items():
         found = outcome(classes, before, Read.of(pictures, classifier), attribute, targets)
-        kept = " ".join(f"{100 * found['kept'][n]:{len(n[:10])}.1f}" for n in shown)
-        print(f"  {measured(way, found)}  {kept}  {found['pixel_change']:.3f}", flush=True)
-        rows.append({"way": way} | {name: found[name] for name in ("fd", "success", "kept", "pixel_change")})
+        print(row(way, found, shown), flush=True)
+        rows.append(figures(way, job, size, attribute, found))
     if options.grids:
-        options.grids.mkdir(parents=True, exist_ok=True)
-        shots = [(of[:12] * 255).round().byte().numpy() for of in (before.pictures, *ways.values())]
-        grid = image_grid(shots, ["before", *ways], columns=12)
-        Image.fromarray(grid).save(options.grids / f"{attribute}_{size[0]}x{size[1]}_{seed}.png")
+        save_grid(options.grids / f"{job}_{size[0]}x{size[1]}_{attribute}.png", {"before": before.pictures, **ways})
     return rows
 
 
@@ -197,10 +186,8 @@ def main() -> None:
     change = fitted(sizes, sae, attribute)
     for number, job in enumerate(options.prompts):
         for size in SIZES:
-            print(f"\n{job}, {size[0]} x {size[1]}, {attribute}")
             guidance = everywhere(text, phrase([], job), size, count)
-            compared = compare(model, classifier, change, guidance, size, FRESH + number, options)
-            rows += [{"prompt": job, "size": list(size), "attribute": attribute} | row for row in compared]
+            rows += compare(model, classifier, change, job, guidance, size, FRESH + number, options)
     print(f"\n{time.time() - began:.0f} seconds")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

@@ -18,25 +18,17 @@ import json
 import time
 from pathlib import Path
 
-from debias import Read, measured, outcome, run
+from debias import Read, outcome, run
 from make_scenes import CFG, CLASSIFIER_FILE, DENOISER_FILE, everywhere, ways  # found by the path that debias sets
-from PIL import Image
 from precision import PRECISION, at_precision
 from prompted_portraits import phrase
+from scene_tables import figures, heading, row, save_grid, shown_beside
 from scenes import ATTRIBUTES, SIZES
 
 from difflens_core.classifiers import load_classifier
 from difflens_core.networks import load_prompted
-from difflens_core.report import image_grid
 
 SEED = 97_001
-SHOWN = ("presentation", "age", "skin_tone", "hair_colour", "glasses", "occupation", "background")
-
-
-def save_grid(folder: Path, name: str, before: Read, after: Read) -> None:
-    rows = [(pictures[:12] * 255).round().byte().numpy() for pictures in (before.pictures, after.pictures)]
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image_grid(rows, ["before", "after"], columns=12)).save(folder / f"{name}.png")
 
 
 def main() -> None:
@@ -58,22 +50,19 @@ def main() -> None:
             before = Read.of(run(model, options.pictures, None, seed, guidance, size)[0], classifier)
             for attribute, of_attribute in recipes.items():
                 print(f"\n{job}, {size[0]} x {size[1]}, {attribute}")
-                shown = [name for name in SHOWN if name != attribute]
-                print(f"  {'':18s} FD [95 % interval] hard          success  {' '.join(n[:10] for n in shown)}  change")
+                shown = shown_beside(attribute)
+                print(heading(shown))
                 for way, recipe in {"before": None, **of_attribute}.items():
                     after, targets = before, None
                     if recipe:
                         drawn, targets = run(model, options.pictures, recipe, seed, guidance, size)
                         after = Read.of(drawn, classifier)
                     found = outcome(ATTRIBUTES[attribute], before, after, attribute, targets)
-                    kept = " ".join(f"{100 * found['kept'][n]:{len(n[:10])}.1f}" for n in shown)
-                    print(f"  {measured(way, found)}  {kept}  {found['pixel_change']:.3f}", flush=True)
+                    print(row(way, found, shown), flush=True)
                     if way == "SAE recipe" and options.grids:
-                        save_grid(options.grids, f"{job}_{size[0]}x{size[1]}_{attribute}", before, after)
-                    rows.append({
-                        "way": way, "prompt": job, "size": list(size), "attribute": attribute, "fd": found["fd"],
-                        "success": found["success"], "kept": found["kept"], "pixel_change": found["pixel_change"],
-                    })  # fmt: skip
+                        file = options.grids / f"{job}_{size[0]}x{size[1]}_{attribute}.png"
+                        save_grid(file, {"before": before.pictures, "after": after.pictures})
+                    rows.append(figures(way, job, size, attribute, found))
     print(f"\n{time.time() - began:.0f} seconds")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
