@@ -5,6 +5,7 @@ from pathlib import Path
 import portraits
 import pytest
 import torch
+from what_is_seen import read
 
 from difflens_core.activations import Activations, Kept, edit_site
 from difflens_core.classifiers import load_classifier
@@ -37,10 +38,6 @@ def captured(model):
     keep = Kept("middle_block", range(STEPS))
     pictures = sample(model, start_noise(96, seed=21), STEPS, kept=[keep])
     return pictures, Activations(keep.taken().movedim(-1, 2), torch.arange(STEPS) / STEPS, "middle_block")
-
-
-def read(classifier, pictures):
-    return {name: p.argmax(1) for name, p in classifier.classify(pictures.movedim(1, -1) / 2 + 0.5).items()}
 
 
 def recipe_of(attribute):

@@ -9,6 +9,7 @@ import prompted_portraits
 import pytest
 import torch
 from occupations import OCCUPATIONS
+from what_is_seen import read
 
 from difflens_core.activations import edit_site
 from difflens_core.classifiers import load_classifier
@@ -33,10 +34,6 @@ def classifier():
 
 def guidance(prompted, prompts):
     return Guidance(prompted[1].encode(prompts), prompted[1].encode([""]), CFG)
-
-
-def read(classifier, pictures):
-    return {name: p.argmax(1) for name, p in classifier.classify(pictures.movedim(1, -1) / 2 + 0.5).items()}
 
 
 def test_shipped_files_stay_under_40_megabytes():

@@ -10,6 +10,7 @@ import torch
 from make_scenes import everywhere
 from occupations import OCCUPATIONS
 from prompted_portraits import phrase
+from what_is_seen import read
 
 from difflens_core.classifiers import load_classifier
 from difflens_core.files import load_tensors, made_by
@@ -29,10 +30,6 @@ def model():
 @pytest.fixture(scope="module")
 def classifier():
     return load_classifier(FILES / "difflens_classifiers" / "scenes.safetensors")
-
-
-def read(classifier, pictures):
-    return {name: p.argmax(1) for name, p in classifier.classify(pictures.movedim(1, -1) / 2 + 0.5).items()}
 
 
 def test_shipped_files_stay_under_20_megabytes():

@@ -285,10 +285,8 @@ def drawn_by(pipe, noise: torch.Tensor, output_type: str = "latent", steps: int 
 
 def flux_pipeline(sampler: FlowSampler) -> tuple[FluxPipeline, dict]:
     """As `stable_diffusion`."""
-    pipe, given = (
-        FluxPipeline(sampler.scheduler, autoencoder(), None, None, None, None, sampler.network),
-        sampler.positive,
-    )
+    pipe = FluxPipeline(sampler.scheduler, autoencoder(), None, None, None, None, sampler.network)
+    given = sampler.positive
     height, width = (side * pipe.vae_scale_factor for side in sampler.size)
     return pipe, {
         "height": height, "width": width, "guidance_scale": 3.5,
