@@ -8,7 +8,7 @@
 The recipes were made on pictures of one size (see models/scenes). Sampled with guidance (cfg 2), 20 steps, on seeds on
 which no strength was tuned; the prompts name every place and size of the figure in turn. After FD and success there is
 the share of all pictures that keep their class, for each other attribute. --controls captures first, which takes
-minutes; the controls follow the subject as the recipe does.
+minutes; the controls learn from the same twins as the recipe does.
 """
 
 from __future__ import annotations
@@ -16,19 +16,53 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from debias import Read, outcome, run
+from debias import Read, measured, outcome, run
 from make_scenes import CFG, CLASSIFIER_FILE, DENOISER_FILE, everywhere, ways  # found by the path that debias sets
+from PIL import Image
 from precision import PRECISION, at_precision
 from prompted_portraits import phrase
-from scene_tables import figures, heading, row, save_grid, shown_beside
 from scenes import ATTRIBUTES, SIZES
+from torch import Tensor
 
 from difflens_core.classifiers import load_classifier
 from difflens_core.networks import load_prompted
+from difflens_core.report import image_grid
 
 SEED = 97_001
+SHOWN = ("presentation", "age", "skin_tone", "hair_colour", "glasses", "occupation", "background")
+
+
+def shown_beside(attribute: str) -> list[str]:
+    """The attributes that are to stay while one is steered."""
+    return [name for name in SHOWN if name != attribute]
+
+
+def heading(shown: Sequence[str]) -> str:
+    """The titles above `row`."""
+    return f"  {'':18s} FD [95 % interval] hard          success  {' '.join(name[:10] for name in shown)}  change"
+
+
+def row(way: str, found: Mapping[str, Any], shown: Sequence[str]) -> str:
+    """A way's outcome (see `debias.outcome`), with the shares that keep their class."""
+    kept = " ".join(f"{100 * found['kept'][name]:{len(name[:10])}.1f}" for name in shown)
+    return f"  {measured(way, dict(found))}  {kept}  {found['pixel_change']:.3f}"
+
+
+def figures(way: str, job: str, size: tuple[int, int], attribute: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for programs."""
+    told = {name: found[name] for name in ("fd", "success", "kept", "pixel_change")}
+    return {"way": way, "prompt": job, "size": list(size), "attribute": attribute, **told}
+
+
+def save_grid(file: Path, ways: Mapping[str, Tensor]) -> None:
+    """The first twelve pictures (n x H x W x 3 in [0, 1]) of each way, one row each."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [(pictures[:12] * 255).round().byte().numpy() for pictures in ways.values()]
+    Image.fromarray(image_grid(rows, list(ways), columns=12)).save(file)
 
 
 def main() -> None:

@@ -10,10 +10,18 @@ from ..difflens_core.activations import ROWS
 from ..difflens_core.activations import Activations as CapturedActivations
 from ..difflens_core.classifiers import faces_missing
 from ..difflens_core.files import DiffLensError
-from ..difflens_core.locate import METHODS, Probes, attribute_features, balancing_weights, in_frames, train_probes
+from ..difflens_core.locate import (
+    METHODS,
+    Probes,
+    alike_pairs,
+    attribute_features,
+    balancing_weights,
+    in_frames,
+    train_probes,
+)
 from ..difflens_core.report import CHARTED, line_chart, ranking_chart, ranking_table
 from ..difflens_core.sae import SparseAutoencoder
-from ..difflens_core.steer import Recipe, as_stored, build_recipe, joined
+from ..difflens_core.steer import TWIN, Recipe, as_stored, build_recipe, joined
 from . import host
 from .sockets import CATEGORY, SAE, Activations, Labels, LabelsSocket, ProbesSocket, RecipeSocket
 
@@ -155,6 +163,9 @@ class AttributeFeatures(io.ComfyNode):
         recipe = as_stored(joined(join, recipe) if join else recipe)  # draws the same once it is saved and loaded
         image = host.to_image(ranking_chart(found))
         text = ranking_table(found, features_per_class)
+        if recipe.mode == TWIN:
+            pairs, _ = alike_pairs(labels.indices, activations.twins, labels.others)
+            text = f"{TWINS.format(len(pairs))}\n\n{text}"
         if recipe.frame:
             text = f"{FOLLOWS}\n\n{text}"
         if join:
@@ -162,6 +173,10 @@ class AttributeFeatures(io.ComfyNode):
         return host.drawn(cls, image, recipe, image, text, text=text)
 
 
+TWINS = (
+    "Learned from {} pairs of pictures of the same noise that differ in their class alone: the recipe sees in each "
+    "picture what to change where, at any size. It draws every picture twice."
+)
 FOLLOWS = (
     "The subjects are at different places, or of different sizes: the recipe finds the subject of each picture and "
     "steers there, at any size of picture."

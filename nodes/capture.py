@@ -99,6 +99,16 @@ class CaptureActivations(io.ComfyNode):
                     tooltip="With a classifier: how many pictures of every class are enough. A recipe knows a rare "
                     "class by these alone.",
                 ),
+                io.Int.Input(
+                    "twins",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    tooltip="So many pictures in turn start from the same noise. With a Prompt List in which so many "
+                    "prompts in turn differ in one word (a male doctor, a female doctor), Attribute Features sees from "
+                    "such twins what the word changes, wherever in the picture people are.",
+                ),
             ],
             outputs=[
                 Activations.Output(
@@ -121,6 +131,7 @@ class CaptureActivations(io.ComfyNode):
         scheduler: str, seed: int, site: str, start_percent: float = 0.0, end_percent: float = 1.0,
         dtype: str = "float16", save_as: str = "", negative: list | None = None, cfg: float = 1.0,
         classifier: ImageClassifier | None = None, attribute: str = "presentation", per_class: int = 100,
+        twins: int = 1,
     ) -> io.NodeOutput:  # fmt: skip
         count = ClassCount(classifier, attribute, vae.decode) if classifier else None
         view = host.LiveView()
@@ -137,7 +148,7 @@ class CaptureActivations(io.ComfyNode):
             model, positive, latent_image, pictures, steps, sampler_name, scheduler, seed,
             tuple(name.strip() for name in site.split(",")), (start_percent, end_percent), dtype,
             host.new_store(save_as) if save_as.strip() else None, negative, cfg,
-            most=MOST_TIMES * pictures if count else 0, enough=enough, view=view,
+            most=MOST_TIMES * pictures if count else 0, enough=enough, view=view, twins=twins,
         )  # fmt: skip
         found = store.activations(), vae.decode(store.samples())
         if count is None:

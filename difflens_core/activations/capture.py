@@ -18,7 +18,7 @@ from ..files import DiffLensError
 from .cells import FINEST, one_of_each
 from .differentiable import OnPrediction
 from .sites import Whole, edit_site
-from .store import DTYPES, INDEX, MOST, SAMPLES, SIZE, Index, Shard, Store, read_index, record
+from .store import DTYPES, INDEX, MOST, SAMPLES, SIZE, TWINS, Index, Shard, Store, read_index, record
 
 # How errors that are no `torch.cuda.OutOfMemoryError` say that there was no memory: of the processor, oneDNN, Apple ...
 NO_MEMORY = (
@@ -43,7 +43,8 @@ class Kept:
     """What `site` puts out at some `steps` of the sampling of one batch, on the CPU.
 
     Of a map with more than `most` positions (0: none has), one is kept at random in each of so many cells, another one
-    at every step: by the pictures' numbers `images` (B) and `seed`. size: that map's height and width.
+    at every step: by the pictures' numbers `images` (B) and `seed`; the same one in all steps and `twins`. size: that
+    map's height and width.
     """
 
     site: str
@@ -52,6 +53,7 @@ class Kept:
     most: int = 0
     images: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
     seed: int = 0
+    twins: int = 1
     size: tuple[int, int] | None = None
     values: Tensor | None = None
     seen: set[int] = field(default_factory=set)
@@ -72,7 +74,8 @@ class Kept:
         if not 0 < self.most < size[0] * size[1]:
             return h
         self.size, images = size, self.images.repeat_interleave(len(h) // len(self.images))
-        picks = one_of_each(size, self.most, images, self.seed + step).to(h.device)
+        another = step if self.twins == 1 else 0
+        picks = one_of_each(size, self.most, images // self.twins, self.seed + another).to(h.device)
         flat = picks.flatten(1)[:, None].expand(-1, h.shape[1], -1)
         return h.flatten(2).gather(2, flat).unflatten(2, picks.shape[1:])
 
@@ -156,8 +159,15 @@ def at_step(
         yield
 
 
-def noise_batches(shape: Sequence[int], count: int, seed: int, batch: int) -> Iterator[Tensor]:
-    """The noise of pictures 0 .. count-1 of a run (each of `shape`), `batch` at a time, as if drawn at once."""
+def noise_batches(shape: Sequence[int], count: int, seed: int, batch: int, twins: int = 1) -> Iterator[Tensor]:
+    """The noise of pictures 0 .. count-1 of a run (each of `shape`), `batch` at a time, as if drawn at once.
+
+    twins: so many pictures in turn have the same; count and batch are multiples of it.
+    """
+    if twins > 1:
+        for noise in noise_batches(shape, count // twins, seed, batch // twins):
+            yield noise.repeat_interleave(twins, dim=0)
+        return
     generator = torch.Generator("cpu").manual_seed(seed)
     # torch draws in blocks of 16 numbers: only where a batch fills its last block do the next ones begin anew.
     piece = count if prod(shape) * batch % 16 or prod(shape) * count % 16 else batch
@@ -223,6 +233,7 @@ def capture(
     cells: int = FINEST,
     room: Callable[[int], None] = lambda needed: None,
     on_half: Callable[[int], None] = lambda at_once: None,
+    twins: int = 1,
 ) -> Store:
     """Sample `count` pictures, `batch` at once, keeping what `sites` put out at the steps whose progress is in `span`.
 
@@ -240,7 +251,8 @@ def capture(
     mark = sampler.fingerprint
     if folder is not None and (Path(folder) / INDEX).exists() and sampler.owns(begun := read_index(Path(folder)).model):
         mark = begun
-    info = dict(sampler.info) | ({MOST: most} if most > count else {})
+    count, most, batch = (-(-number // twins) * twins for number in (count, most, batch))
+    info = dict(sampler.info) | ({MOST: most} if most > count else {}) | ({TWINS: twins} if twins > 1 else {})
     index = Index(tuple(sites), progress, max(count, most), min(batch, count), seed, mark, dtype, info, cells)
     drawn, asked, in_pieces = 0, False, Halving(batch, on_half)
 
@@ -250,7 +262,7 @@ def capture(
         return enough(latents) and drawn >= count
 
     def draw_piece(first: int, noise: Tensor, images: Tensor) -> Shard:
-        kept = [Kept(site, steps, DTYPES[dtype], cells, images, seed) for site in sites]
+        kept = [Kept(site, steps, DTYPES[dtype], cells, images, seed, twins) for site in sites]
         latents = sampler.sample(noise[images - first], images, kept=kept)
         sizes = {f"{one.site}{SIZE}": torch.tensor(one.size) for one in kept if one.size}
         return {one.site: one.taken() for one in kept} | sizes | {SAMPLES: latents.cpu()}
@@ -265,7 +277,7 @@ def capture(
             room(sum(tensor.nbytes for tensor in shard.values()) * max(0, count - first) // len(noise))
         return shard
 
-    return record(index, noise_batches(sampler.shape, index.pictures, seed, batch), draw, folder, is_enough)
+    return record(index, noise_batches(sampler.shape, index.pictures, seed, batch, twins), draw, folder, is_enough)
 
 
 def joined(pieces: Sequence[Shard], sites: Sequence[str]) -> Shard:

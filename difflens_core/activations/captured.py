@@ -22,7 +22,7 @@ class Activations:
     the channels of a position side by side in memory (another layout is copied; one tensor counts as one shard);
     progress: S, share of the sampling that lies behind each step; site: its name, such as "middle_block"; model:
     fingerprint of the weights, "" if not known; size: height and width of the site's map where of each of its cells
-    one position was captured, else None.
+    one position was captured, else None; twins: so many pictures in turn were drawn from the same noise.
     """
 
     shards: tuple[Tensor, ...]
@@ -30,6 +30,7 @@ class Activations:
     site: str
     model: str = ""
     size: tuple[int, int] | None = None
+    twins: int = 1
 
     def __post_init__(self) -> None:
         shards = (self.shards,) if isinstance(self.shards, Tensor) else self.shards

@@ -48,6 +48,7 @@ INDEX, LABELS = "index.json", "labels.safetensors"
 SAMPLES, SHARD = "samples", "shard_"
 SIZE = " map"  # ends the name of a shard's height and width of a site's map of which not all positions are kept
 MOST = "most"  # in an index's info: how many pictures at most, of a capture that goes on until it has enough
+TWINS = "twins"  # in an index's info: how many pictures in turn start from the same noise, if more than one
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Shard = Mapping[str, Tensor]
@@ -84,6 +85,9 @@ class Index:
             raise DiffLensError("sites and model must be texts, and pictures, per_shard, seed and cells whole numbers.")
         if not all(0 <= float(at) <= 1 for at in self.progress) or not isinstance(self.info, Mapping):
             raise DiffLensError("progress must be numbers from 0 to 1, and info settings by their names.")
+        twins = self.info.get(TWINS, 1)
+        if type(twins) is not int or twins < 1 or self.pictures % twins or self.per_shard % twins:
+            raise DiffLensError(f"twins are {twins!r}: expected a number that divides the pictures, and those a shard.")
         if not self.progress or self.pictures < 1 or self.per_shard < 1 or self.dtype not in DTYPES:
             raise DiffLensError(
                 f"a capture of {len(self.progress)} steps and {self.pictures} pictures, {self.per_shard} at once, as "
@@ -124,7 +128,8 @@ class Store:
         values = tuple(shard[site].movedim(-1, 2) for shard in self.shards)
         size = self.shards[0].get(f"{site}{SIZE}")
         own = None if size is None else (int(size[0]), int(size[1]))
-        return Activations(values, torch.tensor(self.index.progress), site, self.index.model, own)
+        progress, twins = torch.tensor(self.index.progress), self.index.info.get(TWINS, 1)
+        return Activations(values, progress, site, self.index.model, own, twins)
 
     def samples(self) -> Tensor:
         """The finished latents of all pictures, in memory."""

@@ -53,7 +53,7 @@ def run_capture(study: Study, console: Console) -> dict[str, Any]:
     with console.progress(options.pictures, "pictures") as progress:
         store = capture(
             model, options.pictures, options.seed, study.batch, (study.site,), (options.start, options.end),
-            options.dtype, study.folder / STORE, progress, room=room, on_half=on_half,
+            options.dtype, study.folder / STORE, progress, room=room, on_half=on_half, twins=options.twins,
         )  # fmt: skip
     found = store.activations()
     console.say(

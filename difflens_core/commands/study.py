@@ -24,13 +24,14 @@ LARGEST = 2**20  # bytes of a study
 
 @dataclass(frozen=True)
 class CaptureOptions:
-    """pictures: how many to draw; dtype: what numbers are kept in."""
+    """pictures: how many to draw; dtype: what numbers are kept in; twins: so many in turn are of the same noise."""
 
     pictures: int = 1000
     seed: int = 0
     start: float = 0.0
     end: float = 1.0
     dtype: str = "float16"
+    twins: int = 1
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,17 @@ from .attribution import (
     integrated_gradients,
     tied,
 )
+from .changes import CHANGES, Changes, alike_pairs, fit_changes
 from .frames import FRAME, FrameProbes, fit_frames, in_frames
 from .gradients import integrated_gradients_of, picture_objective
-from .levels import LEVELS, Labelled, Levels, channel_rows, fit_levels, in_maps, latent_rows
+from .levels import LEVELS, Labelled, Levels, RowsOf, channel_rows, fit_levels, in_maps, latent_rows
 from .probes import Probes, load_probes, save_probes, train_probes
 from .separation import Separation, auc, measure_separation, pooled
 
 __all__ = [
     "Attribution",
+    "CHANGES",
+    "Changes",
     "FRAME",
     "FrameProbes",
     "LEVELS",
@@ -24,12 +27,15 @@ __all__ = [
     "Levels",
     "METHODS",
     "Probes",
+    "RowsOf",
     "Separation",
+    "alike_pairs",
     "attribute_features",
     "auc",
     "balancing_weights",
     "channel_rows",
     "contrast",
+    "fit_changes",
     "fit_frames",
     "fit_levels",
     "in_frames",

@@ -72,9 +72,16 @@ def aligned(frames: Tensor, size: tuple[int, int]) -> bool:
 def in_frames(activations: Activations, frames: Tensor | None, sae: SparseAutoencoder) -> Activations:
     """The activations in their subjects' frames (B x 4), if there are any and they are not all at one place.
 
-    An SAE that reads the whole map at once leaves no positions to follow.
+    An SAE that reads the whole map at once leaves no positions to follow, and twins need no frames: what changes is
+    read off each position.
     """
-    if frames is None or sae.kernel > 1 or len(frames) != activations.pictures or aligned(frames, activations.map):
+    if (
+        frames is None
+        or sae.kernel > 1
+        or activations.twins > 1
+        or len(frames) != activations.pictures
+        or aligned(frames, activations.map)
+    ):
         return activations
     return FramedActivations.of(activations, frames)
 

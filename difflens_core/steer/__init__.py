@@ -5,7 +5,7 @@ from .controls import mean_difference, random_features, with_latents
 from .directions import additive, directions_of, load_ml_act, save_directions
 from .plans import plan_in_words, plan_moves, planned_targets
 from .recipe_files import as_stored, load_recipe, save_recipe
-from .recipes import MODES, WITHOUT_LEVELS, Recipe, at_dose, check_one_site, joined, of_latents, with_settings
+from .recipes import MODES, TWIN, WITHOUT_LEVELS, Recipe, at_dose, check_one_site, joined, of_latents, with_settings
 from .steering import BY_LEVELS, Steering, steerings
 from .weighing import weigh_latents
 
@@ -14,6 +14,7 @@ __all__ = [
     "MODES",
     "Recipe",
     "Steering",
+    "TWIN",
     "WITHOUT_LEVELS",
     "additive",
     "as_stored",

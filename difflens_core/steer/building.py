@@ -11,9 +11,20 @@ from torch import Tensor
 
 from ..activations import Activations, FramedActivations
 from ..files import DiffLensError
-from ..locate import Attribution, Labelled, Levels, Probes, fit_frames, fit_levels, latent_rows, tied
+from ..locate import (
+    Attribution,
+    Labelled,
+    Levels,
+    Probes,
+    RowsOf,
+    fit_changes,
+    fit_frames,
+    fit_levels,
+    latent_rows,
+    tied,
+)
 from ..sae import SparseAutoencoder
-from .recipes import UNKNOWN, Recipe, with_settings
+from .recipes import TWIN, UNKNOWN, Recipe, with_settings
 
 # Probes are surer of their class than right. Divided by this, a picture near the border is still pushed a little.
 SOFTENING = 1.5
@@ -35,7 +46,8 @@ def build_recipe(
 
     It has one row a step of `attribution`; SAE and probes may come from captures of other steps: the nearest serve.
     It is on the CPU, and made where the SAE is. Of activations in their subjects' frames it follows the subject, see
-    `Recipe.frame`.
+    `Recipe.frame`. Of twins it learns what changes in a picture, wherever that is (mode twin); its levels are then
+    means over all positions.
     labels, others: classes of the captured pictures, in the attribute and in others, by which `fit_levels` goes.
     """
     own = attribution.own(count)
@@ -53,7 +65,12 @@ def build_recipe(
     probe_weight, probe_bias = probes.weight[probe_rows] / SOFTENING, probes.bias[probe_rows] / SOFTENING
     whole = sae.normalisation.to("cpu")
     start, end = captured_part(attribution.progress)
-    levels = fit_levels(activations, whole, latent_rows(sae, chosen), labels, len(classes), others, on_step)
+    rows_of, twins = latent_rows(sae, chosen), activations.twins > 1
+    levels = fit_levels(
+        activations, whole, everywhere(rows_of) if twins else rows_of, labels, len(classes), others, on_step
+    )
+    levels = levels.without_traits() if twins else levels
+    changes = fit_changes(activations, whole, rows_of, labels, classes, others) if twins else None
     frame = fit_frames(activations, whole) if isinstance(activations, FramedActivations) else None
     info = {
         "gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures,
@@ -64,9 +81,19 @@ def build_recipe(
         attribution.attribute, classes, sae.site, model, chosen, encoder, bias, threshold, decoder,
         member, levels, probe_weight, probe_bias, whole.at(attribution.progress),
         strength=(1.0,) * len(classes), start=start, end=end,
-        map=activations.full_map if sae.kernel == 1 else None, frame=frame, hold=True,
-        info=info,
+        map=activations.full_map if sae.kernel == 1 and not twins else None, frame=frame, changes=changes, hold=True,
+        info=info, mode=TWIN if twins else "shift",
     )  # fmt: skip
+
+
+def everywhere(rows_of: RowsOf) -> RowsOf:
+    """The same rows as means over positions."""
+
+    def means_of(values: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        rows, pooled = rows_of(values, step)
+        return rows.mean(dim=2, keepdim=True), pooled
+
+    return means_of
 
 
 def captured_part(progress: Tensor) -> tuple[float, float]:

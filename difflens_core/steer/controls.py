@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..activations import Activations
 from ..files import DiffLensError
-from ..locate import Labelled, channel_rows, fit_levels
+from ..locate import Changes, Labelled, channel_rows, fit_changes, fit_levels
 from ..sae import SparseAutoencoder
-from .recipes import ALWAYS, Recipe
+from .recipes import ALWAYS, TWIN, Recipe
 
 
 def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, others: Labelled) -> Recipe:
@@ -24,6 +24,7 @@ def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, ot
     channels, classes = torch.eye(recipe.width), len(recipe.classes)
     rows = channel_rows(recipe.normalisation)
     levels = fit_levels(activations, recipe.normalisation, rows, labels, classes, others)
+    changes = recipe.changes and fit_changes(activations, recipe.normalisation, rows, labels, recipe.classes, others)
     return replace(
         recipe,
         features=torch.arange(recipe.width),
@@ -33,6 +34,7 @@ def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, ot
         decoder=channels,
         member=torch.ones(classes, recipe.width, dtype=torch.bool),
         levels=levels,
+        changes=changes,
         weight=None,
         normalisation=replace(recipe.normalisation, modulation=None),
         info={name: recipe.info[name] for name in ("tied",) if name in recipe.info}
@@ -60,8 +62,17 @@ def with_latents(recipe: Recipe, sae: SparseAutoencoder, features: Tensor) -> Re
     recipe's own over all steps. What it reads stays: its own latents still tell how much to change.
     """
     decoder = sae.decoder[features]
-    own, other = (edit_norm(recipe.levels.dense(), rows).square().sum().sqrt() for rows in (recipe.writes, decoder))
+    if recipe.mode == TWIN and recipe.changes:
+        own, other = (change_norm(recipe.changes, rows) for rows in (recipe.writes, decoder))
+    else:
+        own, other = (edit_norm(recipe.levels.dense(), rows).square().sum().sqrt() for rows in (recipe.writes, decoder))
     return replace(recipe, features=features, decoder=own / other.clamp(min=1e-12) * decoder, weight=None)
+
+
+def change_norm(changes: Changes, decoder: Tensor) -> Tensor:
+    """Norm of the decoded changes (decoder: F x C) over steps and classes: their patterns have variance 1."""
+    maps = torch.einsum("rfd,fc->rcd", changes.maps, decoder)
+    return torch.einsum("skr,rcd->skcd", changes.amounts, maps).norm()
 
 
 def edit_norm(levels: Tensor, decoder: Tensor) -> Tensor:

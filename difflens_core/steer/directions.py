@@ -30,10 +30,10 @@ def additive(recipe: Recipe) -> Recipe:
     become add at strength 1, or add own fixed where levels are not known. Raises `DiffLensError` if no direction can
     take the recipe's place.
     """
-    if any(part.frame for part in recipe.parts):
+    if any(part.frame or part.changes for part in recipe.parts):
         raise DiffLensError(
-            f"the recipe for {recipe.attribute} follows the subject of a picture, and a direction does not move. "
-            "Attribute again with a classifier that looks for no faces."
+            f"the recipe for {recipe.attribute} goes by where things are in a picture, and a direction does not move. "
+            "Attribute again with a classifier that looks for no faces, on pictures that are no twins."
         )
     settings: dict[str, Any] = {"hold": False}
     if recipe.mode not in ADDING:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..files import DiffLensError, in_bytes, load_tensors, out_of_bytes, reading, refuse_whole_numbers, save_tensors
-from ..locate import FRAME, LEVELS, FrameProbes, Levels
+from ..locate import CHANGES, FRAME, LEVELS, Changes, FrameProbes, Levels
 from ..sae import NORMALISATION, Normalisation, check_steps
 from .recipes import Recipe, check_together
 
@@ -20,21 +20,21 @@ TENSORS = ("features", "encoder", "bias", "threshold", "decoder", "member", "pro
 # Kept in a byte a number.
 LARGE = (
     "encoder", "decoder", "probe_weight", "levels.maps", "levels.places", "levels.effects", "levels.weight",
-    "frame.weight",
+    "frame.weight", "changes.maps", "changes.readout",
 )  # fmt: skip
 # Features, width, classes, steps of the capture and of the normalisation, patterns over positions, positions, channels,
-# traits, maps, edges.
+# traits, maps, edges, and of the changes maps (M) and patterns (Q).
 AXES = {
     "features": "F", "weight": "F", "encoder": "FW", "decoder": "FW", "bias": "F", "threshold": "F", "member": "KF",
     "levels.maps": "RFD", "levels.places": "DP", "levels.classes": "SKR", "levels.effects": "SKGR",
     "levels.weight": "SGW", "levels.bias": "SG", "frame.weight": "SEW", "frame.bias": "SE", "probe_weight": "SKW",
-    "probe_bias": "SK",
+    "probe_bias": "SK", "changes.maps": "MFQ", "changes.readout": "QF", "changes.offset": "Q", "changes.amounts": "SKM",
     "normalisation.progress": "N", "normalisation.mean": "NC", "normalisation.scale": "N",
     "normalisation.modulation": "NTC",
 }  # fmt: skip
 OPTIONAL = (
     "weight", "frame.weight", "frame.bias", "levels.effects", "levels.weight", "levels.bias",
-    "normalisation.modulation",
+    "normalisation.modulation", *(f"changes.{name}" for name in CHANGES),
 )  # fmt: skip
 MOST_LEVELS = 4096  # steps times classes, and positions, in files of version 0.4 and before
 PLAIN = ("attribute", "classes", "site", "model", "mode", "strength", "start", "end", "map", "hold", "info")
@@ -69,6 +69,8 @@ def stored_part(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors |= {f"levels.{name}": getattr(recipe.levels, name) for name in held(recipe.levels.attributes)}
     if recipe.frame:
         tensors |= {f"frame.{name}": getattr(recipe.frame, name) for name in FRAME}
+    if recipe.changes:
+        tensors |= {f"changes.{name}": getattr(recipe.changes, name) for name in CHANGES}
     tensors |= {f"normalisation.{name}": getattr(recipe.normalisation, name) for name in NORMALISATION}
     if recipe.weight is not None:
         tensors["weight"] = recipe.weight
@@ -123,10 +125,11 @@ def restored_part(tensors: dict[str, Tensor], info: dict[str, Any]) -> Recipe:
     own = [tensors[f"levels.{name}"] for name in held(attributes)]
     levels = Levels(*own, attributes) if attributes else Levels.plain(*own)  # type: ignore[call-arg, arg-type]
     frame = FrameProbes(tensors["frame.weight"], tensors["frame.bias"]) if "frame.weight" in tensors else None
+    changes = Changes(*(tensors[f"changes.{name}"] for name in CHANGES)) if "changes.maps" in tensors else None
     progress, mean, scale = (tensors[f"normalisation.{name}"] for name in NORMALISATION)
     normalisation = Normalisation(progress, mean, scale, tensors.get("normalisation.modulation"))
     return Recipe(
-        **parts, levels=levels, normalisation=normalisation, frame=frame, weight=tensors.get("weight")
+        **parts, levels=levels, normalisation=normalisation, frame=frame, changes=changes, weight=tensors.get("weight")
     )  # fmt: skip
 
 

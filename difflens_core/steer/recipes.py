@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..files import DiffLensError
-from ..locate import FrameProbes, Levels
+from ..locate import Changes, FrameProbes, Levels
 from ..sae import Normalisation
 
 MODES = ("reach", "shift", "add", "add own", "add fixed", "add own fixed", "move", "clamp", "scale", "ablate")
+# The mode that goes by the finished picture instead of by what is there at the step.
+TWIN = "twin"
 # Modes that read how active the latents are.
 READING = ("reach", "move", "clamp", "scale", "ablate")
 WITHOUT_LEVELS = ("add fixed", "add own fixed", "scale", "ablate")
@@ -37,7 +39,8 @@ class Recipe:
     pictures, which takes twice the time. weight: F, how much of its change each latent makes, all of it if None. model:
     fingerprint of the weights it was made on. map: height and width of the map whose positions they are, None if not
     known. frame: reads where the subject is; then the map is that of its frame, wherever in the picture, see
-    `activations.into_frames`. further: recipes of other sites that are steered together with this one, by its settings,
+    `activations.into_frames`. changes: what the latents do more in the same picture of another class, for mode twin,
+    see `Changes`. further: recipes of other sites that are steered together with this one, by its settings,
     see `joined`. info: provenance and figures; "scores": a number for each latent by which they were ranked; "named":
     names and groups that a person gave to latents, by their numbers.
     """
@@ -63,21 +66,35 @@ class Recipe:
     weight: Tensor | None = None
     map: tuple[int, int] | None = None
     frame: FrameProbes | None = None
+    changes: Changes | None = None
     hold: bool = False
     further: tuple[Recipe, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise DiffLensError(f"recipe for {self.attribute}: mode {self.mode!r} is unknown, expected one of {MODES}.")
+        if self.mode not in (*MODES, TWIN):
+            known = ", ".join((*MODES, TWIN))
+            raise DiffLensError(f"recipe for {self.attribute}: mode {self.mode!r} is unknown, expected one of {known}.")
         if len(self.strength) != len(self.classes):
             raise DiffLensError(
                 f"recipe for {self.attribute}: {len(self.strength)} strengths for {len(self.classes)} classes."
             )
-        if self.mode not in WITHOUT_LEVELS and not all(part.levels.positions for part in (self, *self.further)):
+        if self.mode not in (*WITHOUT_LEVELS, TWIN) and not all(
+            part.levels.positions for part in (self, *self.further)
+        ):
             raise DiffLensError(
                 f"recipe for {self.attribute}: mode {self.mode!r} needs class levels, and this recipe has none. Use "
                 f"one of {', '.join(WITHOUT_LEVELS)}, or a recipe from Attribute Features."
+            )
+        if self.mode == TWIN and (self.further or not self.changes):
+            raise DiffLensError(
+                f"recipe for {self.attribute}: mode twin is for recipes of one site from pictures that were captured "
+                "as twins, of the same noise. Use mode shift, or capture twins and attribute again."
+            )
+        if self.mode == TWIN and not self.hold:
+            raise DiffLensError(
+                f"recipe for {self.attribute}: mode twin looks at the finished picture before it changes it, so hold "
+                "must be on."
             )
 
     @property
@@ -165,8 +182,10 @@ def of_latents(recipe: Recipe, kept: Tensor) -> Recipe:
     if "scores" in info:
         info["scores"] = [score for score, own in zip(info["scores"], kept.tolist(), strict=True) if own]
     weight = None if recipe.weight is None else recipe.weight[kept]
-    levels = recipe.levels.some(kept)
-    return replace(recipe, **rows, member=recipe.member[:, kept], levels=levels, weight=weight, info=info)
+    levels, changes = recipe.levels.some(kept), recipe.changes and recipe.changes.some(kept)
+    return replace(
+        recipe, **rows, member=recipe.member[:, kept], levels=levels, changes=changes, weight=weight, info=info
+    )
 
 
 def joined(*recipes: Recipe) -> Recipe:

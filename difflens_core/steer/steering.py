@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from ..activations import GRID, Shown, into_frames, out_of_frames
 from ..files import DiffLensError
-from ..locate import FrameProbes, Levels, contrast
+from ..locate import Changes, FrameProbes, Levels, contrast
 from ..sae import SparseAutoencoder
 from ..targets import LEFT_ALONE
 from .recipe_files import same_rows
-from .recipes import READING, WITHOUT_LEVELS, Recipe
+from .recipes import READING, TWIN, WITHOUT_LEVELS, Recipe
 
 DEVICE_TENSORS = ("encoder", "bias", "threshold", "member", "probe_weight", "probe_bias")
 MAPPED = ("reach", "shift", "add")  # modes that add differences of levels, and these alone
@@ -48,6 +48,8 @@ class Steering:
     clamp          z' = z + s (min(z, level_c) - z), with s at most 1: only takes away what exceeds the level
     scale          z' = (1 + s) z on c's own latents, as in the DiffLens paper
     ablate         z' = (1 - s) z on c's own latents, with s at most 1
+    twin           z' = z + s (1 - p_c) change_c(y), of what the latents y of the finished, unsteered picture show, see
+                   `Changes`, p_c being how sure the probe is that it shows c already
 
     Levels are those of pictures with the traits that the recipe's probes read, if they tell of any. Where it
     reads a frame, all of this is done in the subject's frame.
@@ -65,6 +67,7 @@ class Steering:
     _levels: dict[torch.device, Levels] = field(default_factory=dict, compare=False, repr=False)
     _frames: dict[torch.device, FrameProbes] = field(default_factory=dict, compare=False, repr=False)
     _decoded: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _changes: dict[torch.device, Changes] = field(default_factory=dict, compare=False, repr=False)
     _sized: dict[tuple[int, int], Steering] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -72,7 +75,7 @@ class Steering:
         if recipe.further:
             raise ValueError("a Steering edits one site: `steerings` makes those of a recipe of several")
         if sae is None:
-            if recipe.needs_sae and recipe.mode in READING:
+            if recipe.needs_sae and recipe.mode in (*READING, TWIN):
                 raise DiffLensError(
                     f"recipe for {recipe.attribute}: mode {recipe.mode!r} must know where the latents are active, and "
                     "only their SAE can tell. Give the SAE as well, or use mode add fixed or add own fixed."
@@ -124,6 +127,9 @@ class Steering:
         if not steered.any():
             return h
         target, steered = target.clamp(min=0).to(h.device), steered.to(h.device)
+        if recipe.mode == TWIN:
+            change = self.twin_change(self.unsteered(shown), target, step, t).reshape(h.shape)
+            return torch.where(steered[:, None, None, None], h + self.masked(change, h, images), h)
         read = (h, step) if shown is None else (shown.h, recipe.normalisation.step_at(shown.progress))
         frames = self.frames(*read, t)
         if shown is not None:
@@ -142,9 +148,46 @@ class Steering:
         recipe = self.recipe
         change_of = self.map_change if recipe.mode in MAPPED else self.read_change
         change = self.laid(change_of(self.columns(h, frames), target, traits, step, t), h, frames)
+        return self.masked(change, h, images)
+
+    def masked(self, change: Tensor, h: Tensor, images: Tensor) -> Tensor:
+        """A change of h, where the mask lets it be, in its type."""
         if self.mask is not None:
             change = change * resized(self.mask, h, images).unflatten(2, h.shape[2:])
         return change.to(h.dtype)
+
+    def unsteered(self, shown: Shown | None) -> Shown:
+        """What mode twin reads. Raises `DiffLensError` if the pictures were not drawn without steering before."""
+        if shown is None:
+            raise DiffLensError(
+                f"recipe for {self.recipe.attribute}: mode twin looks at the finished picture, but only recipes of one "
+                "site can hold at once. Steer by this recipe alone, or by others of its site."
+            )
+        return shown
+
+    def twin_change(self, shown: Shown, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
+        """What mode twin adds (B x width x P) to pictures that end as shown, asked for classes `target` (B)."""
+        changes, rows = self.changes(shown.h.device), self.columns(shown.h, None)
+        last = self.recipe.normalisation.step_at(shown.progress)
+        latents = self.read(rows, last, t)
+        logits = F.linear(self.pooled(rows, last, t), t["probe_weight"][last], t["probe_bias"][last])
+        lacks = 1 - logits.softmax(dim=1).gather(1, target[:, None])[:, 0]
+        amount = (lacks * t["strength"][target] * t["scale"][step])[:, None, None]
+        return amount * changes.change(latents, target, step, self.changed_rows(t))
+
+    def changes(self, device: torch.device) -> Changes:
+        """The recipe's changes on `device`, moved once."""
+        if device not in self._changes and self.recipe.changes:
+            self._changes[device] = self.recipe.changes.to(device)
+        return self._changes[device]
+
+    def changed_rows(self, t: dict[str, Tensor]) -> Tensor:
+        """What a unit of each map of the changes adds to normalised rows: R x width x D."""
+        decoder = t["decoder"]
+        if decoder.device not in self._decoded:
+            maps = self.changes(decoder.device).maps
+            self._decoded[decoder.device] = torch.einsum("rfd,fc->rcd", maps, decoder)
+        return self._decoded[decoder.device]
 
     def laid(self, change: Tensor, h: Tensor, frames: Tensor | None) -> Tensor:
         """A change of what `columns` gives (B x width x P, or 1 for all positions) as one of h, in fp32."""
@@ -326,7 +369,7 @@ class Steering:
     def stretch(self, h: Tensor) -> str:
         """A sentence if the recipe was made on a map of another size than h (B x C x H x W), or ""."""
         recipe = self.recipe
-        anywhere = recipe.mode in WITHOUT_LEVELS or recipe.frame is not None or recipe.levels.positions == 1
+        anywhere = recipe.mode in (*WITHOUT_LEVELS, TWIN) or recipe.frame is not None or recipe.levels.positions == 1
         if anywhere or recipe.kernel > 1 or recipe.fits(h.shape[2], h.shape[3]):
             return ""
         made_on, here = (" x ".join(map(str, size)) for size in (recipe.grid or (), h.shape[2:]))
@@ -340,12 +383,14 @@ class Steering:
         size = (h.shape[2], h.shape[3])
         if size not in self._sized:
             recipe = self.recipe.stretched(*size)
-            self._sized[size] = replace(self, recipe=recipe, _moved={}, _levels={}, _frames={}, _decoded={}, _sized={})
+            self._sized[size] = replace(
+                self, recipe=recipe, _moved={}, _levels={}, _frames={}, _decoded={}, _changes={}, _sized={}
+            )
         return self._sized[size]
 
     def release(self) -> None:
         """Give back what is held outside main memory. It is moved there again when it is needed."""
-        for kept in (self._moved, self._levels, self._frames, self._decoded):
+        for kept in (self._moved, self._levels, self._frames, self._decoded, self._changes):
             for device in [device for device in kept if device.type != "cpu"]:
                 del kept[device]
         for sized in self._sized.values():

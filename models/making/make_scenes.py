@@ -9,6 +9,7 @@ A stage that is cut off goes on from its last checkpoint in models/scenes/.work/
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import make_prompted_avatars as prompted  # sets the path for what follows
@@ -19,7 +20,7 @@ from make_avatars import bench
 from make_prompted_avatars import CFG, Prompted, bias_rows, capture_told, guided
 from occupations import OCCUPATIONS
 from PIL import Image
-from precision import autocast
+from precision import at_precision, autocast
 from prompted_portraits import phrase
 from stages import (
     accuracies,
@@ -39,13 +40,14 @@ from stages import (
 )
 from torch.nn import functional as F
 
-from difflens_core.activations import Activations, FramedActivations
+from difflens_core.activations import Activations, capture
 from difflens_core.classifiers import FramedClassifier, cut_frame, load_classifier, save_classifier
 from difflens_core.files import fingerprint, load_tensors
 from difflens_core.locate import Labelled
 from difflens_core.networks import (
     Denoiser,
     DenoiserConfig,
+    DenoiserSampler,
     Guidance,
     TextEncoder,
     load_denoiser,
@@ -71,11 +73,18 @@ DENOISER = {
 }  # fmt: skip
 CLASSIFIER = {"images": 16_000, "test_images": 1_000, "epochs": 6, "batch": 100, "lr": 3e-3, "seed": 1_200}
 SAE = {"pictures": 1_536, "size": (96, 64), "latents": 1_024, "k": 32, "steps": 3_000, "seed": 2_200}
+# From each noise a picture for each of these words: Attribute Features' twins.
+TWINS = {
+    "noises": 384,
+    "size": (96, 64),
+    "seed": 9_200,
+    "words": [*product(("young", "adult", "old"), ("male", "female"))],
+}
 RECIPE = {
-    "per_class": 120,
+    "per_class": 200,
     "start": 0.2,
-    "modes": {"presentation": "shift"},
-    "strengths": {"shift": (0.75, 1.0, 1.5, 2.0)},
+    "modes": {"presentation": "twin"},
+    "strengths": {"twin": (0.75, 1.0, 1.25, 1.5)},
     "success": 0.98,
     "tuning_pictures": 128,
     "tuning_seed": 3_200,
@@ -226,11 +235,27 @@ def train_scenes_sae() -> None:
     save_sae(SAE_FILE, fit_sae(captured()[0], SAE, WORK / "sae.pt"), torch.float16)
 
 
-def labelled() -> tuple[FramedActivations, Labelled]:
-    """What was captured, in the frames of its figures, and what the classifier sees of every attribute."""
-    classifier = load_classifier(CLASSIFIER_FILE)
-    whole, pictures = captured()
-    return FramedActivations.of(whole, classifier.frames(pictures)), labels_of(classifier, pictures)
+def captured_twins() -> tuple[Activations, torch.Tensor]:
+    """Activations and pictures of every occupation at every place, by prompts that differ in what they tell."""
+    model, text = load_prompted(DENOISER_FILE)
+    c, endings = TWINS, scenes.layouts(TWINS["size"])
+    prompts = [
+        phrase(list(words), OCCUPATIONS[i % len(OCCUPATIONS)]) + endings[i // len(OCCUPATIONS) % len(endings)]
+        for i in range(c["noises"]) for words in c["words"]
+    ]  # fmt: skip
+    guidance = Guidance(text.encode(prompts), text.encode([""]), CFG)
+    sampler = DenoiserSampler(at_precision(model), bench.STEPS, guidance, c["size"])
+    store = capture(
+        sampler, len(prompts), c["seed"], 60, span=(RECIPE["start"], 1.0), folder=WORK / "twins",
+        on_batch=lambda done: print(f"capture {done}/{len(prompts)}", flush=True), twins=len(c["words"]),
+    )  # fmt: skip
+    return store.activations(), store.samples().movedim(1, -1) / 2 + 0.5
+
+
+def labelled() -> tuple[Activations, Labelled]:
+    """The twins that were captured, and what the classifier sees of every attribute."""
+    activations, pictures = captured_twins()
+    return activations, labels_of(load_classifier(CLASSIFIER_FILE), pictures)
 
 
 def ways(controlled: bool) -> dict[str, dict[str, Recipe]]:
@@ -288,8 +313,9 @@ def make_card() -> None:
     names = list(next(iter(accuracy.values())))
     card = CARD_TEXT.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
-        text=sum(p.numel() for p in text.parameters()) / 1e6, d=DENOISER, c=CLASSIFIER, s=SAE, r=RECIPE, cfg=CFG,
-        count=count, seed=CARD["seed"], words=", ".join(text.words), bias="\n".join(bias), recipes=recipes,
+        text=sum(p.numel() for p in text.parameters()) / 1e6, d=DENOISER, c=CLASSIFIER, s=SAE, r=RECIPE, t=TWINS,
+        cfg=CFG, words_of_twins=len(TWINS["words"]), count=count, seed=CARD["seed"], words=", ".join(text.words),
+        bias="\n".join(bias), recipes=recipes,
         accuracy=f"| height x width | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}\n{told}",
         sizes=", ".join(f"{height} x {width}" for height, width in scenes.SIZES),
         made=" x ".join(map(str, SAE["size"])),
@@ -346,11 +372,12 @@ TopK, {s[latents]} latents, k = {s[k]}, trained on what the prompt's half of the
 {fvu:.4f}, L0 {l0:.1f}, dead latents {dead:.1f} %.
 
 ## Recipes
-One recipe serves all prompts and sizes: it follows the figure. Made on the same pictures of {made}, with the
-{r[per_class]} best latents of every class by the class mean difference. Strengths: the weakest of
-{r[strengths][shift]} that shows the class asked for in at least {r[success]:.0%} of its pictures, on
-{r[tuning_pictures]} pictures of the four occupations, seed {r[tuning_seed]}. The benchmark (`benchmarks/scenes.py`)
-uses other seeds.
+One recipe serves all prompts and sizes. Made on {t[noises]} noises of {made}, each drawn by
+{words_of_twins} prompts that differ in the words for presentation and age; from pairs that differ in the class alone it
+knows what changes, read off each position of a picture. With at most {r[per_class]} latents of every class by the class
+mean difference. Strengths: the weakest of {r[strengths][twin]} that shows the class asked for in
+at least {r[success]:.0%} of its pictures, on {r[tuning_pictures]} pictures of the four occupations, seed
+{r[tuning_seed]}. The benchmark (`benchmarks/scenes.py`) uses other seeds.
 
 | attribute | latents | mode | from | strength per class | gate agrees with TopK |
 |---|---|---|---|---|---|

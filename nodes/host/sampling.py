@@ -267,11 +267,12 @@ def capture(
     most: int = 0,
     enough: Callable[[Tensor], bool] = lambda latents: True,
     view: LiveView | None = None,
+    twins: int = 1,
 ) -> Store:
     """The core's `capture` in batches as large as `latent`, with previews and progress.
 
     Picture k starts from the noise that a stock KSampler draws for place k of a batch of `pictures`, so the batch size
-    changes nothing (samplers that add noise on the way excepted).
+    changes nothing (samplers that add noise on the way excepted). twins: so many in turn start from the same.
     """
     view = view or LiveView()
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
@@ -287,7 +288,7 @@ def capture(
     batch = len(latent["samples"])
     return capture_with(
         sampler, pictures, seed, batch, sites, span, dtype, folder, most=most, enough=enough,
-        room=functools.partial(check_room, folder), on_half=tell_half,
+        room=functools.partial(check_room, folder), on_half=tell_half, twins=twins,
     )  # fmt: skip
 
 

@@ -98,3 +98,36 @@ def test_a_capture_that_goes_on_until_it_has_enough_can_be_cut_off(toys, tmp_pat
     assert resumed.index.pictures == whole.index.pictures == 10
     assert torch.equal(resumed.samples(), whole.samples())
     assert torch.equal(resumed.activations().values, whole.activations().values)
+
+
+def test_twins_start_from_one_noise_however_they_are_cut(toys, tmp_path):
+    sampler = DenoiserSampler(toys.denoiser(), 3)
+    store = capture(sampler, 10, 1, 4, folder=tmp_path / "s", twins=3)  # rounded up to 12, 6 at once
+    noise = start_noise(4, 1, 16)
+    assert torch.equal(store.samples(), sample(toys.denoiser(), noise.repeat_interleave(3, dim=0), 3))
+    assert store.activations().twins == open_store(tmp_path / "s").activations().part(0, 6).twins == 3
+    whole = capture(sampler, 12, 1, 12, twins=3)
+    assert torch.equal(whole.activations().values, store.activations().values)
+    assert capture(sampler, 12, 1, 12).activations().twins == 1
+
+
+def test_of_large_maps_twins_keep_the_same_positions_at_every_step(toys):
+    x, y = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    h = torch.stack([x, y])[None].expand(6, -1, -1, -1)
+    one = Kept("middle_block", range(3), torch.float32, 4, torch.arange(6), 5, 3)
+    for step in range(3):
+        one.keep(step, h)
+    kept = one.taken()
+    assert torch.equal(kept, kept[:1].expand_as(kept)), "at every step"
+    assert torch.equal(kept[0, :3], kept[0, :1].expand(3, -1, -1, -1)), "in all twins"
+    assert not torch.equal(kept[0, 0], kept[0, 3]), "of another noise others"
+
+
+def test_a_store_whose_twins_do_not_fit_is_refused(toys, tmp_path):
+    capture(DenoiserSampler(toys.denoiser(), 3), 4, 1, 2, folder=tmp_path / "s", twins=2)
+    index = tmp_path / "s" / "index.json"
+    for wrong in ('"twins": 3', '"twins": 0', '"twins": "2"'):
+        index.write_text(index.read_text().replace('"twins": 2', wrong))
+        with pytest.raises(DiffLensError, match="expected a number that divides the pictures"):
+            open_store(tmp_path / "s")
+        index.write_text(index.read_text().replace(wrong, '"twins": 2'))

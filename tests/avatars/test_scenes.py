@@ -52,7 +52,7 @@ def test_the_classifier_finds_and_reads_drawings_of_every_size(classifier, size)
 def test_one_recipe_serves_every_size(model, classifier, size, success):
     """In pictures 64 pixels high some figures are smaller than those it was made on."""
     recipe = load_recipe(FILES / "difflens_recipes" / "scenes_presentation.safetensors")
-    assert made_by(recipe.model, model[0].state_dict()) and recipe.frame is not None
+    assert made_by(recipe.model, model[0].state_dict()) and recipe.changes is not None
     noise, doctor = start_noise(PICTURES, 31, *size), OCCUPATIONS.index("doctor")
     guidance = everywhere(model[1], phrase([], "doctor"), size, PICTURES)
     targets = Targets("presentation", recipe.classes, (0.5, 0.5))

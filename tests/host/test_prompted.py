@@ -9,6 +9,7 @@ from host import HostError
 from small_graphs import latents
 
 from difflens_core.activations import Kept, open_store
+from difflens_core.classifiers import AttributeClassifier, load_classifier, save_classifier
 from difflens_core.networks import Guidance, TextEncoder, load_prompted, sample, save_denoiser, start_noise
 from difflens_core.steer import Steering, load_recipe
 from difflens_core.targets import Targets
@@ -147,6 +148,48 @@ def test_from_a_prompt_to_a_recipe_with_another_prompt_as_baseline(server):
     store = open_store(server.base / "models" / "difflens_activations" / "by prompt")
     found = store.activations().part(0, 4).values.float()
     torch.testing.assert_close(found, keep.taken().movedim(-1, 2).float(), atol=2e-2, rtol=2e-2)
+
+
+def test_a_recipe_is_learned_from_twins_whose_prompts_differ_in_a_word(server):
+    """Twins of the server start from one noise, and what Attribute Features makes of them steers as in the core."""
+    graph, count = Prompts(8), 48
+    prompts = graph.add("DiffLensPrompts", clip=graph.model[1], text="portrait of a man\nportrait of a woman")
+    captured = graph.add(
+        "DiffLensCapture", model=graph.model[0], positive=prompts[0], latent_image=graph.latent[0], vae=graph.model[2],
+        pictures=count, steps=STEPS, sampler_name="euler", scheduler="simple", seed=SEED, site="middle_block",
+        negative=graph.text("")[0], cfg=CFG, save_as="twins", twins=2,
+    )  # fmt: skip
+    sae = graph.add("DiffLensLoadSAE", sae_name="prompted_avatars.safetensors", site="")
+    # One that reads nothing but presentation: of few pictures hardly any two have all else alike.
+    classifier = graph.add("DiffLensLoadClassifier", classifier_name="presentation.safetensors", face_detector="none")
+    whole = load_classifier(FILES / "difflens_classifiers" / "prompted_avatars.safetensors")
+    alone = AttributeClassifier({"presentation": whole.attributes["presentation"]})
+    alone.load_state_dict({name: whole.state_dict()[name] for name in alone.state_dict()})
+    save_classifier(server.base / "models" / "difflens_classifiers" / "presentation.safetensors", alone, {})
+    labels = graph.add("DiffLensClassify", images=captured[1], classifier=classifier[0], attribute="presentation")
+    probes = graph.add("DiffLensTrainProbes", activations=captured[0], sae=sae[0], labels=labels[0])
+    found = graph.add(
+        "DiffLensAttribute", model=graph.model[0], activations=captured[0], sae=sae[0], probes=probes[0],
+        labels=labels[0], method="class mean difference", features_per_class=40,
+    )  # fmt: skip
+    graph.add("DiffLensSaveRecipe", recipe=found[0], name="twins")
+    table = graph.add("PreviewAny", source=found[2])
+    steered = graph.draw("a doctor", model=steer(graph, None, graph.model[0], found[0], "feminine"))
+    entry = server.run(to_api(graph))
+    assert "of the same noise that differ in their class alone" in entry["outputs"][str(table.id)]["text"][0]
+    models = server.base / "models"
+    store = open_store(models / "difflens_activations" / "twins")
+    assert store.activations().twins == 2
+    model, text = load_prompted(FILES / "difflens_models" / "prompted_avatars.safetensors")
+    guidance = Guidance(text.encode(["portrait of a man", "portrait of a woman"] * 4), text.encode([""]), CFG)
+    expected = sample(model, start_noise(count // 2, SEED)[:4].repeat_interleave(2, dim=0), STEPS, guidance=guidance)
+    torch.testing.assert_close(store.samples()[:8].clamp(-1, 1), expected, atol=1e-2, rtol=0)
+    recipe = load_recipe(next((models / "difflens_recipes").glob("twins*.safetensors")))
+    asked = Targets(recipe.attribute, recipe.classes, (0.0, 1.0))
+    drawn = latents(server, entry, steered).clamp(-1, 1)
+    guidance = Guidance(text.encode(["a doctor"]), text.encode([""]), CFG)
+    expected = sample(model, start_noise(8, SEED), STEPS, [Steering(recipe, asked.of)], guidance=guidance)
+    torch.testing.assert_close(drawn, expected, atol=1e-2, rtol=0)
 
 
 def test_a_model_of_any_size_draws_what_the_core_draws_and_refuses_what_it_cannot(server, toys):

@@ -68,7 +68,7 @@ def test_recipes_of_several_sites_of_whole_maps_and_without_levels(toys, tmp_pat
 
 def test_what_no_direction_can_do_is_refused(toys, tmp_path):
     frame = FrameProbes(torch.zeros(3, 4, C), torch.zeros(3, 4))
-    with pytest.raises(DiffLensError, match="age follows the subject of a picture, and a direction does not move"):
+    with pytest.raises(DiffLensError, match="age goes by where things are in a picture, and a direction does not move"):
         save_directions(tmp_path / "d.safetensors", replace(toys.recipe(), frame=frame))
     written(tmp_path / "incr-gaussian_ot-mean", gaussian())
     with pytest.raises(DiffLensError, match="has one class and goes by what it finds in a picture .mode move."):
