@@ -78,10 +78,13 @@ def of(loader: Callable[[Path], object], name: str = FILE) -> Callable[[Path], o
 
 
 def rich_recipe() -> steer.Recipe:
-    """A recipe with all that one can have: traits, a frame, weights, a map."""
+    """A recipe with all that one can have: traits, a frame, changes, weights, a map."""
     recipe = replace(toys.recipe(), levels=toys.levels(), map=(2, 2), weight=torch.ones(5))
     frame = locate.FrameProbes(torch.randn(3, 4, 6), torch.randn(3, 4))
-    return replace(recipe, frame=frame, info={"scores": [1.0] * 5, "named": {"0": {"name": "beard", "group": "hair"}}})
+    draw = toys.random(8)
+    changes = locate.Changes(draw(4, 5, 6), draw(6, 5), draw(6), draw(3, 3, 4))
+    recipe = replace(recipe, frame=frame, changes=changes)
+    return replace(recipe, info={"scores": [1.0] * 5, "named": {"0": {"name": "beard", "group": "hair"}}})
 
 
 def old_recipe(folder: Path) -> None:
