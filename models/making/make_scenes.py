@@ -384,8 +384,8 @@ at least {r[success]:.0%} of its pictures, on {r[tuning_pictures]} pictures of t
 {recipes}
 
 ## Limits
-- There is no recipe for age: one from the same twins turned 88 of 100 pictures of doctors, but only 58 of 100 kept their
-  skin tone.
+- There is no recipe for age: one from the same twins turned 88 of 100 pictures of doctors, but only 58 of 100 kept
+  their skin tone.
 - The recipe was made on figures of 48 pixels and more. Smaller ones, in pictures 64 pixels high, it turns less often
   ([results](../../docs/results.md#people-in-scenes)).
 - One figure a picture. It stands in steps of 8 pixels, and its size goes in steps of 16.
