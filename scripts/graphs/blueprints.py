@@ -19,7 +19,7 @@ def find_and_debias() -> Subgraph:
     captured = inside.add(
         "DiffLensCapture", None, **drawn, pictures=Inlet("pictures", 256), seed=0, site=Inlet("site", "middle_block"),
         start_percent=0.0, end_percent=1.0, dtype="float16", save_as="", attribute=attribute,
-        per_class=Inlet("per_class", 100),
+        per_class=Inlet("per_class", 100), twins=1,
     )  # fmt: skip
     labels = inside.add("DiffLensClassify", None, images=captured[1], classifier=classifier, attribute=attribute)
     found = find_features(

@@ -36,7 +36,7 @@ def find_the_bias_features() -> Graph:
         "DiffLensCapture", None, model=model[0], positive=model[1], latent_image=batch[0], vae=model[2],
         pictures=256, steps=20, sampler_name="euler", scheduler="simple", seed=0, site="middle_block",
         start_percent=0.0, end_percent=1.0, dtype="float16", save_as="", cfg=1.0, classifier=classifier[0],
-        attribute="presentation", per_class=100,
+        attribute="presentation", per_class=100, twins=1,
     )  # fmt: skip
     labels = graph.add("DiffLensClassify", None, images=captured[1], classifier=classifier[0], attribute="presentation")
     found = find_features(graph, model[0], captured, labels, latents=1024, steps=1500, batch_size=2048, save_as="")
@@ -128,7 +128,7 @@ def which_features_count() -> Graph:
     captured = graph.add(
         "DiffLensCapture", None, model=model[0], positive=model[1], latent_image=batch[0], vae=model[2], pictures=64,
         steps=10, sampler_name="euler", scheduler="simple", seed=2, site="middle_block", start_percent=0.0,
-        end_percent=1.0, dtype="float16", save_as="", cfg=1.0, attribute="presentation", per_class=100,
+        end_percent=1.0, dtype="float16", save_as="", cfg=1.0, attribute="presentation", per_class=100, twins=1,
     )  # fmt: skip
     labels = graph.add("DiffLensClassify", None, images=captured[1], classifier=classifier[0], attribute="presentation")
     graph.column()

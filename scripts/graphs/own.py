@@ -47,7 +47,7 @@ def your_own_model() -> Graph:
     captured = graph.add(
         "DiffLensCapture", None, **drawn, pictures=400, steps=20, seed=0, site="middle_block", start_percent=0.0,
         end_percent=1.0, dtype="float16", save_as="my_model", classifier=classifier[0], attribute=ATTRIBUTE,
-        per_class=100,
+        per_class=100, twins=1,
     )  # fmt: skip
     labels = graph.add("DiffLensClassify", None, images=captured[1], classifier=classifier[0], attribute=ATTRIBUTE)
     found = find_features(
