@@ -7,7 +7,7 @@ import pytest
 import torch
 from what_is_seen import read
 
-from difflens_core.activations import Activations, Kept, edit_site
+from difflens_core.activations import Activations, Kept, Shown, edit_site
 from difflens_core.classifiers import load_classifier
 from difflens_core.files import made_by
 from difflens_core.measure.fairness import kept_share
@@ -114,5 +114,5 @@ def test_recipes_and_sae_belong_to_the_shipped_model(model):
 def test_every_shipped_recipe_and_control_steers_without_an_sae(file):
     recipe = load_recipe(file)
     h = torch.randn(2, 256, 8, 8, generator=torch.Generator().manual_seed(5))
-    edited = Steering(recipe, lambda images: images % len(recipe.classes))(h, 0.5, torch.arange(2))
+    edited = Steering(recipe, lambda images: images % len(recipe.classes))(h, 0.5, torch.arange(2), Shown(h, 0.95))
     assert edited.isfinite().all() and not torch.equal(edited, h)

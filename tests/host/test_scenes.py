@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 import torch
-from graphs import FOLDER, Node, steer, to_api
+from graphs import FOLDER, Node, sampler, steer, to_api
 from small_graphs import latents
 from test_prompted import CFG, SEED, STEPS, Prompts
 
+from difflens_core.classifiers import load_classifier
 from difflens_core.networks import Guidance, load_prompted, sample, start_noise
 from difflens_core.steer import Steering, load_recipe
 from difflens_core.targets import Targets
@@ -47,3 +48,50 @@ def test_at_sizes_that_the_recipe_was_not_made_on_stock_nodes_draw_what_the_core
     for node, edits in zip(saved, ([], [Steering(recipe, asked.of)]), strict=True):
         expected = sample(model, start_noise(PICTURES, SEED, height, width), STEPS, edits, guidance=guidance)
         torch.testing.assert_close(latents(server, entry, node).clamp(-1, 1), expected, atol=1e-2, rtol=0)
+
+
+def test_a_second_pass_at_another_size_turns_with_the_same_recipe(server):
+    """Hires fix: drawn small, made larger, drawn on at the new size; the recipe was made on neither size."""
+    shutil.copytree(FILES, server.base / "models", dirs_exist_ok=True)
+    graph = Scenes(64, 64)
+    graph.latent.inputs["batch_size"] = 8
+    saved = []
+    for model in (graph.model, graph.steered):
+        first = sampler(graph, None, model[0], graph.text(PROMPT)[0], graph.latent, SEED, graph.text("")[0], CFG)
+        larger = graph.add("LatentUpscaleBy", samples=first[0], upscale_method="bilinear", scale_by=1.5)
+        second = sampler(graph, None, model[0], graph.text(PROMPT)[0], larger, SEED, graph.text("")[0], CFG)
+        first.inputs["steps"], second.inputs["steps"], second.inputs["denoise"] = 10, 10, 0.6
+        saved.append(graph.add("SaveLatent", samples=second[0], filename_prefix="latents/hires"))
+    entry = server.run(to_api(graph))
+    classifier = load_classifier(FILES / "difflens_classifiers" / "scenes.safetensors")
+    shown = []
+    for node in saved:
+        drawn = latents(server, entry, node).clamp(-1, 1)
+        assert drawn.shape == (8, 3, 96, 96)
+        shown.append(classifier.classify(drawn.movedim(1, -1) / 2 + 0.5))
+    plain, steered = (float(of["presentation"].argmax(1).float().mean()) for of in shown)
+    assert plain <= 0.25 and steered >= 0.75, (plain, steered)
+    kept = (shown[0]["background"].argmax(1) == shown[1]["background"].argmax(1)).float().mean()
+    assert kept >= 0.75
+
+
+def test_prompts_for_areas_are_steered_by_it(server):
+    shutil.copytree(FILES, server.base / "models", dirs_exist_ok=True)
+    graph = Scenes(128, 96)
+    saved = []
+    for model in (graph.model, graph.steered):
+        # Areas are told in units of 8 to a latent's pixel, and a pixel of this model's latents is one of the picture.
+        area = graph.add(
+            "ConditioningSetArea", conditioning=graph.text("a nurse, close, left")[0], width=512, height=768, x=512,
+            y=0, strength=1.0,
+        )  # fmt: skip
+        both = graph.add(
+            "ConditioningCombine", conditioning_1=graph.text("a doctor, close, left")[0], conditioning_2=area[0]
+        )
+        drawn = sampler(graph, None, model[0], both[0], graph.latent, SEED, graph.text("")[0], CFG)
+        drawn.inputs["steps"] = STEPS
+        saved.append(graph.add("SaveLatent", samples=drawn[0], filename_prefix="latents/areas"))
+    entry = server.run(to_api(graph))
+    plain, steered = (latents(server, entry, node) for node in saved)
+    change = (steered - plain).abs().mean(dim=1)
+    assert torch.isfinite(steered).all() and change[:, :, :64].mean() > 0.01 and change[:, :, 64:].mean() > 0.01
