@@ -84,7 +84,7 @@ def fit_changes(
     labels: Tensor,
     classes: tuple[str, ...],
     others: Labelled,
-    on_step: Callable[[int], None] = lambda step: None,
+    on_batch: Callable[[int], None] = lambda done: None,
 ) -> Changes:
     """Changes by pairs of pictures that were drawn from the same noise, of activations whose `twins` are 2 or more.
 
@@ -98,7 +98,7 @@ def fit_changes(
     follows one regression for each class k of what is to change, over all captured pictures: by w_kl where class l is
     shown, by nothing where k is. So a change leaves alone what is there already. The coefficients of all steps and
     classes are put into few patterns of z, each of variance 1, and few maps of these (`in_few_maps`).
-    Raises `DiffLensError` if two classes have fewer pairs than `SUPPORT`.
+    on_batch is told how many pictures were read. Raises `DiffLensError` if two classes have fewer pairs than `SUPPORT`.
     """
     first, second = alike_pairs(labels, activations.twins, others)
     check_pairs(labels[first], labels[second], activations.twins, classes)
@@ -109,7 +109,7 @@ def fit_changes(
             activations.part(start, stop), normalisation, rows_of, labels[start:stop], first[own] - start,
             second[own] - start,
         )  # fmt: skip
-        on_step(stop)
+        on_batch(stop)
     coefficients, products = sums.solved()
     return in_patterns(SHARE * coefficients.float(), products.float())
 

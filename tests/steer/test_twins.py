@@ -183,3 +183,19 @@ def test_drawn_held_it_reads_the_first_drawing(recipe, maps):
 
     drawn = draw_held(draw, [edit])
     assert torch.equal(seen[2], h) and not torch.equal(drawn, h)
+
+
+def test_making_it_can_be_cancelled_while_pairs_are_read(toys):
+    activations, labels = captured(toys)
+    sae = toys.sae()
+    probes = train_probes(activations, sae, labels, "kind", ("a", "b"))
+    found, told = attribute_features(activations, sae, probes, labels), []
+
+    def cancel(step: int) -> None:
+        told.append(step)
+        if len(told) > 3:  # the three steps of the levels come first
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_recipe(found, sae, probes, activations, labels, {}, 6, on_step=cancel)
+    assert told == [1, 2, 3, 3]
