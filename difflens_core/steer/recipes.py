@@ -86,7 +86,8 @@ class Recipe:
                 f"recipe for {self.attribute}: mode {self.mode!r} needs class levels, and this recipe has none. Use "
                 f"one of {', '.join(WITHOUT_LEVELS)}, or a recipe from Attribute Features."
             )
-        if self.mode == TWIN and (self.further or not self.changes):
+        of_twins = any(part.changes for part in (self, *self.further))
+        if (self.mode == TWIN and not self.changes) or (self.further and (of_twins or self.mode == TWIN)):
             raise DiffLensError(
                 f"recipe for {self.attribute}: mode twin is for recipes of one site from pictures that were captured "
                 "as twins, of the same noise. Use mode shift, or capture twins and attribute again."

@@ -103,6 +103,8 @@ def test_it_must_hold_and_says_so(recipe, maps):
         replace(recipe, changes=None)
     with pytest.raises(DiffLensError, match="mode twin is for recipes of one site"):
         joined(recipe, replace(recipe, site="other"))
+    with pytest.raises(DiffLensError, match="mode twin is for recipes of one site"):
+        joined(replace(recipe, site="other", mode="shift", changes=None), recipe)  # its levels know no place
     with pytest.raises(DiffLensError, match="only recipes of one site can hold at once"):
         Steering(recipe, lambda images: TARGET[images])(maps[0], 0.0, torch.arange(2))
     with pytest.raises(DiffLensError, match="goes by where things are in a picture, and a direction does not move"):
