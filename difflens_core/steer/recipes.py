@@ -92,6 +92,12 @@ class Recipe:
                 f"recipe for {self.attribute}: mode twin is for recipes of one site from pictures that were captured "
                 "as twins, of the same noise. Use mode shift, or capture twins and attribute again."
             )
+        if self.changes and self.mode not in (*WITHOUT_LEVELS, TWIN):
+            raise DiffLensError(
+                f"recipe for {self.attribute}: it was learned from twins and knows no levels of single positions, by "
+                f"which mode {self.mode!r} goes. Leave the mode that the recipe brings, or use one of "
+                f"{', '.join(WITHOUT_LEVELS)}."
+            )
         if self.mode == TWIN and not self.hold:
             raise DiffLensError(
                 f"recipe for {self.attribute}: mode twin looks at the finished picture before it changes it, so hold "

@@ -99,6 +99,8 @@ def test_a_batch_changes_as_its_pictures_do_alone(recipe, maps):
 def test_it_must_hold_and_says_so(recipe, maps):
     with pytest.raises(DiffLensError, match="mode twin looks at the finished picture before it changes it, so hold"):
         with_settings(recipe, hold=False)
+    with pytest.raises(DiffLensError, match="knows no levels of single positions, by which mode 'shift' goes. Leave"):
+        with_settings(recipe, mode="shift")
     with pytest.raises(DiffLensError, match="mode twin is for recipes of one site from pictures that were captured as"):
         replace(recipe, changes=None)
     with pytest.raises(DiffLensError, match="mode twin is for recipes of one site"):
