@@ -17,14 +17,14 @@ from .graph import Graph, Link, Node, to_api
 from .own import your_own_model
 from .paper import paper_stable_diffusion, paper_unconditional
 from .pieces import load_classifier, load_model, sampler, steer
-from .steering import debias_a_prompt, debias_the_avatars, dose_response, start_here, three_attributes_at_once
+from .steering import any_size, debias_a_prompt, debias_the_avatars, dose_response, start_here, three_attributes_at_once
 
 FOLDER, BLUEPRINTS = REPOSITORY / "workflows", REPOSITORY / "subgraphs"
 SUBGRAPHS = (find_and_debias,)
 GRAPHS = (
     start_here, debias_the_avatars, find_the_bias_features, dose_response, debias_a_prompt, paper_unconditional,
     paper_stable_diffusion, three_attributes_at_once, where_is_it_decided, which_features_count,
-    why_does_it_not_work, your_own_model,
+    why_does_it_not_work, your_own_model, any_size,
 )  # fmt: skip
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Link",
     "Node",
     "SUBGRAPHS",
+    "any_size",
     "load_classifier",
     "load_model",
     "sampler",

@@ -107,11 +107,17 @@ def before_and_after(graph: Graph, model: Node, recipe: Node, classifier: Node, 
     )
 
 
-def draw_twice(seed: int, pictures: int, prompted: bool) -> Subgraph:
-    """One node that draws with two models from the same noise: of `prompted`, guided away from no prompt at cfg 2."""
-    inside = Graph("Draw before and after" if prompted else "Draw before and after, without a prompt", first_id=101)
+def draw_twice(seed: int, pictures: int, prompted: bool, sized: bool = False) -> Subgraph:
+    """One node that draws with two models from the same noise: of `prompted`, guided away from no prompt at cfg 2.
+
+    sized: width and height are inputs, else 64.
+    """
+    how = ", of any size" if sized else "" if prompted else ", without a prompt"
+    inside = Graph(f"Draw before and after{how}", first_id=101)
     inside.group("")
-    latent = inside.add("EmptyLatentImage", None, width=64, height=64, batch_size=Inlet("pictures", pictures))
+    sides = ("width", "height")
+    size = {side: Inlet(side, 64) if sized else 64 for side in sides}
+    latent = inside.add("EmptyLatentImage", None, **size, batch_size=Inlet("pictures", pictures))
     positive = negative = Inlet("prompt")
     if prompted:
         negative = inside.add("CLIPTextEncode", "No prompt, to guide away from", text="", clip=Inlet("clip"))[0]
@@ -122,7 +128,8 @@ def draw_twice(seed: int, pictures: int, prompted: bool) -> Subgraph:
     ]
     inside.column()
     before, after = (inside.add("VAEDecode", None, samples=node[0], vae=Inlet("vae")) for node in drawn)
-    inputs = ("model", "steered", "prompt", *(["clip"] if prompted else []), "vae", "seed", "pictures")
+    clip, more = ["clip"] if prompted else [], sides if sized else []
+    inputs = ("model", "steered", "prompt", *clip, "vae", "seed", "pictures", *more)
     return Subgraph(
         inside, inputs, {"before": before[0], "after": after[0]},
         "Draws the same pictures with two models: the same seed, the same prompt, the same settings.",

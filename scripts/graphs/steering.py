@@ -217,3 +217,50 @@ def three_attributes_at_once() -> Graph:
     graph.column()
     graph.add("PreviewAny", "The matrix", source=cross[0])
     return graph
+
+
+def any_size() -> Graph:
+    graph = Graph("12 any size")
+    graph.group("Start here")
+    graph.note(
+        "# One recipe, people anywhere\n\n"
+        "This small model draws people in scenes: one figure, small or large, anywhere in the picture. **Prompt List** "
+        "asks for doctors at eight places, one prompt a picture.\n\n"
+        "Press **Run**. Pictures of three shapes are drawn twice from the same noise: as the model likes, and behind "
+        "**Debias**. Its recipe was learned from twins, pictures of the same noise by prompts that differ in one word, "
+        "all 64 wide and 96 high. It sees in each picture what to change where; the room should stay.\n\n"
+        "**Try next**\n"
+        "- *nurse* or *firefighter* in the prompts, or several of them\n"
+        "- *width* and *height* in *Draw before and after*: multiples of 8\n\n"
+        "Small figures turn less often than large ones, and soft edges show where long hair comes or goes. The model "
+        "is in DiffLens' repository alone, not in the package of the Registry.\n\n"
+        f"{NOT_A_PERSON}"
+    )
+    graph.group("Model, recipe and classifier")
+    model = graph.add("DiffLensLoadPromptedModel", None, model_name="scenes.safetensors")
+    steered = debias(graph, model[0], "scenes_presentation.safetensors")
+    classifier = load_classifier(graph, "scenes.safetensors")
+    graph.column()
+    places = ("wide, left", "wide, middle", "wide, right", "medium, left", "medium, middle", "medium, right",
+              "close, middle", "close, middle")  # fmt: skip
+    prompts = graph.add(
+        "DiffLensPrompts", "A prompt a picture", clip=model[1], text="\n".join(f"a doctor, {place}" for place in places)
+    )
+    twice = draw_twice(7, 16, prompted=True, sized=True)
+    for name, width, height in (("Square", 64, 64), ("Tall", 64, 96), ("Wide", 128, 96)):
+        graph.group(f"{name}: {width} x {height}")
+        drawn = graph.add(
+            twice, f"Draw {name.lower()} pictures before and after", model=model[0], steered=steered[0],
+            prompt=prompts[0], clip=model[1], vae=model[2], seed=7, pictures=16, width=width, height=height,
+        )  # fmt: skip
+        graph.column()
+        grid = compare(graph, [drawn[0], drawn[1]], ["Before", "After"], 8, f"{name}, before and after")
+        graph.save(f"Save the {name.lower()} comparison", grid[0], f"difflens/comparison {name.lower()}")
+        graph.column()
+        report = report_on(
+            graph, f"{name}, measured", classifier[0], "as asked", "as asked", drawn[0], drawn[1], steered[1],
+            f"difflens/report {name.lower()}",
+        )  # fmt: skip
+        graph.column()
+        graph.add("PreviewAny", f"{name}: the report in words", source=report[0])
+    return graph

@@ -22,6 +22,7 @@ NAMES = (
     "05 paper unconditional", "06 paper Stable Diffusion", "07 three attributes at once", "08 where is it decided",
     "09 which features count", "10 why does it not work", "11 your own model",
 )  # fmt: skip
+OF_SCENES = "12 any size"  # whose model is not in the registry's archive, so that it is not either
 
 
 def api_file(name: str) -> dict:

@@ -8,11 +8,12 @@ import torch
 
 from difflens_core.activations import open_store
 from difflens_core.commands import main
+from difflens_core.commands.pictures import read_folder
 from difflens_core.sae import load_sae
 from difflens_core.steer import load_recipe
 
 AVATARS = Path(__file__).resolve().parents[2] / "models" / "avatars"
-PICTURES, STEPS, BATCH, LATENTS, K, TRAINED, FEATURES = 32, 4, 8, 64, 8, 20, 8
+PICTURES, STEPS, BATCH, LATENTS, K, TRAINED, FEATURES, DRAWN = 32, 4, 8, 64, 8, 20, 8, 16
 STUDY = f"""
 model = "{AVATARS.as_posix()}/difflens_models/avatars.safetensors"
 classifier = "{AVATARS.as_posix()}/difflens_classifiers/avatars.safetensors"
@@ -23,6 +24,7 @@ batch = {BATCH}
 capture = {{ pictures = {PICTURES} }}
 train = {{ latents = {LATENTS}, k = {K}, steps = {TRAINED}, batch = 256 }}
 attribution = {{ features_per_class = {FEATURES} }}
+steer = {{ pictures = {DRAWN} }}
 """
 
 
@@ -62,3 +64,20 @@ def test_commands_and_nodes_find_the_same(inside, tmp_path, capsys):
     found = load_recipe(made / "found.safetensors")
     assert table in printed["attribute"] and found.features.tolist() == recipe.features.tolist()
     assert found.model == recipe.model and (found.start, found.end) == (recipe.start, recipe.end)
+
+    assert main(["steer", str(study)]) == 0
+    told, sampling = capsys.readouterr().out, (STEPS, "euler", "simple", 1, "middle_block")
+    steered, targets = node("nodes.steer").Steer.execute(
+        model, found, "uniform", 1.0, "from recipe", 0.0, 1.0, 1, 0
+    ).result  # fmt: skip
+    before, after = (
+        node("nodes.capture").CaptureActivations.execute(of, *sampled[1:], DRAWN, *sampling).result[1]
+        for of in (model, steered)
+    )
+    for folder, pictures in (("before", before), ("after", after)):
+        drawn = torch.from_numpy(read_folder(made / folder)).float() / 255
+        assert (drawn - pictures).abs().max() < 0.02 and (drawn - pictures).abs().mean() < 2e-3
+    report = node("nodes.report").FairnessReport.execute(
+        classifier, "expression", "uniform", before, after, targets
+    )  # fmt: skip
+    assert report.result[0].partition("\n")[0] in told

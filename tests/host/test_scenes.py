@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 import torch
-from graphs import FOLDER, Node, sampler, steer, to_api
-from small_graphs import latents
+from graphs import FOLDER, Node, any_size, sampler, steer, to_api, to_ui
+from small_graphs import OF_SCENES, api_file, find, latents
 from test_prompted import CFG, SEED, STEPS, Prompts
 
 from difflens_core.classifiers import load_classifier
@@ -18,6 +19,12 @@ from difflens_core.targets import Targets
 FILES = FOLDER.parent / "models" / "scenes"
 PICTURES = 2
 PROMPT = "a doctor, medium, middle"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files(server):
+    """They are not in the registry's archive."""
+    shutil.copytree(FILES, server.base / "models", dirs_exist_ok=True, ignore=shutil.ignore_patterns(".work"))
 
 
 class Scenes(Prompts):
@@ -37,7 +44,6 @@ class Scenes(Prompts):
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (96, 64)])
 def test_at_sizes_that_the_recipe_was_not_made_on_stock_nodes_draw_what_the_core_draws(server, width, height):
-    shutil.copytree(FILES, server.base / "models", dirs_exist_ok=True)  # they are not in the registry's archive
     graph = Scenes(width, height)
     saved = graph.both()
     entry = server.run(to_api(graph))
@@ -52,7 +58,6 @@ def test_at_sizes_that_the_recipe_was_not_made_on_stock_nodes_draw_what_the_core
 
 def test_a_second_pass_at_another_size_turns_with_the_same_recipe(server):
     """Hires fix: drawn small, made larger, drawn on at the new size; the recipe was made on neither size."""
-    shutil.copytree(FILES, server.base / "models", dirs_exist_ok=True)
     graph = Scenes(64, 64)
     graph.latent.inputs["batch_size"] = 8
     saved = []
@@ -76,7 +81,6 @@ def test_a_second_pass_at_another_size_turns_with_the_same_recipe(server):
 
 
 def test_prompts_for_areas_are_steered_by_it(server):
-    shutil.copytree(FILES, server.base / "models", dirs_exist_ok=True)
     graph = Scenes(128, 96)
     saved = []
     for model in (graph.model, graph.steered):
@@ -95,3 +99,19 @@ def test_prompts_for_areas_are_steered_by_it(server):
     plain, steered = (latents(server, entry, node) for node in saved)
     change = (steered - plain).abs().mean(dim=1)
     assert torch.isfinite(steered).all() and change[:, :, :64].mean() > 0.01 and change[:, :, 64:].mean() > 0.01
+
+
+def test_the_workflow_is_what_its_description_makes_and_turns_pictures_of_three_sizes(server):
+    graph, prompt = any_size(), api_file(OF_SCENES)
+    written = json.loads((FOLDER / f"{OF_SCENES}.json").read_text(encoding="utf-8"))
+    assert written == to_ui(graph, server.object_info()) and prompt == to_api(graph)
+    for node in prompt.values():
+        if node["class_type"] == "EmptyLatentImage":
+            node["inputs"]["batch_size"] = 8
+    entry = server.run(prompt, timeout=600)
+    for shape in ("square", "tall", "wide"):
+        (told,) = entry["outputs"][find(prompt, "DiffLensReport", save_as=f"difflens/report {shape}")]["json"]
+        found = json.loads(told)
+        before, after = found["before"]["fd"], found["after"]["fd"]
+        assert found["n"] == 8 and before > 0.3 and after < 0.6 * before  # one picture of eight is .09
+        assert found["kept"]["occupation"] >= 0.8 and found["kept"]["background"] >= 0.8
