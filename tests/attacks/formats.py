@@ -83,7 +83,7 @@ def rich_recipe() -> steer.Recipe:
     frame = locate.FrameProbes(torch.randn(3, 4, 6), torch.randn(3, 4))
     draw = toys.random(8)
     changes = locate.Changes(draw(4, 5, 6), draw(6, 5), draw(6), draw(3, 3, 4))
-    recipe = replace(recipe, frame=frame, changes=changes)
+    recipe = replace(recipe, frame=frame, changes=changes, mode="twin", hold=True)
     return replace(recipe, info={"scores": [1.0] * 5, "named": {"0": {"name": "beard", "group": "hair"}}})
 
 
