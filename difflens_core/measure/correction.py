@@ -19,6 +19,7 @@ from .fairness import fairness_discrepancy, one_hot
 from .intervals import DRAWS, bootstrap_means, distance_interval, fd_interval, share_intervals
 
 CONDITION_LIMIT = 10.0
+NARROWEST = 1e-4  # of an interval within 0..1; what is left of a narrower one says nothing
 """Largest condition number. Relative errors of the shares grow by up to as much: at 10 a set of pictures may tell no
 more than one a hundredth of its size. For two classes with the same accuracy a it is 1 / (2a - 1): 10 means 0.55."""
 
@@ -128,7 +129,7 @@ def correct_for_errors(
     draws = corrected_draws(hard, confusion, strata, seed)
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     fd_low, fd_high = distance_interval(shares, draws, target)
-    plausible = bool((high > 0).all() and (low < 1).all())
+    plausible = bool((np.ptp(np.clip([low, high], 0, 1), axis=0) > NARROWEST).all())
     if not plausible:  # the interval lies outside of 0..1: stretch it to what is true if the classifier makes no errors
         found, found_fd = share_intervals(labels, len(classes), strata), fd_interval(hard, target, strata)
         low, high = np.minimum(low, found[:, 0]), np.maximum(high, found[:, 1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
@@ -146,6 +146,7 @@ def test_shares_that_cannot_come_from_the_errors_counted_are_marked_and_keep_som
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 60), min_size=3, max_size=3).filter(any), st.integers(0, 10_000))
+@example([0, 0, 24], 24)  # an interval of which next to nothing lies above 0
 def test_no_interval_is_a_point_or_leaves_out_the_corrected_figure(counts, seed):
     rng = np.random.default_rng(seed)
     confusion = np.array([rng.multinomial(30, 0.7 * np.eye(3)[i] + 0.3 * rng.dirichlet(np.ones(3))) for i in range(3)])
