@@ -19,9 +19,9 @@ from .fairness import fairness_discrepancy, one_hot
 from .intervals import DRAWS, bootstrap_means, distance_interval, fd_interval, share_intervals
 
 CONDITION_LIMIT = 10.0
-NARROWEST = 1e-4  # of an interval within 0..1; what is left of a narrower one says nothing
 """Largest condition number. Relative errors of the shares grow by up to as much: at 10 a set of pictures may tell no
 more than one a hundredth of its size. For two classes with the same accuracy a it is 1 / (2a - 1): 10 means 0.55."""
+NARROWEST = 1e-4  # of an interval within 0..1; what is left of a narrower one says nothing
 
 
 def parse_confusion(text: str, classes: tuple[str, ...]) -> np.ndarray:

@@ -14,6 +14,25 @@ def debias(graph: Graph, model: Link, recipe: str) -> Node:
     )
 
 
+def prompted(graph: Graph, name: str) -> tuple[Node, Node, Node]:
+    """A shipped model that draws by prompt, the model behind its recipe for presentation, and its classifier."""
+    graph.group("Model, recipe and classifier")
+    model = graph.add("DiffLensLoadPromptedModel", None, model_name=f"{name}.safetensors")
+    steered = debias(graph, model[0], f"{name}_presentation.safetensors")
+    return model, steered, load_classifier(graph, f"{name}.safetensors")
+
+
+def measured(graph: Graph, name: str, classifier: Node, drawn: Node, steered: Node) -> None:
+    """A column with the report on pictures of `draw_twice`, and one with it in words."""
+    graph.column()
+    report = report_on(
+        graph, f"{name}, measured", classifier[0], "as asked", "as asked", drawn[0], drawn[1], steered[1],
+        f"difflens/report {name.lower()}",
+    )  # fmt: skip
+    graph.column()
+    graph.add("PreviewAny", f"{name}: the report in words", source=report[0])
+
+
 def start_here() -> Graph:
     graph = Graph("00 start DiffLens, fairness and diversity")
     graph.group("Start here")
@@ -136,10 +155,7 @@ def debias_a_prompt() -> Graph:
         "- another *cfg*, inside *Draw before and after*: more guidance, more bias\n\n"
         f"{NOT_A_PERSON}"
     )
-    graph.group("Model, recipe and classifier")
-    model = graph.add("DiffLensLoadPromptedModel", None, model_name="prompted_avatars.safetensors")
-    steered = debias(graph, model[0], "prompted_avatars_presentation.safetensors")
-    classifier = load_classifier(graph, "prompted_avatars.safetensors")
+    model, steered, classifier = prompted(graph, "prompted_avatars")
     twice, rows = draw_twice(7, 16, prompted=True), {}
     for job in jobs:
         graph.group(job.title())
@@ -149,13 +165,7 @@ def debias_a_prompt() -> Graph:
             vae=model[2], seed=7, pictures=16,
         )  # fmt: skip
         rows |= {f"{job.title()}, before": drawn[0], f"{job.title()}, after": drawn[1]}
-        graph.column()
-        report = report_on(
-            graph, f"{job.title()}, measured", classifier[0], "as asked", "as asked", drawn[0], drawn[1], steered[1],
-            f"difflens/report {job}",
-        )  # fmt: skip
-        graph.column()
-        graph.add("PreviewAny", f"{job.title()}: the report in words", source=report[0])
+        measured(graph, job.title(), classifier, drawn, steered)
     graph.group("All side by side")
     grid = compare(graph, [*rows.values()], [*rows], 16)
     graph.save("Save the comparison", grid[0], "difflens/comparison")
@@ -236,10 +246,7 @@ def any_size() -> Graph:
         "is in DiffLens' repository alone, not in the package of the Registry.\n\n"
         f"{NOT_A_PERSON}"
     )
-    graph.group("Model, recipe and classifier")
-    model = graph.add("DiffLensLoadPromptedModel", None, model_name="scenes.safetensors")
-    steered = debias(graph, model[0], "scenes_presentation.safetensors")
-    classifier = load_classifier(graph, "scenes.safetensors")
+    model, steered, classifier = prompted(graph, "scenes")
     graph.column()
     places = ("wide, left", "wide, middle", "wide, right", "medium, left", "medium, middle", "medium, right",
               "close, middle", "close, middle")  # fmt: skip
@@ -256,11 +263,5 @@ def any_size() -> Graph:
         graph.column()
         grid = compare(graph, [drawn[0], drawn[1]], ["Before", "After"], 8, f"{name}, before and after")
         graph.save(f"Save the {name.lower()} comparison", grid[0], f"difflens/comparison {name.lower()}")
-        graph.column()
-        report = report_on(
-            graph, f"{name}, measured", classifier[0], "as asked", "as asked", drawn[0], drawn[1], steered[1],
-            f"difflens/report {name.lower()}",
-        )  # fmt: skip
-        graph.column()
-        graph.add("PreviewAny", f"{name}: the report in words", source=report[0])
+        measured(graph, name, classifier, drawn, steered)
     return graph
