@@ -242,9 +242,9 @@ def any_size() -> Graph:
         "**Try next**\n"
         "- *nurse* or *firefighter* in the prompts, or several of them\n"
         "- *width* and *height* in *Draw before and after*: multiples of 8\n\n"
-        "Small figures turn less often than large ones. Where long hair comes or goes it leaves smears, some of them dark "
-        "and over part of the face. The model "
-        "is in DiffLens' repository alone, not in the package of the Registry.\n\n"
+        "Small figures turn less often than large ones. Where long hair comes or goes it leaves smears, some of "
+        "them dark and over part of the face. The model is in DiffLens' repository alone, not in the package of the "
+        "Registry.\n\n"
         f"{NOT_A_PERSON}"
     )
     model, steered, classifier = prompted(graph, "scenes")
