@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -17,6 +18,24 @@ from playwright.sync_api import Browser, Page, sync_playwright
 SCREEN = {"width": 1600, "height": 1000}
 BOOT = 120_000  # milliseconds until the page is there, on two slow cores
 LOADED = "node => window.app?.extensionManager && window.LiteGraph?.registered_node_types?.[node]"
+LACKING = {
+    "version": 0.4,
+    "nodes": [
+        {
+            "id": 1,
+            "type": "CheckpointLoaderSimple",
+            "pos": [0, 0],
+            "size": [300, 100],
+            "widgets_values": ["absent.safetensors"],
+            "properties": {
+                "models": [
+                    {"name": "absent.safetensors", "url": "https://github.com/absent", "directory": "checkpoints"}
+                ]
+            },
+        }
+    ],
+    "links": [],
+}
 RENDERERS = {"canvas": False, "Vue": True}
 
 
@@ -79,6 +98,28 @@ def page(page_and_console: tuple[Page, list[str]]) -> Page:
 def console(page_and_console: tuple[Page, list[str]]) -> list[str]:
     """What the page's console has said since it was opened."""
     return page_and_console[1]
+
+
+def kinds_of(said: list[str]) -> set[str]:
+    """What a console said, with every address that stands in it left out, and without mere information."""
+    return {re.sub(r"https?://[^\s'\"]+", "(address)", text) for text in said if not text.startswith("info: ")}
+
+
+@pytest.fixture(scope="session")
+def bare_console(browser: Browser) -> set[str]:
+    """What the console says in a ComfyUI without packs, also of a graph whose model is not there."""
+    with Server(None, boot_timeout=900) as bare, opened(browser, bare, node="CheckpointLoaderSimple") as (page, said):
+        page.wait_for_load_state("networkidle")
+        with page.expect_console_message(lambda message: "absent" in message.text, timeout=BOOT):
+            page.evaluate("graph => app.loadGraphData(graph)", LACKING)
+        page.wait_for_timeout(1000)  # Chromium says it twice
+        return kinds_of(said)
+
+
+@pytest.fixture(scope="module")
+def beyond_bare(console: list[str], bare_console: set[str]) -> Callable[[], set[str]]:
+    """What the page's console has said so far that a bare host's does not say."""
+    return lambda: kinds_of(console) - bare_console
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ MOUNT = """async names => {
     drawn: Boolean(document.querySelector(`[data-node-id="${node.id}"]`)),
   }]))
 }"""
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 # Sets every widget to something else, and what a choice brings as well; returns what each node was told, by its id.
 SET = """() => {
   const other = widget => {
@@ -65,9 +66,11 @@ def mounted(page, ours) -> dict[str, dict]:
 def test_every_node_has_the_sockets_and_widgets_that_it_declares(mounted, ours, renderer):
     """A widget that the page cannot draw would be missing without a word."""
     for name, info in ours.items():
-        declared = [*info["input"].get("required", {}), *info["input"].get("optional", {})]
-        shown = {seen.partition(".")[0] for kind in ("inputs", "widgets") for seen in mounted[name][kind]}
-        missing = set(declared) - shown
+        declared = info["input"].get("required", {}) | info["input"].get("optional", {})
+        kinds = {key: kind for key, (kind, *_) in declared.items()}
+        seen = {kind: {one.partition(".")[0] for one in mounted[name][kind]} for kind in ("inputs", "widgets")}
+        set_by_hand = {key for key, kind in kinds.items() if kind in WIDGETS}  # these have a socket as well
+        missing = (set_by_hand - seen["widgets"]) | (kinds.keys() - seen["inputs"])
         assert not missing, f"{name}: the page does not show {', '.join(sorted(missing))}"
         assert mounted[name]["outputs"] == info["output_name"], name
         assert mounted[name]["drawn"] == (renderer == "Vue"), name

@@ -46,6 +46,23 @@ LOOK = """() => {
   }
 }"""
 
+# Reads the help of every node of ours in the page, as it opens from the node.
+HELP = """async () => {
+  app.graph.clear()
+  const until = async look => { while (!look()) await new Promise(requestAnimationFrame) }
+  for (const name of Object.keys(LiteGraph.registered_node_types).filter(name => name.startsWith('DiffLens'))) {
+    const node = LiteGraph.createNode(name)
+    app.graph.add(node)
+    app.canvas.deselectAll()
+    app.canvas.selectNode(node)
+    await until(() => document.querySelector('[data-testid="info-button"]'))
+    document.querySelector('[data-testid="info-button"]').click()
+    const read = () => document.querySelector('.node-help-content')
+    await until(() => read()?.innerText.startsWith(node.title) && [...read().querySelectorAll('img')].every(
+      image => image.complete))
+  }
+}"""
+
 
 @pytest.fixture(scope="module")
 def looks(page, renderer, shots) -> dict[str, dict]:
@@ -101,6 +118,18 @@ def test_what_to_read_and_what_to_set_first_can_be_read(looks, name):
     assert note["hidden"] <= 1, f"{note['hidden']} pixels of the note are below its edge"
     seen = [title for title, box in boxes.items() if on_screen(box)]
     assert len(seen) >= 3, f"only {seen} can be seen"
+
+
+def test_the_console_says_nothing_that_a_bare_host_does_not(page, looks, beyond_bare):
+    """With every workflow opened, the help of every node read, and the templates listed."""
+    page.evaluate(HELP)
+    page.get_by_role("button", name="Templates").first.click()
+    page.get_by_text(PACK_NAME, exact=True).first.click()
+    page.get_by_test_id(f"template-workflow-{NAMES[-1]}").scroll_into_view_if_needed()
+    page.wait_for_load_state("networkidle")
+    page.keyboard.press("Escape")
+    beyond = beyond_bare()
+    assert not beyond, f"the console says what a bare host's does not: {beyond}"
 
 
 def test_one_opens_as_a_form(looks):
