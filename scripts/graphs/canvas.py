@@ -24,6 +24,8 @@ BETWEEN = 44  # two nodes: room for the line that the page puts below a faulty o
 # Type or title: (width, height beyond its slots and widgets). The large ones draw a picture or text on themselves.
 SIZES = {
     NOTE: (400, 0),
+    "DiffLensDebias": (320, 60),
+    "DiffLensLoadRecipe": (320, 60),
     "DiffLensCompare": (760, 560),
     "Before and after": (500, 330),
     "DiffLensTrainSAE": (460, 300),
@@ -43,7 +45,7 @@ SIZES = {
 }
 MULTILINE = 80  # extra height of a text box
 LETTER, LINE, PARAGRAPH = 5.4, 15.5, 10  # of a note's text: width, height, what is between two paragraphs
-COLOURS = ("#3f789e", "#8A8", "#a1309b", "#b58b2a", "#88A", "#b06634")
+COLOURS = ("#3f789e", "#4a8a4a", "#a1309b", "#9a7420", "#7272a0", "#b06634")  # titles are legible in light and dark
 
 
 def name_based_id(name: str) -> str:

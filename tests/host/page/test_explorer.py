@@ -87,7 +87,7 @@ def preview(dialog: Locator) -> list[bytes]:
     dialog.get_by_role("button", name="Preview").click()
     expect(dialog.get_by_role("button", name="Cancel")).to_be_hidden(timeout=PATIENCE)
     now = shown_now(dialog)
-    assert now and now != before, status(dialog).text_content()
+    assert now and now != before, f"no other pictures came: {status(dialog).text_content()}"
     files = [dialog.page.request.get(address).body() for address in now]  # which tell of the workflow, too
     return [Image.open(io.BytesIO(file)).convert("RGB").tobytes() for file in files]
 
@@ -135,6 +135,10 @@ def test_features_are_ticked_weighed_named_previewed_saved_and_loaded_the_same(p
         wish = choice(page, graph)[number]
         assert wish == {"weight": 1.5, "name": HOSTILE, "group": "hair"}, "ticked is as in the recipe"
         assert dialog.locator("section .title").first.input_value() == "hair"
+        card.focus()
+        page.keyboard.press("f")  # where the name is text
+        expect(dialog.locator(".lens")).to_contain_text(HOSTILE)
+        page.keyboard.press("Escape")
         one = preview(dialog)
         assert one not in (first, nothing)
         page.screenshot(path=shots / f"explorer_{request.node.callspec.id}.png")

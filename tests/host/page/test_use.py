@@ -42,6 +42,20 @@ SETTLED = """() => new Promise(resolve => {
   requestAnimationFrame(look)
 })"""  # a node that hangs on the mouse follows it frame by frame
 
+RUNNING = "async () => (await (await fetch('/api/queue')).json()).queue_running.length > 0"
+# Puts the blueprint between the loaders and the sampler, and tells what it holds.
+CONNECT = """() => {
+  const placed = app.graph.nodes.find(node => node.subgraph), all = [placed, ...placed.subgraph.nodes]
+  const known = all.slice(1).every(node => node.type in LiteGraph.registered_node_types)
+  const by = type => app.graph.nodes.find(node => node.type === type)
+  const link = (node, output, input) => node.connect(output, placed, placed.inputs.findIndex(one => one.name === input))
+  for (const [output, input] of ['model', 'positive', 'vae'].entries()) link(by('DiffLensLoadModel'), output, input)
+  link(by('EmptyLatentImage'), 0, 'latent_image')
+  link(by('DiffLensLoadClassifier'), 0, 'classifier')
+  placed.connect(0, by('KSampler'), 0)
+  return {known, red: all.some(node => node.has_errors), values: placed.widgets.map(widget => widget.value)}
+}"""
+
 
 @pytest.fixture(scope="module")
 def canvas(open_page, server):
@@ -146,19 +160,43 @@ def test_cancel_in_the_page_ends_a_workflow_and_the_server_goes_on(canvas, serve
     canvas.evaluate("async file => { await app.loadGraphData(file) }", file)
     seen = set(json.loads(server.request("/history")))
     canvas.get_by_test_id("queue-button").click()
-    canvas.wait_for_function(
-        "async () => (await (await fetch('/api/queue')).json()).queue_running.length > 0", timeout=DRAWN
-    )
+    canvas.wait_for_function(RUNNING, timeout=DRAWN)
     canvas.get_by_role("button", name="Cancel current run").first.click()
-    canvas.wait_for_function(
-        "async () => !(await (await fetch('/api/queue')).json()).queue_running.length", timeout=DRAWN
-    )
+    canvas.wait_for_function(f"async () => !await ({RUNNING})()", timeout=DRAWN)
     (entry,) = [entry for id_, entry in json.loads(server.request("/history")).items() if id_ not in seen]
     assert "execution_interrupted" in [kind for kind, _ in entry["status"]["messages"]], "the run was not cancelled"
 
     graph = Avatars()
     unsteered = graph.save(sampler(graph, None, graph.model[0], graph.model[1], graph.latent, 3))
     assert latents(server, server.run(to_api(graph)), unsteered).std() > 0.1
+
+
+def test_the_blueprint_is_found_fits_a_graph_and_runs(canvas, server, shots):
+    """Its run is cancelled once it has begun: the same nodes run to their end in the test of workflow 02."""
+    (file,) = (json.loads(path.read_text(encoding="utf-8")) for path in (server.pack / "subgraphs").glob("*.json"))
+    canvas.keyboard.press("Escape")
+    own = Avatars(8)
+    preview = own.add("PreviewImage", images=own.pictures(own.draw())[0])
+    canvas.evaluate("graph => app.loadApiJson(graph, 'for the blueprint')", to_api(own))
+    canvas.wait_for_function("id => app.graph.getNodeById(id)", arg=preview.id)
+    canvas.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    canvas.keyboard.type("find and debias")
+    canvas.get_by_test_id("result-item").filter(has_text="DiffLens find and debias").first.wait_for()
+    canvas.keyboard.press("Enter")
+    canvas.wait_for_function("app.graph.nodes.some(node => node.subgraph)")
+    canvas.mouse.move(700, 300, steps=4)
+    canvas.evaluate(SETTLED)
+    canvas.mouse.click(700, 300)
+    canvas.evaluate(SETTLED)
+    placed = canvas.evaluate(CONNECT)
+    canvas.screenshot(path=str(shots / "blueprint.png"))
+    assert placed["values"] == file["nodes"][0]["widgets_values"]
+    assert placed["known"] and not placed["red"]
+    canvas.get_by_test_id("queue-button").click()
+    canvas.wait_for_function(RUNNING, timeout=DRAWN)
+    assert not canvas.evaluate("app.lastNodeErrors"), "what the server says of the nodes"
+    canvas.get_by_role("button", name="Cancel current run").first.click()
+    canvas.wait_for_function(f"async () => !await ({RUNNING})()", timeout=DRAWN)
 
 
 def test_a_workflow_in_app_mode_is_a_form_that_draws(canvas, shots):
