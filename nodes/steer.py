@@ -78,6 +78,7 @@ class Steer(io.ComfyNode):
                     tooltip="How the features are changed. shift: from the class a picture heads for to the asked one; "
                     "reach: to the asked class, by as much as is still missing; scale: multiply the asked class's "
                     "features; add own fixed: add the strength to them; ablate: take them away.",
+                    advanced=True,
                 ),
                 io.Float.Input(
                     "start_percent",

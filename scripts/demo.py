@@ -191,7 +191,7 @@ def first_look(server: Server, display: Display, workflow: dict) -> Path:
 def demo(server: Server, pictures: int, show: bool, began: float) -> None:
     """Run everything, print the tables and write the output folder; `began`: when the user began to wait."""
     workflow = load_workflow("01_debias_the_avatars")
-    whole_way = changed(load_workflow("02_find_the_bias_features"), FEWER)
+    whole_way = changed(load_workflow("02_find_the_bias_features,_train_an_SAE"), FEWER)
     shipped = shipped_runs(workflow, pictures)
     display = Display(1 + len(shipped) + 1)
     picture = first_look(server, display, workflow)

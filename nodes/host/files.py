@@ -23,6 +23,7 @@ MODELS, SAES, CLASSIFIERS, RECIPES = "difflens_models", "difflens_saes", "diffle
 
 
 STORES = "difflens_activations"
+CONTROLS = "controls/"  # folder of recipes that are there to be compared with
 SHIPPED = [Path(__file__).resolve().parents[2] / "models" / name for name in ("avatars", "prompted_avatars", "scenes")]
 
 
@@ -253,8 +254,9 @@ def list_detectors() -> list[str]:
 
 
 def list_classes() -> dict[str, list[str]]:
-    """The listed recipes, with the names of their classes."""
-    found = {name: info_of(RECIPES, name).get("classes") for name in list_files(RECIPES)}
+    """The listed recipes, with the names of their classes, without controls, which steer by random features."""
+    names = [name for name in list_files(RECIPES) if not name.startswith(CONTROLS)]
+    found = {name: info_of(RECIPES, name).get("classes") for name in names}
     return {name: classes for name, classes in found.items() if isinstance(classes, list) and len(classes) > 1}
 
 

@@ -7,7 +7,7 @@ from .pieces import before_and_after, experiment, find_features, load_classifier
 
 
 def find_the_bias_features() -> Graph:
-    graph = Graph("02 find the bias features")
+    graph = Graph("02 find the bias features, train an SAE")
     graph.group("Start here")
     graph.note(
         "# From a model alone to a recipe\n\n"
@@ -171,8 +171,8 @@ def why_does_it_not_work() -> Graph:
         "4. does more of them do more?\n\n"
         "The first check that fails is the one to mend. A portrait *turns* when it shows the class asked for, and did "
         "not before.\n\n"
-        "The second check needs labelled activations, as in *02 find the bias features*; the control leaves out the "
-        "first, which would say the same again.\n\n"
+        "The second check needs labelled activations, as in workflow 02; the control leaves out the first, "
+        "which would say the same again.\n\n"
         "**Try next**\n"
         "- a recipe of your own\n"
         "- *avatars_age*\n"

@@ -139,7 +139,7 @@ def dose_response() -> Graph:
 
 
 def debias_a_prompt() -> Graph:
-    graph = Graph("04 debias a prompt")
+    graph = Graph("04 debias a prompt, stereotypes of occupations")
     jobs = ("doctor", "nurse", "firefighter", "receptionist")
     graph.group("Start here")
     graph.note(

@@ -18,7 +18,8 @@ AVATARS = FOLDER.parent / "models" / "avatars"
 # The shipped workflows.
 NAMES = (
     "00 start DiffLens, fairness and diversity",
-    "01 debias the avatars", "02 find the bias features", "03 dose response", "04 debias a prompt",
+    "01 debias the avatars", "02 find the bias features, train an SAE", "03 dose response",
+    "04 debias a prompt, stereotypes of occupations",
     "05 paper unconditional", "06 paper Stable Diffusion", "07 three attributes at once", "08 where is it decided",
     "09 which features count", "10 why does it not work", "11 your own model",
 )  # fmt: skip

@@ -46,6 +46,7 @@ def test_the_page_is_told_the_classes_of_every_recipe(object_info):
     (recipe, settings) = object_info["DiffLensDebias"]["input"]["required"]["recipe"]
     options = {option["key"]: option["inputs"]["required"]["mix"][1]["options"] for option in settings["options"]}
     assert recipe == "COMFY_DYNAMICCOMBO_V3" and {RECIPE, "avatars_skin_tone.safetensors"} <= options.keys()
+    assert not any("controls" in name for name in options), "controls steer by random features"
     names = [option["key"] for option in options[RECIPE]]
     assert names == ["even mix", "gentle", "only young", "only adult", "only senior", "as it was", "own shares"]
     sliders = options[RECIPE][-1]["inputs"]["required"]

@@ -54,7 +54,7 @@ def test_a_changed_workflow_leaves_the_one_it_is_made_from_as_it_was(workflow):
 
 
 def test_the_way_to_features_is_only_made_smaller():
-    whole = demo.load_workflow("02_find_the_bias_features")
+    whole = demo.load_workflow("02_find_the_bias_features,_train_an_SAE")
     fewer = demo.changed(whole, demo.FEWER)
     others = [node_id for node_id in whole if whole[node_id] != fewer[node_id]]
     assert sorted(whole[node_id]["class_type"] for node_id in others) == sorted(demo.FEWER)

@@ -96,11 +96,14 @@ def test_three_clicks_from_the_templates_to_the_first_picture(canvas, shots):
     canvas.screenshot(path=str(shots / "first picture.png"))
 
 
-@pytest.mark.parametrize("query", ["difflens", "fairness", "diversity", "bias"])
-def test_the_templates_are_found(canvas, query):
+@pytest.mark.parametrize(
+    ("query", "name"),
+    [("difflens", 0), ("fairness", 0), ("diversity", 0), ("bias", 1), ("SAE", 2), ("stereotype", 4)],
+)
+def test_the_templates_are_found(canvas, query, name):
     open_templates(canvas)
     canvas.get_by_role("dialog").get_by_role("textbox").first.fill(query)
-    canvas.get_by_test_id(f"template-workflow-{NAMES[1 if query == 'bias' else 0]}").wait_for()
+    canvas.get_by_test_id(f"template-workflow-{NAMES[name]}").wait_for()
     canvas.keyboard.press("Escape")
 
 
