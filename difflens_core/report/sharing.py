@@ -85,8 +85,7 @@ def provenance_text(file: Mapping[str, Any]) -> str:
     names = f" ({short(', '.join(map(str, classes)))})" if isinstance(classes, list) else ""
     whose = f", made by {told['author']}" if "author" in told else ""
     of = f" in {told['model_name']}" if "model_name" in told else ""
+    older = ["The recipe was made by version 0.4 or before and steers as it did there: it does not hold."]
     sentences = [f"Recipe for {short(str(told['attribute']))}{names}{of}{whose}."]
     sentences.append(f"Licence: {told['licence']}." if "licence" in told else "Its file names no licence.")
-    if told["of_0.4"]:
-        sentences.append("It was made by version 0.4 or before and steers as it did there: it does not hold.")
-    return " ".join(sentences)
+    return " ".join([*(older if told["of_0.4"] else []), *sentences])
