@@ -19,6 +19,7 @@ from ..difflens_core.experiments import (
     Doses,
     asked_shares,
     calibrate,
+    check_calibration,
     cross_effects,
 )
 from ..difflens_core.files import DiffLensError, digest
@@ -121,6 +122,7 @@ class Calibrate(io.ComfyNode):
         check_classes(classifier, recipe)
         shares = parse_target(target, recipe.classes)
         options = CalibrationOptions(budget, tolerance, clear, only_where_needed, seed % 2**31)
+        check_calibration(recipe, shares, options)
         sampler = host.HostSampler(
             model, positive, latent_image, steps, sampler_name, scheduler, seed, negative, cfg, vae,
             cls.define_schema().display_name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -138,6 +139,15 @@ def test_the_reader_of_imports_knows_which_are_at_once():
 @pytest.mark.parametrize("path", [*CORE, *NODES], ids=label)
 def test_what_takes_long_to_load_is_loaded_where_it_is_needed(path):
     assert not at_once(path.read_text(encoding="utf-8")) & SLOW
+
+
+def test_the_oldest_python_that_pyproject_names_can_read_every_file():
+    """Its grammar alone: mypy holds the core against its standard library."""
+    (minor,) = re.findall(r'requires-python = ">=3\.(\d+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    with pytest.raises(SyntaxError):
+        ast.parse("try:\n    pass\nexcept* OSError:\n    pass", feature_version=(3, int(minor)))  # of 3.11
+    for path in (ROOT / "__init__.py", *CORE, *NODES, *(ROOT / "scripts").rglob("*.py")):
+        ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, int(minor)))
 
 
 def test_there_is_something_to_check():

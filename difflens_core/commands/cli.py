@@ -32,8 +32,8 @@ misspelt, 3 calibrate has missed the target, 130 cut off.
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("difflens", description=__doc__, epilog=HELP)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run in COMMANDS.items():
-        about = str(run.__doc__).splitlines()[0]
+    for name, command_of in COMMANDS.items():
+        about = str(command_of.__doc__).splitlines()[0]
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("study", type=Path, help="the study's TOML file")
         command.add_argument("--json", action="store_true", help="print the figures as JSON, all else to stderr")
@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     given = vars(parse(arguments))
     command, as_json = given.pop("command"), given.pop("json")

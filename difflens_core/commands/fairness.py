@@ -26,6 +26,7 @@ from .pictures import batches, begin_folder, in_words, read_folder, save_picture
 from .study import Study
 
 BEFORE, AFTER, ASKED = "before", "after", "asked.json"
+PAGE = "report.html"
 
 
 def run_steer(study: Study, console: Console) -> dict[str, Any]:
@@ -68,6 +69,8 @@ def run_report(study: Study, console: Console, before: Path | None = None, after
         raise DiffLensError(f"{told}; they are compared by pairs. Give as many pictures of one size.")
     classifier, classes = open_classifier(study)
     question = Question(study.attribute, classifier.attributes, parse_target(study.target, classes))
+    told = " and ".join(f"{len(found)} pictures in {folder}" for folder, found in zip(folders, pictures, strict=True))
+    console.say(f"reads {study.attribute} off {told}")
     with console.progress(sum(map(len, pictures)), "pictures") as progress:
         parts: list[list[dict[str, Tensor]]] = []
         done = 0
@@ -86,6 +89,7 @@ def run_report(study: Study, console: Console, before: Path | None = None, after
         numbers |= {"changes": changes, "pixel_change": changes["rmse"]}
     write_report(study, numbers, pictures)
     console.say(report_text(numbers))
+    console.say(f"the same with pictures: {study.folder / PAGE}")
     return numbers
 
 
@@ -102,5 +106,5 @@ def write_report(study: Study, numbers: dict[str, Any], pictures: list[np.ndarra
     """The page and the figures of a report, into the study's folder."""
     first, *others = (found[:SHOWN] for found in pictures)
     page = report_page(numbers, share_chart(numbers), first, others[0] if others else None, time.strftime("%Y-%m-%d"))
-    write_whole(study.folder / "report.html", page.encode())
+    write_whole(study.folder / PAGE, page.encode())
     write_whole(study.folder / "report.json", json.dumps(numbers, indent=1, default=list).encode())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..activations import DTYPES, Drawer, capture, noise_batches, open_store
 from ..classifiers import frames_of, join_readings, labelled, seen
-from ..experiments import Doses, calibrate
+from ..experiments import Doses, calibrate, check_calibration
 from ..files import DiffLensError, digest, write_whole, written
 from ..locate import attribute_features, balancing_weights, in_frames, train_probes
 from ..report import calibration_text, ranking_table, weighing_text
@@ -137,6 +137,7 @@ def run_calibrate(study: Study, console: Console) -> dict[str, Any]:
     found_file = study.made(FOUND, "attribute")
     recipe = load_recipe(found_file)
     target = parse_target(study.target, classes)
+    check_calibration(recipe, target, options)
     weighing = options.weighed_by if study.spare_others else 0
     console.say(f"draws {options.budget + 2 * weighing} pictures at most to meet {study.target}")
     noise = next(noise_batches(model.shape, 2 * options.pictures, options.seed, 2 * options.pictures))

@@ -1,6 +1,6 @@
 """What is found out by sampling pictures: where an attribute is decided, by which features, and at what dose."""
 
-from .calibration import CalibrationOptions, Doses, asked_shares, calibrate, plan_is_stale
+from .calibration import CalibrationOptions, Doses, asked_shares, calibrate, check_calibration, plan_is_stale
 from .checks import Check
 from .cross_effects import CrossEffect, cross_effects
 from .diagnose import Diagnosis, diagnose
@@ -21,6 +21,7 @@ __all__ = [
     "asked_shares",
     "plan_is_stale",
     "calibrate",
+    "check_calibration",
     "causal_effect",
     "cross_effects",
     "diagnose",

@@ -105,7 +105,7 @@ def calibrate(
     pictures show, "as it is" and then "steered", round by round.
     """
     options = options or CalibrationOptions()
-    check(recipe, target, options)
+    check_calibration(recipe, target, options)
     doses: Doses = {name: [] for name in recipe.classes}
     trials = Trials(recipe, draw, classify, batch, lambda done: on_batch(done, doses), folder, sae=sae)
     tuning = np.arange(options.pictures)
@@ -134,8 +134,8 @@ def calibrate(
     return replace(recipe, strength=tuple(strength.tolist()), info={**recipe.info, "calibration": record})
 
 
-def check(recipe: Recipe, target: np.ndarray, options: CalibrationOptions) -> None:
-    """Raise `DiffLensError` unless there is enough to measure with."""
+def check_calibration(recipe: Recipe, target: np.ndarray, options: CalibrationOptions) -> None:
+    """Raise `DiffLensError` unless there is enough to measure with: before anything is drawn."""
     classes = int(np.count_nonzero(target))
     if classes < 2:
         raise DiffLensError(

@@ -70,18 +70,22 @@ def provenance(file: Mapping[str, Any]) -> dict[str, Any]:
     """What goes with a picture that was steered by a recipe, of what its file tells (`files.difflens_info`)."""
     info = file["info"] if isinstance(file.get("info"), dict) else {}
     told = {"attribute": file.get("attribute"), "classes": file.get("classes"), "model": file.get("model")}
-    told |= {name: str(info[name])[:WORDS] for name in TOLD if info.get(name)}
+    told |= {name: short(str(info[name])) for name in TOLD if info.get(name)}
     return told | {"calibrated": "calibration" in info, "of_0.4": "hold" not in file}
+
+
+def short(text: str) -> str:
+    """At most WORDS letters of a text from a stranger's file."""
+    return text if len(text) <= WORDS else text[: WORDS - 1] + "…"
 
 
 def provenance_text(file: Mapping[str, Any]) -> str:
     """The same in words."""
     told, classes = provenance(file), file.get("classes")
-    names = f" ({', '.join(map(str, classes))})" if isinstance(classes, list) else ""
+    names = f" ({short(', '.join(map(str, classes)))})" if isinstance(classes, list) else ""
     whose = f", made by {told['author']}" if "author" in told else ""
     of = f" in {told['model_name']}" if "model_name" in told else ""
-    sentences = [f"Recipe for {told['attribute']}{names}{of}{whose}."]
+    older = ["The recipe was made by version 0.4 or before and steers as it did there: it does not hold."]
+    sentences = [f"Recipe for {short(str(told['attribute']))}{names}{of}{whose}."]
     sentences.append(f"Licence: {told['licence']}." if "licence" in told else "Its file names no licence.")
-    if told["of_0.4"]:
-        sentences.append("It was made by version 0.4 or before and steers as it did there: it does not hold.")
-    return " ".join(sentences)
+    return " ".join([*(older if told["of_0.4"] else []), *sentences])

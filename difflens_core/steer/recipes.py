@@ -87,10 +87,15 @@ class Recipe:
                 f"one of {', '.join(WITHOUT_LEVELS)}, or a recipe from Attribute Features."
             )
         of_twins = any(part.changes for part in (self, *self.further))
-        if (self.mode == TWIN and not self.changes) or (self.further and (of_twins or self.mode == TWIN)):
+        if self.further and (of_twins or self.mode == TWIN):
             raise DiffLensError(
-                f"recipe for {self.attribute}: mode twin is for recipes of one site from pictures that were captured "
-                "as twins, of the same noise. Use mode shift, or capture twins and attribute again."
+                f"recipe for {self.attribute}: what was learned from twins, pictures of the same noise, is of one site "
+                "and cannot be joined to others. Use one of them alone."
+            )
+        if self.mode == TWIN and not self.changes:
+            raise DiffLensError(
+                f"recipe for {self.attribute}: mode twin is for recipes from pictures that were captured as twins, of "
+                "the same noise. Use mode shift, or capture twins and attribute again."
             )
         if self.changes and self.mode not in (*WITHOUT_LEVELS, TWIN):
             raise DiffLensError(

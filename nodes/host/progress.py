@@ -86,11 +86,11 @@ def node_id() -> str | None:
 
 
 def warn(cls: type[io.ComfyNode], sentences: Sequence[str]) -> None:
-    """Show sentences on the node that is being executed, behind what it was told before, and log them."""
+    """Show sentences on the node that is being executed, before what it was told, as there is little room; log them."""
     for sentence in sentences:
         log.warning("%s: %s", cls.define_schema().display_name, sentence)
     if sentences:
-        tell(node_id(), " ".join([*filter(None, [_told.get(node_id() or "")]), *sentences]))
+        tell(node_id(), " ".join([*sentences, *filter(None, [_told.get(node_id() or "")])]))
 
 
 Preview = tuple[str, Image.Image, int]

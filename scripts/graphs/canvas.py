@@ -39,6 +39,8 @@ SIZES = {
     "DiffLensCrossEffects": (560, 340),
     "DiffLensDiagnose": (760, 480),
     "DiffLensJudge": (400, 120),
+    "DiffLensDebias": (WIDTH, 80),  # what its recipe is for, whose and of which model
+    "DiffLensLoadRecipe": (WIDTH, 80),
     "PreviewAny": (520, 260),
     "The report in words": (520, 700),  # as high as the report beside it
     "PreviewImage": (460, 300),

@@ -26,8 +26,8 @@ from torch import Tensor
 from difflens_core.activations import SAMPLES, Index, open_store, record
 from difflens_core.activations.store import write_shard
 from difflens_core.classifiers import AttributeClassifier, load_any_classifier, save_classifier
-from difflens_core.commands import read_study
 from difflens_core.commands.pictures import read_picture
+from difflens_core.commands.study import read_study
 from difflens_core.explore import parse_choice
 from difflens_core.files import LONGEST_MESSAGE, DiffLensError, load_tensors, read_content, save_tensors
 from difflens_core.networks import load_checkpoint, load_denoiser, save_denoiser

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from difflens_core.commands import read_study
+from difflens_core.commands.study import read_study
 from difflens_core.files import DiffLensError
 
 LEAST = {"model": '"m"', "classifier": '"c.safetensors"', "attribute": '"age"', "site": '"mid_block"'}

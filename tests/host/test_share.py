@@ -141,6 +141,7 @@ def test_what_the_page_shows_of_a_recipe(inside, tmp_path, monkeypatch):
     assert "SDXL, made by Kai. Licence: CC-BY-NC-4.0." in on_node("licensed")
     assert "made by version 0.4 or before" in on_node("old")
     told = on_node("other", debias=True)
-    assert "Licence: MIT. The recipe for age was made on other weights (SDXL) than this model's" in told
+    assert told.startswith("The recipe for age was made on other weights (SDXL) than this model's")
+    assert told.endswith("Licence: MIT.")
     assert "Made on this model are: broken.safetensors, licensed.safetensors, old.safetensors, plain" in told
-    assert "names no licence. The recipe's example cannot be shown" in on_node("broken")
+    assert on_node("broken").startswith("The recipe's example cannot be shown")

@@ -329,7 +329,7 @@ def test_sampling_stable_diffusion_3_is_that_of_its_pipeline():
     torch.testing.assert_close(sampler.sample(noise, torch.arange(2)), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_sampling_sdxl_is_that_of_its_pipeline():
+def sdxl() -> DiffusersSampler:
     torch.manual_seed(7)
     network = UNet2DConditionModel(
         sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=16, attention_head_dim=8,
@@ -342,19 +342,27 @@ def test_sampling_sdxl_is_that_of_its_pipeline():
          "added_cond_kwargs": {"text_embeds": torch.randn(1, 12, generator=draw), "time_ids": times}} for _ in range(2)
     )  # fmt: skip
     scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
-    sampler = DiffusersSampler(network, scheduler, STEPS, positive, negative, 4.0, autoencoder())
-    pipe = StableDiffusionXLPipeline(autoencoder(), None, None, None, None, network, scheduler)
+    return DiffusersSampler(network, scheduler, STEPS, positive, negative, 3.0, autoencoder())
+
+
+def sdxl_pipeline(sampler: DiffusersSampler) -> tuple[StableDiffusionXLPipeline, dict]:
+    pipe = StableDiffusionXLPipeline(sampler.vae, None, None, None, None, sampler.network, sampler.scheduler)
     pipe.text_encoder_2 = SimpleNamespace(dtype=torch.float32, config=SimpleNamespace(projection_dim=12))
-    noise, size = noise_of(sampler, 2), {"height": 8 * pipe.vae_scale_factor, "width": 8 * pipe.vae_scale_factor}
-    expected = drawn_by(
-        pipe, noise, **size, guidance_scale=4.0, original_size=(16, 16), target_size=(16, 16),
-        prompt_embeds=positive["encoder_hidden_states"].expand(2, -1, -1),
-        pooled_prompt_embeds=positive["added_cond_kwargs"]["text_embeds"].expand(2, -1),
-        negative_prompt_embeds=negative["encoder_hidden_states"].expand(2, -1, -1),
-        negative_pooled_prompt_embeds=negative["added_cond_kwargs"]["text_embeds"].expand(2, -1),
-    )  # fmt: skip
+    size = {name: 8 * pipe.vae_scale_factor for name in ("height", "width")}
+    settings = size | {"guidance_scale": sampler.cfg, "original_size": (16, 16), "target_size": (16, 16)}
+    for prefix, given in (("", sampler.positive), ("negative_", sampler.negative)):
+        settings[f"{prefix}prompt_embeds"] = given["encoder_hidden_states"].expand(2, -1, -1)
+        settings[f"{prefix}pooled_prompt_embeds"] = given["added_cond_kwargs"]["text_embeds"].expand(2, -1)
+    return pipe, settings
+
+
+def test_sampling_sdxl_is_that_of_its_pipeline():
+    sampler = sdxl()
+    pipe, settings = sdxl_pipeline(sampler)
+    noise = noise_of(sampler, 2)
+    expected = drawn_by(pipe, noise, **settings)
     torch.testing.assert_close(sampler.sample(noise, torch.arange(2)), expected, atol=1e-4, rtol=1e-4)
-    other = replace(sampler, positive=positive | {"added_cond_kwargs": {"text_embeds": torch.ones(1, 12)}})
+    other = replace(sampler, positive=sampler.positive | {"added_cond_kwargs": {"text_embeds": torch.ones(1, 12)}})
     assert other.info["prompts"] != sampler.info["prompts"]
 
 
@@ -428,6 +436,7 @@ def page_hook() -> Callable:
     [
         (guided, stable_diffusion, "mid_block"),
         (guided, stable_diffusion, "down_blocks.1.attentions.0 update"),
+        (sdxl, sdxl_pipeline, "mid_block"),
         (sd3, stable_diffusion_3, "transformer_blocks.1"),
         (flux, flux_pipeline, "transformer_blocks.0"),
         (flux, flux_pipeline, "single_transformer_blocks.0"),

@@ -44,6 +44,8 @@ def test_what_a_file_does_not_tell_is_said(toys, tmp_path):
     assert provenance(info)["of_0.4"] and "made by version 0.4 or before" in provenance_text(info)
     long = {"info": {"licence": 10**300, "author": "x" * 10**6}, "classes": 3}
     assert len(provenance_text(long)) < 600
+    named = {"attribute": "a" * 10**6, "classes": ["b" * 10**6, "c"], "info": {}}
+    assert len(provenance_text(named)) < 600 and "a… (b" in provenance_text(named)
 
 
 @pytest.mark.parametrize("shape", [(1, 700, 1400, 3), (1, 40, 30, 3), (3, 512, 768, 3), (20, 1024, 1024, 3)])

@@ -101,11 +101,11 @@ def test_it_must_hold_and_says_so(recipe, maps):
         with_settings(recipe, hold=False)
     with pytest.raises(DiffLensError, match="knows no levels of single positions, by which mode 'shift' goes. Leave"):
         with_settings(recipe, mode="shift")
-    with pytest.raises(DiffLensError, match="mode twin is for recipes of one site from pictures that were captured as"):
+    with pytest.raises(DiffLensError, match="mode twin is for recipes from pictures that were captured as twins"):
         replace(recipe, changes=None)
-    with pytest.raises(DiffLensError, match="mode twin is for recipes of one site"):
+    with pytest.raises(DiffLensError, match="learned from twins, .* is of one site and cannot be joined"):
         joined(recipe, replace(recipe, site="other"))
-    with pytest.raises(DiffLensError, match="mode twin is for recipes of one site"):
+    with pytest.raises(DiffLensError, match="learned from twins, .* is of one site and cannot be joined"):
         joined(replace(recipe, site="other", mode="shift", changes=None), recipe)  # its levels know no place
     with pytest.raises(DiffLensError, match="only recipes of one site can hold at once"):
         Steering(recipe, lambda images: TARGET[images])(maps[0], 0.0, torch.arange(2))

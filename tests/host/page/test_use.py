@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from graphs import sampler, to_api
+from graphs import FOLDER, sampler, to_api
 from host import PACK_NAME
 from small_graphs import NAMES, Avatars, latents
 
@@ -155,6 +155,27 @@ def test_five_clicks_from_a_graph_of_ones_own_to_the_first_picture(canvas, shots
     canvas.evaluate("app.graph.nodes.find(node => node.type === 'PreviewImage').imgs = undefined")
     canvas.get_by_test_id("queue-button").click()  # 5: Run
     canvas.wait_for_function("app.graph.nodes.find(node => node.type === 'PreviewImage').imgs?.length", timeout=DRAWN)
+
+
+@pytest.mark.parametrize(
+    ("values", "sent"),
+    [
+        (["from_kai.safetensors", "even mix", 0.7], {"recipe": "from_kai.safetensors", "strength": 0.7}),
+        (["from_kai.safetensors", "own shares", 20, 80, 0.7], {"recipe": "from_kai.safetensors", "strength": 0.7}),
+        (  # saved while it was missing, and put into its folder since
+            ["avatars_age.safetensors", 0.7],
+            {"recipe": "avatars_age.safetensors", "recipe.mix": "even mix", "strength": 0.7},
+        ),
+    ],
+)
+def test_a_graph_with_a_recipe_that_is_not_here_keeps_its_strength(canvas, values, sent):
+    canvas.keyboard.press("Escape")
+    graph = json.loads((FOLDER / f"{NAMES[1]}.json").read_text(encoding="utf-8"))
+    (node,) = [node for node in graph["nodes"] if node["type"] == "DiffLensDebias"]
+    node["widgets_values"] = values
+    canvas.evaluate("graph => app.loadGraphData(graph, true, true, 'shared')", graph)
+    found = canvas.evaluate("async () => (await app.graphToPrompt()).output")[str(node["id"])]["inputs"]
+    assert {name: value for name, value in found.items() if name != "model"} == sent
 
 
 def test_cancel_in_the_page_ends_a_workflow_and_the_server_goes_on(canvas, server):
