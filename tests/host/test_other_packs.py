@@ -7,9 +7,9 @@ of the others a sentence tells what was not steered.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +87,7 @@ def another_forward(inside, model, family) -> Iterator:
 @contextmanager
 def another_block(inside, model, family) -> Iterator:
     """An object patch: while the model is loaded, the network has another module in the block's place."""
+
     def patch(model):
         clone = model.clone()
         clone.add_object_patch(f"diffusion_model.{SITES[family]}", Around(block_of(model, family)))
@@ -98,9 +99,12 @@ def another_block(inside, model, family) -> Iterator:
 @contextmanager
 def compiled_block(inside, model, family) -> Iterator:
     """An object patch with the block compiled."""
+
     def patch(model):
         clone = model.clone()
-        clone.add_object_patch(f"diffusion_model.{SITES[family]}", torch.compile(block_of(model, family), backend="eager"))
+        clone.add_object_patch(
+            f"diffusion_model.{SITES[family]}", torch.compile(block_of(model, family), backend="eager")
+        )
         return clone
 
     yield patch
@@ -255,11 +259,10 @@ class Bundle(nn.Module):
 
     def forward(self, img, txt, **more):
         """Of a step that is left out, what the blocks behind the first one added in the last step that was not."""
-        run = [block if self.by_call else block.forward for block in self.blocks]
-        img, txt = run[0](img=img, txt=txt, **more)
-        begun = img, txt
+        first, *others = (block if self.by_call else block.forward for block in self.blocks)
+        begun = img, txt = first(img=img, txt=txt, **more)
         if self.calls % self.every == 0:
-            for block in run[1:]:
+            for block in others:
                 img, txt = block(img=img, txt=txt, **more)
             self.rest = img - begun[0], txt - begun[1]
         self.calls += 1
@@ -337,11 +340,10 @@ SAID = {
     "a block left out at times": (skipped(lambda n: n > 3), "double_blocks.1 was run in 3 of the 4 predictions"),
 }
 REFUSED = {
-    "a cache that skips all": (bundled("inside", every=99), "double_blocks.1"),
-    "blocks run by their forward alone": (bundled("inside", by_call=False, every=1), "double_blocks.1 was never run"),
-    "a block that is never run": (skipped(lambda n: True), "double_blocks.1 was never run"),
-    "blocks replaced from outside": (bundled("outside"), "double_blocks.1"),
-    "an engine": (engine, "double_blocks.1"),
+    "blocks run by their forward alone": bundled("inside", by_call=False, every=1),
+    "a block that is never run": skipped(lambda n: True),
+    "blocks replaced from outside": bundled("outside"),
+    "an engine": engine,
 }
 
 
@@ -367,9 +369,44 @@ def test_what_a_pack_leaves_out_is_said(inside, pack):
 
 @pytest.mark.parametrize("pack", REFUSED)
 def test_a_pack_that_keeps_a_site_from_being_steered_is_refused_in_a_sentence(inside, pack):
-    make, sentence = REFUSED[pack]
     model = inside.model("Flux")
     plain = drawn(inside, model, "Flux")
-    with pytest.raises(inside.DiffLensError, match=f"^Steer: .*{re.escape(sentence)}"):
-        told(inside, make, "double_blocks.1")
+    with pytest.raises(inside.DiffLensError, match=r"^Steer: double_blocks\.1 was never run.* Leave that node out"):
+        told(inside, REFUSED[pack], "double_blocks.1")
     assert torch.equal(drawn(inside, model, "Flux"), plain)
+
+
+def tiles(apply_model, args):
+    """The left half of every picture evaluated, then the right one."""
+    left, right = (
+        apply_model(half, args["timestep"], **args["c"]) for half in args["input"].chunk(2, dim=-1)
+    )  # fmt: skip
+    return torch.cat([left, right], dim=-1)
+
+
+def test_tiles_of_a_picture_are_steered_each_and_the_recipe_is_stretched_to_them_which_is_said(inside, toys):
+    recipe = toys.recipe(width=64, positions=64, steps=4, mode="move", strength=(1.0,) * 3)
+    recipe = replace(recipe, site="mid_block", model="", map=(8, 8))
+    steer, model = inside.pack_module("nodes.steer").Steer, inside.model("U-Net")
+    found, dealt = steer.execute(model, recipe, "uniform", 1.0, "from recipe", 0.0, 1.0, 0, 0, run=0, hold="off").result
+    for clone in (model := model.clone(), found):
+        clone.set_model_unet_function_wrapper(tiles)
+    plain, changed = drawn(inside, model, "U-Net"), drawn(inside, found, "U-Net")
+    for half, other in zip(plain.chunk(2, dim=-1), changed.chunk(2, dim=-1), strict=True):
+        assert (half - other).abs().max() > 0.01 * plain.std()
+    (sentence,) = dealt[0].log.said
+    assert "stretched to 8 x 4" in sentence
+
+
+def test_windows_along_a_clips_frames_are_steered_as_its_picture(inside):
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    seen = []
+    steered = inside.host.apply_site(
+        inside.model("Wan"), "blocks.0", lambda h, progress, images: seen.append(images.tolist()) or h, "Steer"
+    )
+    (windowed,) = ContextWindowsManualNode.execute(
+        steered, 3, 1, "standard_static", 1, False, "pyramid", 2, False, [], False, [], True
+    ).result
+    inside.sample(windowed, inside.prompt("Wan", 1), latent=inside.latent("Wan", 1, frames=5), steps=1)
+    assert seen == [[0], [0]]
