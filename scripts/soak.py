@@ -79,11 +79,11 @@ def calibrated(graph: Avatars, draw: random.Random) -> Node:
     return graph.show(node[3])
 
 
-def looked(graph: Avatars, draw: random.Random) -> Node:
+def diagnosed(graph: Avatars, draw: random.Random) -> Node:
     return graph.show(diagnose(graph, "avatars_presentation", seed=draw.randrange(2**32))[0])
 
 
-def live(graph: Avatars, draw: random.Random) -> Node:
+def ranked(graph: Avatars, draw: random.Random) -> Node:
     node = graph.experiment(
         "DiffLensRankByEffect", recipe=graph.recipe("avatars_presentation"), change="amplify", strength=10.0,
         pictures=2, features_per_class=2, steps=1, seed=draw.randrange(2**32),
@@ -91,9 +91,9 @@ def live(graph: Avatars, draw: random.Random) -> Node:
     return graph.show(node[1])
 
 
-KINDS: dict[str, Callable[[Avatars, random.Random], Node]] = {
-    "steered": steered, "found": found, "reported": reported, "calibrated": calibrated, "diagnosed": looked,
-    "ranked": live,
+KINDS: dict[str, tuple[int, Callable[[Avatars, random.Random], Node]]] = {  # how often of 12, on the average
+    "steered": (6, steered), "reported": (2, reported), "ranked": (1, ranked), "found": (1, found),
+    "calibrated": (1, calibrated), "diagnosed": (1, diagnosed),
 }  # fmt: skip
 
 
@@ -161,9 +161,9 @@ def one_round(server: Server, draw: random.Random, seen: Soak, lasts: Counter[st
     """One to three workflows queued at once, some cancelled, and those queued again."""
     queued = []
     for _ in range(draw.randint(1, 3)):
-        kind = draw.choice([*KINDS])
+        (kind,) = draw.choices([*KINDS], [often for often, _ in KINDS.values()])
         graph = Avatars(pictures=draw.randint(1, 4))
-        KINDS[kind](graph, draw)
+        KINDS[kind][1](graph, draw)
         queued.append((kind, to_api(graph), server.queue(to_api(graph)), draw.random() < 0.5))
     for kind, graph, prompt_id, cancel in queued:
         begun = time.monotonic()
