@@ -39,7 +39,7 @@ from small_graphs import Avatars, diagnose, latents  # noqa: E402
 KEPT = cache_folder() / "soak.json"
 GROWTH = 64 * 2**20  # bytes by which memory may differ between the second fifth and the last
 ENOUGH = 30  # looks at the server, without which nothing is said of its growth
-LONGEST = 300  # seconds after which a prompt stands still
+LONGEST = 1800  # seconds after which a prompt stands still, on a machine that others use, too
 ATTRIBUTES = ("avatars_age", "avatars_presentation", "avatars_skin_tone")
 
 
@@ -218,7 +218,9 @@ def soak(minutes: float, seed: int) -> Soak:
                         counts = f"{sum(seen.done.values())} ended, {sum(seen.cancelled.values())} cancelled"
                         print(f"{seen.minutes:.0f} min: {counts}, {memory >> 20} MB, {files} files, {threads} threads")
                         sys.stdout.flush()
-                if not torch.equal(plain(server), first):
+                if seen.faults:
+                    print(server.log_tail(100))
+                elif not torch.equal(plain(server), first):
                     seen.faults.append("the unsteered picture is another than in the beginning")
                 seen.faults += left(server, Path(scratch))
         finally:
