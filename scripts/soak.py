@@ -162,7 +162,7 @@ def one_round(server: Server, draw: random.Random, seen: Soak, lasts: Counter[st
     queued = []
     for _ in range(draw.randint(1, 3)):
         (kind,) = draw.choices([*KINDS], [often for often, _ in KINDS.values()])
-        graph = Avatars(pictures=draw.randint(1, 4))
+        graph = Avatars(pictures=draw.randint(1, 4) if kind == "steered" else 8)
         KINDS[kind][1](graph, draw)
         queued.append((kind, to_api(graph), server.queue(to_api(graph)), draw.random() < 0.5))
     for kind, graph, prompt_id, cancel in queued:
