@@ -53,16 +53,10 @@ def steered(graph: Avatars, draw: random.Random) -> Node:
     return graph.add("PreviewImage", images=graph.pictures(graph.draw(model, draw.randrange(2**32)))[0])
 
 
-def found(graph: Avatars, draw: random.Random) -> Node:
-    """A capture that is kept on the disk, an SAE, probes, a recipe, and pictures by it."""
-    captured = graph.capture(
-        pictures=96, seed=draw.randrange(2**32), save_as=f"soak {draw.randrange(2**32)}", attribute="presentation",
-        per_class=5, classifier=graph.classifier[0],
-    )  # fmt: skip
-    trained = graph.train(captured, steps=60, save_as="soak")
-    recipe = graph.attribute(captured, trained[0])
-    model = graph.steer(recipe[0])[0]
-    return graph.add("PreviewImage", images=graph.pictures(graph.draw(model))[0])
+def trained(graph: Avatars, draw: random.Random) -> Node:
+    """A capture that is kept on the disk, and an SAE of it."""
+    captured = graph.capture(pictures=16, seed=draw.randrange(2**32), save_as=f"soak {draw.randrange(2**32)}")
+    return graph.show(graph.train(captured, steps=100, save_as="soak")[2])
 
 
 def reported(graph: Avatars, draw: random.Random) -> Node:
@@ -92,7 +86,7 @@ def ranked(graph: Avatars, draw: random.Random) -> Node:
 
 
 KINDS: dict[str, tuple[int, Callable[[Avatars, random.Random], Node]]] = {  # how often of 12, on the average
-    "steered": (6, steered), "reported": (2, reported), "ranked": (1, ranked), "found": (1, found),
+    "steered": (6, steered), "reported": (2, reported), "ranked": (1, ranked), "trained": (1, trained),
     "calibrated": (1, calibrated), "diagnosed": (1, diagnosed),
 }  # fmt: skip
 
