@@ -197,7 +197,7 @@ def soak(minutes: float, seed: int) -> Soak:
         os.environ["TMPDIR"] = scratch  # the server's own, so that what stays in it is seen
         base = Path(tempfile.mkdtemp(dir=Path(scratch).parent))
         try:
-            with Server(base=base, cpu=True) as server:
+            with Server(base=base, cpu=True, boot_timeout=LONGEST) as server:
                 first, begun, told = plain(server), time.monotonic(), 0.0
                 while (now := time.monotonic() - begun) < 60 * minutes and not seen.faults:
                     try:
