@@ -13,6 +13,11 @@ PRECISIONS = {
     "fp8 e4m3, cast": (torch.float8_e4m3fn, torch.float32, 0.005),
     "fp8 e5m2, cast to fp16": (torch.float8_e5m2, torch.float16, 0.005),
 }  # fmt: skip
+EVERY = [
+    pytest.param(*site, name, marks=[pytest.mark.slow] if site[0] == "U-Net" and "bf16" in name else [])
+    for site in SITES
+    for name in PRECISIONS
+]
 # The same for weights that are quantised; int8 is multiplied as it is.
 QUANTISED = {"float8_e4m3fn": 0.005, "float8_e5m2": 0.005, "int8_tensorwise": 0.03, "nvfp4": 0.005, "mxfp8": 0.005}
 
@@ -53,8 +58,7 @@ def compared(inside, toys, make, family, site, within):
     assert (read - records).std() < within * records.std()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("family", "site"), SITES)
+@pytest.mark.parametrize(("family", "site", "precision"), EVERY)
 def test_weights_in_other_precisions_are_steered_and_read(inside, toys, family, site, precision):
     dtype, cast, within = PRECISIONS[precision]
     compared(inside, toys, lambda: inside.random_model(*inside.SMALL[family][:2], dtype, cast), family, site, within)
