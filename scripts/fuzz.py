@@ -5,7 +5,8 @@
     python scripts/fuzz.py recipe "SAE"           these formats alone
     python scripts/fuzz.py --table                only shows what was counted
 
-Linux only, by the Python of scripts/test.py's environment. A file that crashes a loader is made again by its number:
+Linux only, by the Python of scripts/test.py's environment. TMPDIR=/dev/shm halves the time. Several can run at once,
+each with formats of its own. A file that crashes a loader is made again by its number:
 python tests/attacks/worker.py NUMBER 1 FORMAT.
 """
 

@@ -96,6 +96,12 @@ class Server:
             self.stop()
             raise
 
+    @property
+    def pid(self) -> int:
+        """The process of the running server."""
+        self._check_alive()
+        return self._process.pid
+
     def stop(self) -> None:
         """End ComfyUI and all it started, and remove the link to the pack and a temporary base folder."""
         if self._process is not None:

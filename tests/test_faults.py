@@ -5,6 +5,7 @@ python scripts/test.py --slow tests/test_faults.py     the long form: 50 kills o
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -225,6 +226,27 @@ def test_a_store_is_written_by_one_process_at_a_time_and_free_when_that_is_kille
     assert torch.equal(found.samples(), capture(sampler, 6, 0, 2).samples())
     with alone_in(folder):
         pass
+
+
+def test_a_file_that_windows_keeps_from_being_replaced_is_named_and_written_later(toys, tmp_path, monkeypatch):
+    """There, no folder can be locked, and what another program holds open can neither be replaced nor removed."""
+    sampler, folder, replace = DenoiserSampler(toys.denoiser(), 2), tmp_path / "s", os.replace
+    words = "The process cannot access the file because it is being used by another process"
+
+    def held(source: Path, target: Path) -> None:
+        if Path(target).name.startswith("shard_00001"):
+            raise PermissionError(errno.EACCES, words)
+        replace(source, target)
+
+    monkeypatch.setattr("difflens_core.processes.fcntl", None)
+    monkeypatch.setattr(os, "replace", held)
+    with pytest.raises(DiffLensError, match=f"shard_00001.* could not be written: {words}. See that .* has it open"):
+        capture(sampler, 6, 0, 2, folder=folder)
+    assert not [*folder.glob(".*.tmp")]
+    monkeypatch.setattr(os, "replace", replace)
+    drawn: list[int] = []
+    found = capture(sampler, 6, 0, 2, folder=folder, on_batch=drawn.append)
+    assert drawn == [4, 6] and torch.equal(found.samples(), capture(sampler, 6, 0, 2).samples())
 
 
 @pytest.mark.parametrize("name", [LONG[1], "calibration"])

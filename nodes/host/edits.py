@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...difflens_core.activations import Edit, Held, HoldingEdit, Rehearsal, Shown
 from ...difflens_core.activations import edit_site as hooked
@@ -209,7 +209,8 @@ class SiteEdit:
             self.settings.log.first, self.settings.log.prompts = run.first, run.prompts
             numbers = run.rows(x, options)
         network, visited = executor.class_obj.diffusion_model, []
-        site = run_name(network, self.site)
+        with named(self.node):
+            site = run_here(network, self.site)
 
         def change(h: Tensor) -> Tensor:
             visited.append(site)
@@ -258,10 +259,22 @@ def undone(guider: Any) -> Iterator[None]:
 def check_seen(account: Account, site: str) -> None:
     """Raise `DiffLensError` if the edit was due and the site was never run."""
     if account.due and not account.seen:
-        raise DiffLensError(
-            f"{site} was never run while the model sampled, so it was neither read nor changed: another node replaces "
-            "the network's code or runs an engine in its place. Leave that node out, or use another site."
-        )
+        raise never_run(site)
+
+
+def run_here(network: nn.Module, site: str) -> str:
+    """`run_name`. Raises `DiffLensError` if the network that is evaluated has no such module, as the model had."""
+    try:
+        return run_name(network, site)
+    except DiffLensError as error:
+        raise never_run(site) from error
+
+
+def never_run(site: str) -> DiffLensError:
+    return DiffLensError(
+        f"{site} was never run while the model sampled, so it was neither read nor changed: another node replaces "
+        "the network's code or runs an engine in its place. Leave that node out, or use another site."
+    )
 
 
 def check_account(account: Account, site: str) -> None:

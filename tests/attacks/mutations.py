@@ -34,6 +34,7 @@ NUMBERS = (
     float("nan"), float("inf"), float("-inf"),
 )  # fmt: skip
 OTHERS = (None, True, False, [], {}, [[]], [1, 2, 3], {"a": 1}, ["a", "b"], [0.5] * 9)
+LARGEST_CHANGED = 10**7  # elements: an earlier change may have made a tensor of gigabytes out of one number
 DTYPES = (
     torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int32,
     torch.int64, torch.bool, torch.complex64, torch.uint8, torch.uint16,
@@ -240,7 +241,8 @@ def other_tensors(content: bytes, draw: Draw) -> bytes:
 
 def change_tensors(tensors: dict[str, Any], draw: Draw) -> None:
     """One tensor of another type, shape, value or name."""
-    name = draw.choice(sorted(name for name, found in tensors.items() if isinstance(found, Tensor)))
+    small = (name for name, found in tensors.items() if isinstance(found, Tensor) and found.numel() <= LARGEST_CHANGED)
+    name = draw.choice(sorted(small))
     now = tensors[name]
     what = draw.randrange(6)
     if what == 0:

@@ -29,12 +29,23 @@ import comfy.samplers  # noqa: E402
 import server  # noqa: E402, F401 (as all that ComfyUI itself has loaded before it loads packs)
 from comfy.patcher_extension import CallbacksMP  # noqa: E402
 from small_clips import random_clip, random_clip_vision  # noqa: E402
-from small_networks import FULL, SMALL, UNET, latent, model, prompt, random_model, with_lora  # noqa: E402
+from small_networks import (  # noqa: E402
+    FULL,
+    SMALL,
+    UNET,
+    QuantizedTensor,
+    latent,
+    model,
+    prompt,
+    quantised_model,
+    random_model,
+    with_lora,
+)
 
 __all__ = [
-    "CallbacksMP", "DiffLensError", "FULL", "IMPORT_SECONDS", "SMALL", "UNET", "comfy", "forget", "host", "latent",
-    "model", "pack_module", "prompt", "random_clip", "random_clip_vision", "random_model", "sample", "schedule",
-    "with_lora",
+    "CallbacksMP", "DiffLensError", "FULL", "IMPORT_SECONDS", "QuantizedTensor", "SMALL", "UNET", "comfy", "forget",
+    "host", "latent", "model", "pack_module", "prompt", "quantised_model", "random_clip", "random_clip_vision",
+    "random_model", "sample", "schedule", "with_lora",
 ]  # fmt: skip
 
 

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import comfy.model_patcher
 import comfy.supported_models as families
 import torch
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 UNET = {
     "in_channels": 4, "out_channels": 4, "num_res_blocks": [2, 2, 2, 2], "use_spatial_transformer": True,
@@ -118,15 +120,39 @@ def model(family: str) -> comfy.model_patcher.ModelPatcher:
     return random_model(SMALL[family][0], SMALL[family][1])
 
 
-def random_model(make: type, sizes: dict, dtype: torch.dtype = torch.float32) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL with random weights, of a class of configurations and sizes."""
+def random_model(
+    make: type, sizes: dict, dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None
+) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL with random weights, of a class of configurations and sizes; cast: what it computes in, if not dtype."""
     config = make(sizes)
-    config.set_inference_dtype(dtype, None)
+    config.set_inference_dtype(dtype, cast)
     network = config.get_model({}, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in (*network.diffusion_model.parameters(), *network.diffusion_model.buffers()):
             weight.copy_(torch.randn(weight.shape, generator=generator) / max(1, weight[0].numel()) ** 0.5)
+    return patcher_of(network)
+
+
+def quantised_model(family: str, form: str) -> comfy.model_patcher.ModelPatcher:
+    """The MODEL of a family with its linear layers quantised, as ComfyUI loads such a checkpoint; form: its name."""
+    layout = QUANT_ALGOS[form]["comfy_tensor_layout"]
+    told = torch.tensor([*json.dumps({"format": form}).encode()], dtype=torch.uint8)
+    plain = model(family).model.diffusion_model
+    weights = plain.state_dict()
+    for name, module in plain.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            weights |= QuantizedTensor.from_float(module.weight.data, layout).state_dict(f"{name}.weight")
+            weights[f"{name}.comfy_quant"] = told
+    config = SMALL[family][0](SMALL[family][1])
+    config.quant_config = {"mixed_ops": True}
+    config.set_inference_dtype(torch.float32, torch.float32)
+    network = config.get_model({}, device=torch.device("cpu"))
+    network.load_model_weights(weights, "")
+    return patcher_of(network)
+
+
+def patcher_of(network: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
     network.eval()
     return comfy.model_patcher.ModelPatcher(network, torch.device("cpu"), torch.device("cpu"))
 
