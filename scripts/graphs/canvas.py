@@ -24,8 +24,6 @@ BETWEEN = 44  # two nodes: room for the line that the page puts below a faulty o
 # Type or title: (width, height beyond its slots and widgets). The large ones draw a picture or text on themselves.
 SIZES = {
     NOTE: (400, 0),
-    "DiffLensDebias": (320, 60),
-    "DiffLensLoadRecipe": (320, 60),
     "DiffLensCompare": (760, 560),
     "Before and after": (500, 330),
     "DiffLensTrainSAE": (460, 300),
