@@ -1,21 +1,5 @@
 """The command line: the whole way from a model to a report, one study in a file, all it makes in a folder."""
 
-from __future__ import annotations
-
-import sys
-from collections.abc import Sequence
+from .starting import main
 
 __all__ = ["main"]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code. Names what is not installed: `pip install .` takes neither torch nor more,
-    as ComfyUI has them.
-    """
-    try:
-        from .cli import run
-
-        return run(arguments)
-    except ModuleNotFoundError as error:
-        print(f'difflens: {error.name} is not installed. In the repository: pip install ".[commands]"', file=sys.stderr)
-        return 1

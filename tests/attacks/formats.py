@@ -36,7 +36,6 @@ from foreign import CASES, SPARSIFY, C, N, make, told_the_time  # noqa: E402
 from difflens_core import (  # noqa: E402
     activations,
     classifiers,
-    commands,
     explore,
     files,
     locate,
@@ -50,6 +49,7 @@ from difflens_core.activations.store import load_labels  # noqa: E402
 from difflens_core.classifiers.faces import load_face_finder  # noqa: E402
 from difflens_core.commands.fairness import read_asked  # noqa: E402
 from difflens_core.commands.pictures import LARGEST, read_picture  # noqa: E402
+from difflens_core.commands.study import read_study  # noqa: E402
 from difflens_core.experiments.draw import Trials  # noqa: E402
 from difflens_core.locate.probes import load_probes  # noqa: E402
 from difflens_core.sae.training import State, initial_sae  # noqa: E402
@@ -299,7 +299,7 @@ FORMATS: dict[str, Format] = {
         lambda folder: training().save(folder / "state.pt"), of(lambda path: training().load(path), "state.pt")
     ),
     "judgements": Format(judgements, of(measure.read_judgements, "file.csv")),
-    "study": Format(text("study.toml", STUDY), of(commands.read_study, "study.toml")),
+    "study": Format(text("study.toml", STUDY), of(read_study, "study.toml")),
     "choice of features": Format(
         text("choice.json", json.dumps(CHOICE)),
         of(lambda path: explore.parse_choice(path.read_bytes().decode(errors="replace")), "choice.json"),
