@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import faults  # noqa: E402
 
 from difflens_core.activations import capture, open_store  # noqa: E402
-from difflens_core.commands import main  # noqa: E402
+from difflens_core.commands.__main__ import main  # noqa: E402
 from difflens_core.commands.finding import FOUND, RECIPE, SAE, STORE  # noqa: E402
 from difflens_core.commands.pictures import read_picture  # noqa: E402
 from difflens_core.files import DiffLensError, load_tensors, save_tensors, write_whole  # noqa: E402

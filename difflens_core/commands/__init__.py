@@ -1,5 +1,3 @@
 """The command line: the whole way from a model to a report, one study in a file, all it makes in a folder."""
 
-from .starting import main
-
-__all__ = ["main"]
+__all__: list[str] = []  # it begins in __main__

@@ -18,7 +18,7 @@ from PIL import Image
 
 from difflens_core.activations import noise_batches, open_store
 from difflens_core.classifiers import AttributeClassifier, save_classifier
-from difflens_core.commands import main
+from difflens_core.commands.__main__ import main
 from difflens_core.commands.models import open_model
 from difflens_core.commands.study import read_study
 from difflens_core.files import load_tensors
@@ -198,7 +198,8 @@ def test_what_does_not_fit_is_said_in_one_sentence(tmp_path, capsys):
 
 def test_what_is_not_installed_is_named():
     """`pip install .` takes no torch, and the commands need it and more."""
-    without = "import sys; sys.modules['torch'] = None; from difflens_core.commands import main; sys.exit(main(['x']))"
+    begun = "from difflens_core.commands.__main__ import main"
+    without = f"import sys; sys.modules['torch'] = None; {begun}; sys.exit(main(['x']))"
     done = subprocess.run([sys.executable, "-c", without], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr == 'difflens: torch is not installed. In the repository: pip install ".[commands]"\n'

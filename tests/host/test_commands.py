@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from difflens_core.commands import main
+from difflens_core.commands.__main__ import main
 from difflens_core.commands.cli import DONE, MISSED
 from difflens_core.commands.pictures import read_folder
 from difflens_core.sae import load_sae
