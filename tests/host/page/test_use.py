@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from graphs import FOLDER, sampler, to_api
@@ -42,7 +43,6 @@ SETTLED = """() => new Promise(resolve => {
   requestAnimationFrame(look)
 })"""  # a node that hangs on the mouse follows it frame by frame
 
-RUNNING = "async () => (await (await fetch('/api/queue')).json()).queue_running.length > 0"
 # Puts the blueprint between the loaders and the sampler, and tells what it holds.
 CONNECT = """() => {
   const placed = app.graph.nodes.find(node => node.subgraph), all = [placed, ...placed.subgraph.nodes]
@@ -72,6 +72,14 @@ def fewer(page) -> None:
              for (const widget of node.widgets ?? []) if (['pictures', 'batch_size', 'steps'].includes(widget.name))
                widget.value = 2 }); each(app.graph) }"""
     )
+
+
+def wait_until_running(server, running: bool = True) -> None:
+    """Wait until the server runs a workflow, or none. A function that the page waits for may not be an async one."""
+    end = time.monotonic() + DRAWN / 1000
+    while bool(json.loads(server.request("/queue"))["queue_running"]) != running:
+        assert time.monotonic() < end, f"running is not {running}"
+        time.sleep(0.1)
 
 
 def open_templates(page) -> None:
@@ -184,9 +192,9 @@ def test_cancel_in_the_page_ends_a_workflow_and_the_server_goes_on(canvas, serve
     canvas.evaluate("async file => { await app.loadGraphData(file) }", file)
     seen = set(json.loads(server.request("/history")))
     canvas.get_by_test_id("queue-button").click()
-    canvas.wait_for_function(RUNNING, timeout=DRAWN)
+    wait_until_running(server)
     canvas.get_by_role("button", name="Cancel current run").first.click()
-    canvas.wait_for_function(f"async () => !await ({RUNNING})()", timeout=DRAWN)
+    wait_until_running(server, False)
     (entry,) = [entry for id_, entry in json.loads(server.request("/history")).items() if id_ not in seen]
     assert "execution_interrupted" in [kind for kind, _ in entry["status"]["messages"]], "the run was not cancelled"
 
@@ -217,10 +225,10 @@ def test_the_blueprint_is_found_fits_a_graph_and_runs(canvas, server, shots):
     assert placed["values"] == file["nodes"][0]["widgets_values"]
     assert placed["known"] and not placed["red"]
     canvas.get_by_test_id("queue-button").click()
-    canvas.wait_for_function(RUNNING, timeout=DRAWN)
+    wait_until_running(server)
     assert not canvas.evaluate("app.lastNodeErrors"), "what the server says of the nodes"
     canvas.get_by_role("button", name="Cancel current run").first.click()
-    canvas.wait_for_function(f"async () => !await ({RUNNING})()", timeout=DRAWN)
+    wait_until_running(server, False)
 
 
 def test_a_workflow_in_app_mode_is_a_form_that_draws(canvas, shots):

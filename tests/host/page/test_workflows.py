@@ -41,7 +41,7 @@ LOOK = """() => {
     },
     unknown: app.graph.nodes.map(node => node.type).filter(type => !(type in LiteGraph.registered_node_types)),
     red: app.graph.nodes.filter(node => node.has_errors).map(node => node.type),
-    links: app.graph.links.size,
+    links: app.graph.nodes.flatMap(node => node.inputs ?? []).filter(one => app.graph.links.has(one.link)).length,
     values: Object.fromEntries(app.graph.serialize().nodes.map(node => [node.id, node.widgets_values ?? []])),
   }
 }"""
