@@ -84,60 +84,42 @@ def another_forward(inside, model, family) -> Iterator:
         del block.forward
 
 
-@contextmanager
-def another_block(inside, model, family) -> Iterator:
-    """An object patch: while the model is loaded, the network has another module in the block's place."""
-
-    def patch(model):
-        clone = model.clone()
-        clone.add_object_patch(f"diffusion_model.{SITES[family]}", Around(block_of(model, family)))
-        return clone
-
-    yield patch
-
-
-@contextmanager
-def compiled_block(inside, model, family) -> Iterator:
-    """An object patch with the block compiled."""
-
-    def patch(model):
-        clone = model.clone()
-        clone.add_object_patch(
-            f"diffusion_model.{SITES[family]}", torch.compile(block_of(model, family), backend="eager")
-        )
-        return clone
-
-    yield patch
-    torch._dynamo.reset()
-
-
-@contextmanager
-def compiled_keys(inside, model, family) -> Iterator:
-    """Blocks compiled by ComfyUI's own helper, as packs call it."""
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-
-    def patch(model):
-        clone = model.clone()
-        set_torch_compile_wrapper(clone, "eager", keys=[f"diffusion_model.{SITES[family]}"])
-        return clone
-
-    yield patch
-    torch._dynamo.reset()
-
-
-def by_wrapper(wrap):
-    """A pack that wraps the model function."""
+def by_clone(change):
+    """A pack that gives out a clone of the MODEL, changed."""
 
     @contextmanager
     def pack(inside, model, family) -> Iterator:
         def patch(model):
             clone = model.clone()
-            clone.set_model_unet_function_wrapper(wrap)
+            change(clone, family)
             return clone
 
         yield patch
+        torch._dynamo.reset()  # of those that compile
 
     return pack
+
+
+def another_block(clone, family):
+    """An object patch: while the model is loaded, the network has another module in the block's place."""
+    clone.add_object_patch(f"diffusion_model.{SITES[family]}", Around(block_of(clone, family)))
+
+
+def compiled_block(clone, family):
+    """An object patch with the block compiled."""
+    clone.add_object_patch(f"diffusion_model.{SITES[family]}", torch.compile(block_of(clone, family), backend="eager"))
+
+
+def compiled_keys(clone, family):
+    """Blocks compiled by ComfyUI's own helper, as packs call it."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    set_torch_compile_wrapper(clone, "eager", keys=[f"diffusion_model.{SITES[family]}"])
+
+
+def by_wrapper(wrap):
+    """A pack that wraps the model function."""
+    return by_clone(lambda clone, family: clone.set_model_unet_function_wrapper(wrap))
 
 
 def one_by_one(apply_model, args):
@@ -198,39 +180,26 @@ def replaced_guider(inside, model, family) -> Iterator:
         guider.predict_noise, guider.outer_sample = predict, sample
 
 
-@contextmanager
-def guided(inside, model, family) -> Iterator:
+def guided(clone, family):
     """Functions before, in place of and after ComfyUI's guidance."""
-
-    def patch(model):
-        clone = model.clone()
-        clone.set_model_sampler_pre_cfg_function(lambda args: list(args["conds_out"]))
-        clone.set_model_sampler_cfg_function(
-            lambda args: args["uncond"] + (args["cond"] - args["uncond"]) * args["cond_scale"]
-        )
-        clone.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
-        return clone
-
-    yield patch
+    clone.set_model_sampler_pre_cfg_function(lambda args: list(args["conds_out"]))
+    clone.set_model_sampler_cfg_function(
+        lambda args: args["uncond"] + (args["cond"] - args["uncond"]) * args["cond_scale"]
+    )
+    clone.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
 
 
-@contextmanager
-def copied_options(inside, model, family) -> Iterator:
+def copied_options(clone, family):
     """A clone whose options are copied through and through, as many packs do."""
-
-    def patch(model):
-        clone = model.clone()
-        clone.model_options = copy.deepcopy(clone.model_options)
-        return clone
-
-    yield patch
+    clone.model_options = copy.deepcopy(clone.model_options)
 
 
 UNCHANGED = {
-    "a block's forward": another_forward, "another block": another_block, "a compiled block": compiled_block,
-    "compiled by ComfyUI's helper": compiled_keys, "one conditioning at a time": by_wrapper(one_by_one),
+    "a block's forward": another_forward, "another block": by_clone(another_block),
+    "a compiled block": by_clone(compiled_block), "compiled by ComfyUI's helper": by_clone(compiled_keys),
+    "one conditioning at a time": by_wrapper(one_by_one),
     "evaluated twice": by_wrapper(twice), "replaced samplers": replaced_samplers, "a replaced guider": replaced_guider,
-    "guidance": guided, "copied options": copied_options,
+    "guidance": by_clone(guided), "copied options": by_clone(copied_options),
 }  # fmt: skip
 
 

@@ -82,6 +82,24 @@ def wait_until_running(server, running: bool = True) -> None:
         time.sleep(0.1)
 
 
+def search(page, words: str, found: str) -> None:
+    """Type words into the search box for nodes, and wait until `found` is among the results."""
+    page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    page.keyboard.type(words)
+    page.get_by_test_id("result-item").filter(has_text=found).first.wait_for()
+
+
+def put_from_search(page, words: str, found: str, is_it: str, x: int, y: int) -> None:
+    """Put the first result at a place of the screen; is_it: what is true of this `node` alone, in JavaScript."""
+    search(page, words, found)
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"app.graph.nodes.some(node => {is_it})")
+    page.mouse.move(x, y, steps=5)
+    page.evaluate(SETTLED)
+    page.mouse.click(x, y)
+    page.evaluate(SETTLED)
+
+
 def open_templates(page) -> None:
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Templates").first.click()
@@ -118,9 +136,7 @@ def test_the_templates_are_found(canvas, query, name):
 @pytest.mark.parametrize("query", ["gender", "race", "skin", "representation", "inclusive", "same face", "stereotype"])
 def test_the_node_is_found_by_the_words_of_an_artist(canvas, query):
     canvas.keyboard.press("Escape")
-    canvas.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
-    canvas.keyboard.type(query)
-    canvas.get_by_test_id("result-item").filter(has_text="Debias").first.wait_for()
+    search(canvas, query, "Debias")
     canvas.keyboard.press("Escape")
 
 
@@ -132,16 +148,9 @@ def test_five_clicks_from_a_graph_of_ones_own_to_the_first_picture(canvas, shots
         """() => { let x = 100; for (const node of app.graph.nodes) { node.pos = [x, 600]; x += 430 }
              app.canvas.ds.scale = 0.55; app.canvas.ds.offset = [60, 100]; app.canvas.setDirty(true, true) }"""
     )
-    canvas.mouse.move(600, 200)  # 1: the search box, which a double click opens; by its command it listens at once
-    canvas.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
-    canvas.keyboard.type("debias")
-    canvas.get_by_test_id("result-item").filter(has_text="Debias").first.wait_for()
-    canvas.keyboard.press("Enter")
-    canvas.wait_for_function("app.graph.nodes.some(node => node.type === 'DiffLensDebias')")
-    canvas.mouse.move(400, 200, steps=5)
-    canvas.evaluate(SETTLED)
-    canvas.mouse.click(400, 200)  # 2: where it shall be
-    canvas.evaluate(SETTLED)
+    canvas.mouse.move(600, 200)
+    # 1: the search box, which a double click opens; by its command it listens at once. 2: where the node shall be
+    put_from_search(canvas, "debias", "Debias", "node.type === 'DiffLensDebias'", 400, 200)
     for origin, target in (
         (("DiffLensLoadPromptedModel", "output", "MODEL"), ("DiffLensDebias", "input", "model")),  # 3
         (("DiffLensDebias", "output", "MODEL"), ("KSampler", "input", "model")),  # 4
@@ -211,15 +220,7 @@ def test_the_blueprint_is_found_fits_a_graph_and_runs(canvas, server, shots):
     preview = own.add("PreviewImage", images=own.pictures(own.draw())[0])
     canvas.evaluate("graph => app.loadApiJson(graph, 'for the blueprint')", to_api(own))
     canvas.wait_for_function("id => app.graph.getNodeById(id)", arg=preview.id)
-    canvas.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
-    canvas.keyboard.type("find and debias")
-    canvas.get_by_test_id("result-item").filter(has_text="DiffLens find and debias").first.wait_for()
-    canvas.keyboard.press("Enter")
-    canvas.wait_for_function("app.graph.nodes.some(node => node.subgraph)")
-    canvas.mouse.move(700, 300, steps=4)
-    canvas.evaluate(SETTLED)
-    canvas.mouse.click(700, 300)
-    canvas.evaluate(SETTLED)
+    put_from_search(canvas, "find and debias", "DiffLens find and debias", "node.subgraph", 700, 300)
     placed = canvas.evaluate(CONNECT)
     canvas.screenshot(path=str(shots / "blueprint.png"))
     assert placed["values"] == file["nodes"][0]["widgets_values"]
