@@ -23,6 +23,18 @@ function filled(made, attributes, children) {
   return made;
 }
 
+/** A button on a node, which is neither in the workflow nor in what is sent to the server. */
+export function addButton(node, label, action) {
+  let pressed;
+  const once = () => {
+    if (!pressed) action();
+    pressed = true;
+    setTimeout(() => (pressed = false));
+  };
+  // ComfyUI's panel at the right drops the callback but binds the options to its button; a node's own button has both.
+  node.addWidget("button", label, null, once, { serialize: false, onClick: once }).serialize = false;
+}
+
 /** A function that waits until it was not called for so many milliseconds. */
 export function later(call, wait) {
   let timer;

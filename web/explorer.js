@@ -2,7 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { element } from "./elements.js";
+import { addButton, element } from "./elements.js";
 import { openExplorer } from "./explorer/dialog.js";
 import { dataOf, explorers, know, NODE } from "./explorer/graph.js";
 import { t } from "./words.js";
@@ -76,8 +76,6 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return;
-    const shown = () => open(explorers().find((own) => own.node === node)?.id);
-    // Neither in the workflow nor in what is sent to the server.
-    node.addWidget("button", t("Explore features…"), null, shown, { serialize: false }).serialize = false;
+    addButton(node, t("Explore features…"), () => open(explorers().find((own) => own.node === node)?.id));
   },
 });

@@ -4,7 +4,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { element } from "./elements.js";
+import { addButton, element } from "./elements.js";
 import { t } from "./words.js";
 
 const NODE = "DiffLensJudge";
@@ -282,7 +282,6 @@ app.registerExtension({
       executed?.call(this, output);
       if (output?.judging) runs.set(nameOf(this), output.judging[0]);
     };
-    const open = () => new Judge(runs.get(nameOf(node)));
-    node.addWidget("button", t("Judge the pairs"), null, open, { serialize: false }).serialize = false;
+    addButton(node, t("Judge the pairs"), () => new Judge(runs.get(nameOf(node))));
   },
 });
