@@ -227,8 +227,9 @@ class LoadRecipe(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "recipe_name",
-                    options=host.list_files(host.RECIPES),
-                    tooltip="A file in models/difflens_recipes, or one of those that come with the pack.",
+                    options=host.list_recipes(),
+                    tooltip="A file in models/difflens_recipes, or one of those that come with the pack. Those in "
+                    "controls steer by random features, to compare others with.",
                 )
             ],
             outputs=[RecipeSocket.Output(display_name="recipe", tooltip="The recipe, for Steer.")],

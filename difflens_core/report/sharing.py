@@ -70,7 +70,7 @@ def provenance(file: Mapping[str, Any]) -> dict[str, Any]:
     """What goes with a picture that was steered by a recipe, of what its file tells (`files.difflens_info`)."""
     info = file["info"] if isinstance(file.get("info"), dict) else {}
     told = {"attribute": file.get("attribute"), "classes": file.get("classes"), "model": file.get("model")}
-    told |= {name: short(str(info[name])) for name in TOLD if info.get(name)}
+    told |= {name: short(str(info[name])) for name in (*TOLD, "control") if info.get(name)}
     return told | {"calibrated": "calibration" in info, "of_0.4": "hold" not in file}
 
 
@@ -85,7 +85,8 @@ def provenance_text(file: Mapping[str, Any]) -> str:
     names = f" ({short(', '.join(map(str, classes)))})" if isinstance(classes, list) else ""
     whose = f", made by {told['author']}" if "author" in told else ""
     of = f" in {told['model_name']}" if "model_name" in told else ""
+    control = [f"A control, to compare others with: {told['control']}."] if "control" in told else []
     older = ["The recipe was made by version 0.4 or before and steers as it did there: it does not hold."]
     sentences = [f"Recipe for {short(str(told['attribute']))}{names}{of}{whose}."]
     sentences.append(f"Licence: {told['licence']}." if "licence" in told else "Its file names no licence.")
-    return " ".join([*(older if told["of_0.4"] else []), *sentences])
+    return " ".join([*control, *(older if told["of_0.4"] else []), *sentences])

@@ -253,9 +253,14 @@ def list_detectors() -> list[str]:
     return [name for name in list_files(CLASSIFIERS) if not info_of(CLASSIFIERS, name)]
 
 
+def list_recipes() -> list[str]:
+    """The listed recipes, last the controls, which steer by random features and are there to be compared with."""
+    return sorted(list_files(RECIPES), key=lambda name: name.startswith(CONTROLS))
+
+
 def list_classes() -> dict[str, list[str]]:
-    """The listed recipes, with the names of their classes, without controls, which steer by random features."""
-    names = [name for name in list_files(RECIPES) if not name.startswith(CONTROLS)]
+    """The listed recipes, with the names of their classes, without controls."""
+    names = [name for name in list_recipes() if not name.startswith(CONTROLS)]
     found = {name: info_of(RECIPES, name).get("classes") for name in names}
     return {name: classes for name, classes in found.items() if isinstance(classes, list) and len(classes) > 1}
 

@@ -160,7 +160,7 @@ def test_a_graph_from_windows_runs_here(server):
     graph.add("DiffLensSaveRecipe", recipe=graph.recipe("controls\\presentation_random"), name="from_windows")
     server.run(to_api(graph))
     options = server.object_info()["DiffLensLoadRecipe"]["input"]["required"]["recipe_name"][1]["options"]
-    assert "controls/presentation_random.safetensors" in options and "from_windows.safetensors" in options
+    assert options[-1] == "controls/presentation_random.safetensors" and "from_windows.safetensors" in options
 
 
 def test_a_list_holds_only_what_its_node_can_load(inside):

@@ -40,6 +40,8 @@ def test_what_a_file_does_not_tell_is_said(toys, tmp_path):
     save_recipe(path, toys.recipe())
     info = difflens_info(path)
     assert provenance_text(info) == "Recipe for age (young, adult, senior). Its file names no licence."
+    random = {**info, "info": {"control": "random latents"}}
+    assert provenance_text(random).startswith("A control, to compare others with: random latents. Recipe for age")
     del info["hold"]  # as files of 0.4 are
     assert provenance(info)["of_0.4"] and "made by version 0.4 or before" in provenance_text(info)
     long = {"info": {"licence": 10**300, "author": "x" * 10**6}, "classes": 3}
