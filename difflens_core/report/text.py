@@ -68,11 +68,17 @@ def in_short(numbers: Mapping[str, Any]) -> str:
     told = f"Before: {mix(numbers['before'])}."
     if numbers["after"]:
         told += f" Now: {mix(numbers['after'])}."
-    if kept := numbers["kept"]:
-        worst = min(kept, key=lambda name: kept[name])
+    if numbers["kept"]:
         pairs = sum(map(sum, numbers["paired"]["table"]))
-        most = f"{round(kept[worst] * pairs)} of {pairs} pictures or more ({worst.replace('_', ' ')} changed most)"
-        told += f" Everything else stayed in {most if kept[worst] < 1 else f'all {pairs} pictures'}."
+        stayed = {name.replace("_", " "): round(share * pairs) for name, share in numbers["kept"].items()}
+        lost = [name for name in stayed if 2 * stayed[name] < pairs]  # "stayed in 0 of 8 or more" would say nothing
+        for name in lost:
+            changed = pairs - stayed.pop(name)
+            told += f" {name.capitalize()} changed in {f'{changed} of' if changed < pairs else 'all'} {pairs} pictures."
+        if stayed:
+            worst = min(stayed, key=stayed.__getitem__)
+            most = f"{stayed[worst]} of {pairs} pictures or more ({worst} changed most)"
+            told += f" Everything else stayed in {most if stayed[worst] < pairs else f'all {pairs} pictures'}."
     return told
 
 

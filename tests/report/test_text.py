@@ -58,6 +58,9 @@ def test_it_begins_with_what_an_artist_wants_to_know():
     found = numbers_of(first, {"age": after, "tone": tones, "glasses": glasses})
     told = "Before: 0 young, 0 adult, 8 senior. Now: 4 young, 4 adult, 0 senior. Everything else stayed in "
     assert report_text(found).splitlines()[0] == told + "7 of 8 pictures or more (glasses changed most)."
+    lost = numbers_of(first, {"age": after, "tone": tones, "glasses": torch.eye(2)[[0] * 8]})
+    gone = "Glasses changed in all 8 pictures. Everything else stayed in "
+    assert report_text(lost).splitlines()[0] == told.replace("Everything else stayed in ", gone) + "all 8 pictures."
     same = numbers_of(first, {"age": after, "tone": tones, "glasses": first["glasses"]})
     assert report_text(same).splitlines()[0] == told + "all 8 pictures."
 
