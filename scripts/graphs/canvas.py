@@ -26,7 +26,8 @@ SIZES = {
     NOTE: (400, 0),
     "DiffLensCompare": (760, 560),
     "Before and after": (500, 330),
-    "DiffLensTrainSAE": (460, 300),
+    "DiffLensCapture": (WIDTH, 260),  # how many pictures of each class it has
+    "DiffLensTrainSAE": (460, 360),
     "DiffLensTrainProbes": (460, 300),
     "DiffLensAttribute": (460, 300),
     "DiffLensReport": (520, 340),
