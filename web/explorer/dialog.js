@@ -46,7 +46,7 @@ class Explorer {
     this.articles = new Map();
     this.noteSoon = later(noteChange, 400);
     this.lens = new Lens(this);
-    this.near = new IntersectionObserver((seen) => this.fillNear(seen), { rootMargin: "600px" });
+    this.near = new IntersectionObserver((seen) => this.fillNear(seen), { scrollMargin: "600px" });
     this.build();
     this.runs = new Runs(this);
     this.body.append(this.runs.box);
