@@ -8,7 +8,7 @@ export const NODE = "DiffLensExplore";
 const root = () => app.rootGraph ?? app.graph;
 
 /** The node of an id in a run, such as 8, or 5:3 in a subgraph. */
-function nodeOf(id) {
+export function nodeOf(id) {
   let node;
   for (const part of id.split(":")) node = (node ? node.subgraph : root())?.getNodeById(part);
   return node;

@@ -26,6 +26,17 @@ STOCK = {  # a graph such as a user has: nothing of ours but the loader of the m
     "5": {"class_type": "VAEDecode", "inputs": {"samples": ["4", 0], "vae": ["1", 2]}},
     "6": {"class_type": "PreviewImage", "inputs": {"images": ["5", 0]}},
 }  # fmt: skip
+# What the server tells of a node that is done and showed the time left and a chart that grew, as its last picture is.
+END = """async () => {
+  const {api} = await import('/scripts/api.js')
+  const nodeId = String(app.graph.nodes.find(node => node.type === 'DiffLensDebias').id)
+  const preview = {blob: new Blob(['chart']), nodeId, displayNodeId: nodeId, jobId: 'job'}
+  api.dispatchCustomEvent('b_preview_with_metadata', preview)
+  if (!app.nodePreviewImages[nodeId]) throw new Error('the page shows no preview')
+  api.dispatchCustomEvent('progress_text', {nodeId, text: ''})
+  const images = [{filename: 'chart.png', type: 'temp', subfolder: ''}]
+  api.dispatchCustomEvent('executed', {node: nodeId, display_node: nodeId, output: {images}, prompt_id: 'job'})
+}"""
 SLOT = """([type, kind, slot]) => {
   const node = app.graph.nodes.find(node => node.type === type)
   const [x, y] = node.getConnectionPos(kind === 'input', node[`${kind}s`].findIndex(one => one.name === slot))
@@ -120,6 +131,31 @@ def test_three_clicks_from_the_templates_to_the_first_picture(canvas, shots):
         "app.graph.nodes.find(node => node.type === 'DiffLensCompare').imgs?.length", timeout=DRAWN
     )
     canvas.screenshot(path=str(shots / "first picture.png"))
+    text = canvas.locator(".dom-widget", has_text="Recipe for presentation").locator(".overflow-y-auto")
+    hidden = text.evaluate("box => box.scrollHeight - box.clientHeight")
+    assert "Licence" in text.inner_text() and hidden <= 0, f"{hidden} pixels of what Debias says are not seen"
+    canvas.evaluate(END)
+    canvas.wait_for_function("!app.graph.nodes.some(node => node.widgets?.some(one => one.name.startsWith('$$node')))")
+    canvas.wait_for_function("!Object.keys(app.nodePreviewImages).length")
+
+
+def test_the_panel_at_the_right_shows_the_shares_of_the_recipe_that_is_chosen(canvas):
+    canvas.keyboard.press("Escape")
+    canvas.evaluate(
+        """() => { app.graph.clear(); const node = LiteGraph.createNode('DiffLensDebias'); app.graph.add(node)
+             app.canvas.selectNode(node); app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', true) }"""
+    )
+    panel = canvas.get_by_test_id("section-widgets-list")
+    for name, value in (("recipe", "avatars_presentation.safetensors"), ("mix", "own shares")):
+        panel.get_by_role("combobox", name=name, exact=True).click()
+        canvas.get_by_role("option", name=value, exact=True).click()
+    panel.get_by_role("spinbutton", name="feminine %").click()
+    canvas.keyboard.press("Control+a")
+    canvas.keyboard.type("7")
+    canvas.keyboard.press("Enter")
+    told = canvas.evaluate("app.graph.nodes[0].widgets.map(widget => widget.value)")
+    canvas.evaluate("app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', false)")
+    assert told == ["avatars_presentation.safetensors", "own shares", 50, 7, 1]
 
 
 @pytest.mark.parametrize(
