@@ -66,6 +66,13 @@ class Explorer {
     this.grid = element("div", { class: "grid" });
     this.body = element("div", { class: "body" }, [this.grid]);
     const button = (text, title, call) => element("button", { type: "button", title, onclick: call }, [text]);
+    const forAll = [
+      button(t("Tick"), t("Tick all that are shown"), () => this.change(this.shown, { on: true })),
+      button(t("Untick"), t("Untick all that are shown"), () => this.change(this.shown, { on: false })),
+      button(t("Reset"), t("Everything as in the recipe"), () => this.reset()),
+    ];
+    this.tools = [this.search, this.order, this.filter, ...forAll];
+    for (const tool of this.tools) tool.disabled = true; // until there are cards
     this.dialog = element("dialog", { class: "difflens-explorer", "aria-label": t("Feature explorer") }, [
       element("div", { class: "head" }, [
         this.title,
@@ -73,9 +80,7 @@ class Explorer {
         this.search,
         element("label", {}, [`${t("Order")} `, this.order]),
         element("label", {}, [`${t("Show")} `, this.filter]),
-        button(t("Tick"), t("Tick all that are shown"), () => this.change(this.shown, { on: true })),
-        button(t("Untick"), t("Untick all that are shown"), () => this.change(this.shown, { on: false })),
-        button(t("Reset"), t("Everything as in the recipe"), () => this.reset()),
+        ...forAll,
         element("details", { class: "keys" }, [
           element("summary", {}, [t("Keys")]),
           element("dl", {}, keys().flatMap(([key, does]) => [element("dt", {}, [key]), element("dd", {}, [does])])),
@@ -124,6 +129,7 @@ class Explorer {
     const { attribute, site, classes } = this.cards;
     this.title.textContent = t("{attribute} at {site}", { attribute: attribute.replaceAll("_", " "), site });
     this.choice = new Choice(this.node, this.cards.features);
+    for (const tool of this.tools) tool.disabled = false;
     this.articles = new Map(this.cards.features.map((card) => [card, makeCard(card, this)]));
     const shows = { all: t("all"), ticked: t("ticked"), "not ticked": t("not ticked"), named: t("named") };
     if (classes.length > 1) for (const name of classes) shows[SPEAKS + name] = t("speaks for {name}", { name });
