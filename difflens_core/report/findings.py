@@ -89,8 +89,11 @@ def dose_chart(attribute: str, doses: Doses) -> np.ndarray:
 def mix_chart(
     attribute: str, classes: Sequence[str], target: Sequence[float], mixes: Mapping[str, Sequence[float]]
 ) -> np.ndarray:
-    """Shares of the classes (K each) in sets of pictures, beside the target (440 x 720 x 3, uint8)."""
-    sides = {"target": target, **mixes}
+    """Shares of the classes (K each) in sets of pictures, beside the target (440 x 720 x 3, uint8).
+
+    The target comes last, so that before and after have the colours that they have in the Fairness Report.
+    """
+    sides = {**mixes, "target": target}
     groups = {name: {side: float(shares[c]) for side, shares in sides.items()} for c, name in enumerate(classes)}
     return bar_chart(f"{attribute}: share of each class", groups)
 
