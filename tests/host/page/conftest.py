@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from environment import ensure_browser
 from host import Server
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 SCREEN = {"width": 1600, "height": 1000}
 BOOT = 120_000  # milliseconds until the page is there, on two slow cores
@@ -80,6 +80,25 @@ def opened(
 def open_page(browser: Browser) -> Callable[..., AbstractContextManager[tuple[Page, list[str]]]]:
     """`opened` for tests that want a page of their own."""
     return partial(opened, browser)
+
+
+@contextmanager
+def side_panel(page: Page, node: str) -> Iterator[Locator]:
+    """The widgets of a node (in JavaScript) in ComfyUI's panel at the right, which is shut again."""
+    set_open = "open => app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', open)"
+    panel = page.get_by_test_id("section-widgets-list")
+    page.evaluate(set_open, True)
+    try:
+        page.evaluate(f"() => app.canvas.selectNode({node})")
+        yield panel
+    finally:
+        page.evaluate(set_open, False)
+    expect(panel).to_have_count(0)
+
+
+@pytest.fixture(scope="session")
+def open_panel() -> Callable[[Page, str], AbstractContextManager[Locator]]:
+    return side_panel
 
 
 @pytest.fixture(scope="module", params=RENDERERS)

@@ -50,17 +50,6 @@ def press_the_button(page: Page, judge: int) -> None:
     expect(page.locator(".difflens-judge")).to_be_visible()
 
 
-def press_in_the_panel(page: Page, judge: int) -> None:
-    """The same in ComfyUI's panel at the right, which shows the node that is selected."""
-    page.evaluate("app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', true)")
-    page.evaluate("id => app.canvas.selectNode(app.graph.getNodeById(id))", judge)
-    page.get_by_test_id("section-widgets-list").get_by_role("button", name="Judge the pairs").click()
-    expect(page.locator(".difflens-judge")).to_be_visible()
-    page.keyboard.press("Escape")
-    page.evaluate("app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', false)")
-    expect(page.get_by_test_id("section-widgets-list")).to_have_count(0)
-
-
 def begin(page: Page, judge: int, name: str) -> None:
     press_the_button(page, judge)
     page.keyboard.press("Control+a")
@@ -84,14 +73,17 @@ def judge(page: Page, object_info: dict, request) -> tuple[int, str]:
     return graph.judge.id, name
 
 
-def test_pairs_are_judged_by_keyboard_and_counted(page: Page, server, judge, shots, request):
+def test_pairs_are_judged_by_keyboard_and_counted(page: Page, server, judge, shots, open_panel, request):
     node, name = judge
     path, way = server.output_dir / f"{name}.csv", request.node.callspec.params["page_and_console"]
     press_the_button(page, node)
     page.screenshot(path=shots / f"judge_start_{way}.png")
     page.keyboard.press("Escape")
     expect(page.locator(".difflens-judge")).to_have_count(0)
-    press_in_the_panel(page, node)
+    with open_panel(page, f"app.graph.getNodeById({node})") as panel:
+        panel.get_by_role("button", name="Judge the pairs").click()
+        expect(page.locator(".difflens-judge")).to_be_visible()
+        page.keyboard.press("Escape")
 
     page.evaluate("id => app.canvas.selectNode(app.graph.getNodeById(id))", node)
     behind = "[app.graph.nodes.length, app.extensionManager.sidebarTab.activeSidebarTabId]"

@@ -139,22 +139,18 @@ def test_three_clicks_from_the_templates_to_the_first_picture(canvas, shots):
     canvas.wait_for_function("!Object.keys(app.nodePreviewImages).length")
 
 
-def test_the_panel_at_the_right_shows_the_shares_of_the_recipe_that_is_chosen(canvas):
+def test_the_panel_at_the_right_shows_the_shares_of_the_recipe_that_is_chosen(canvas, open_panel):
     canvas.keyboard.press("Escape")
-    canvas.evaluate(
-        """() => { app.graph.clear(); const node = LiteGraph.createNode('DiffLensDebias'); app.graph.add(node)
-             app.canvas.selectNode(node); app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', true) }"""
-    )
-    panel = canvas.get_by_test_id("section-widgets-list")
-    for name, value in (("recipe", "avatars_presentation.safetensors"), ("mix", "own shares")):
-        panel.get_by_role("combobox", name=name, exact=True).click()
-        canvas.get_by_role("option", name=value, exact=True).click()
-    panel.get_by_role("spinbutton", name="feminine %").click()
-    canvas.keyboard.press("Control+a")
-    canvas.keyboard.type("7")
-    canvas.keyboard.press("Enter")
-    told = canvas.evaluate("app.graph.nodes[0].widgets.map(widget => widget.value)")
-    canvas.evaluate("app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', false)")
+    canvas.evaluate("() => { app.graph.clear(); app.graph.add(LiteGraph.createNode('DiffLensDebias')) }")
+    with open_panel(canvas, "app.graph.nodes[0]") as panel:
+        for name, value in (("recipe", "avatars_presentation.safetensors"), ("mix", "own shares")):
+            panel.get_by_role("combobox", name=name, exact=True).click()
+            canvas.get_by_role("option", name=value, exact=True).click()
+        panel.get_by_role("spinbutton", name="feminine %").click()
+        canvas.keyboard.press("Control+a")
+        canvas.keyboard.type("7")
+        canvas.keyboard.press("Enter")
+        told = canvas.evaluate("app.graph.nodes[0].widgets.map(widget => widget.value)")
     assert told == ["avatars_presentation.safetensors", "own shares", 50, 7, 1]
 
 
