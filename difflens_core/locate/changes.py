@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..activations import ROWS, Activations
@@ -16,45 +15,60 @@ from ..classifiers import NO_CLASS
 from ..files import DiffLensError
 from ..sae import Normalisation
 from .attribution import SUPPORT, tied
-from .levels import Labelled, RowsOf, in_few_maps, principal
+from .levels import Labelled, RowsOf, principal
 
-CHANGES = ("maps", "readout", "offset", "amounts")  # tensors of `Changes`
-SHRINKAGE = 1000.0  # of the coefficients, in positions
-AS_THEY_ARE = 0.5  # what pictures that show the class already, and are to stay, weigh beside the pairs
-PATTERNS, MAPS = 48, 2  # of the readout; of the changes, times the classes
-# Of a pair's difference: what is added at one step is seen by the next ones, which add to it by themselves.
-SHARE = 0.8
+# Tensors of `Changes`.
+CHANGES = (
+    "readout", "offset", "first", "first_bias", "second", "second_bias", "last", "last_bias", "amounts", "maps",
+)  # fmt: skip
+PATTERNS, COURSES, HIDDEN = 64, 3, 128  # of what is read and of what changes; over the steps; of the network
+AROUND = 3  # positions, at whose middle the network tells what changes
+UPDATES, RATE, WEIGHT_DECAY = 600, 2e-3, 0.05  # of its training
+PAIRS, AS_THEY_ARE = 24, 12  # of an update: pairs, and pictures that show the class already and are to stay
+MOST_BYTES = 2**28  # of what changes in pairs; of more, some are left out, evenly
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What F latents do more, at each step and position, in the same picture of class k.
+    """What F latents do more, at each step and position, in the same picture of class k, as a small network tells it.
 
-    readout: D x F and offset: D read D patterns at every position of the finished picture, off how active the latents
-    are there; maps: R x F x D, what a unit of each pattern changes; amounts: S x K x R, how much of each map it takes.
+    readout: D x W and offset: D read D patterns at every position of the finished picture, off its normalised rows, W
+    wide. Two convolutions with GELU, first: J x A x A x D and second: J x A x A x J, look at each position and
+    around it, and last: K x CE x J tells how much of each of E patterns changes, in each of C courses over the steps.
+    amounts: S x C are these courses and maps: E x F the patterns, by which changes are told with a mean square of 1.
+    first_bias, second_bias: J; last_bias: K x CE.
     """
 
-    maps: Tensor
     readout: Tensor
     offset: Tensor
+    first: Tensor
+    first_bias: Tensor
+    second: Tensor
+    second_bias: Tensor
+    last: Tensor
+    last_bias: Tensor
     amounts: Tensor
+    maps: Tensor
 
-    def told(self, latents: Tensor) -> Tensor:
-        """Patterns (B x D x P) of a finished picture's latents (B x F x P)."""
-        return torch.matmul(self.readout, latents) + self.offset[:, None]
+    def told(self, rows: Tensor, target: Tensor) -> Tensor:
+        """How much of what changes (B x C x E x height x width) in finished pictures, of rows B x W x height x width.
 
-    def change(self, latents: Tensor, target: Tensor, step: int, maps: Tensor | None = None) -> Tensor:
-        """Change (B x F x P) of such pictures to classes `target` (B) at a step.
-
-        maps: R x W x D instead of the own, such as their rows: then it is B x W x P.
+        target: B, the classes that they are to show.
         """
-        maps = self.maps if maps is None else maps
-        by_pattern = (self.amounts[step, target] @ maps.flatten(1)).unflatten(1, maps.shape[1:])
-        return torch.matmul(by_pattern, self.told(latents))
+        x = torch.einsum("dw,bwyx->bdyx", self.readout, rows) + self.offset[:, None, None]
+        for weight, bias in ((self.first, self.first_bias), (self.second, self.second_bias)):
+            x = F.gelu(F.conv2d(x, weight.movedim(-1, 1), bias, padding=weight.shape[1] // 2))
+        found = torch.einsum("boj,bjyx->boyx", self.last[target], x) + self.last_bias[target][:, :, None, None]
+        return found.unflatten(1, (self.amounts.shape[1], -1))
+
+    def change(self, told: Tensor, step: int, maps: Tensor | None = None) -> Tensor:
+        """Change (B x F x height x width) at a step, of what was `told`; maps: others than the own, such as decoded ones."""
+        now = torch.einsum("c,bceyx->beyx", self.amounts[step], told)
+        return torch.einsum("beyx,ef->bfyx", now, self.maps if maps is None else maps)
 
     def some(self, latents: Tensor) -> Changes:
-        """Those of some of the latents, read off them alone: numbers, or F booleans."""
-        return replace(self, maps=self.maps[:, latents], readout=self.readout[:, latents])
+        """Those of some of the latents: numbers, or F booleans."""
+        return replace(self, maps=self.maps[:, latents])
 
     def to(self, device: torch.device) -> Changes:
         """The same on a device."""
@@ -88,93 +102,129 @@ def fit_changes(
 ) -> Changes:
     """Changes by pairs of pictures that were drawn from the same noise, of activations whose `twins` are 2 or more.
 
-    One ridge regression for each two classes: how much more active a the latents are in the picture of class k than in
-    its twin of class l, by what the latents z of either are where it is finished, at the same position p,
-
-        a_k,s(p) - a_l,s(p) = w_kl,s z(p) + v_kl,s,
-
-    over all positions, pairs, and both pictures of each. What chance makes differ between the two cancels out so: by
-    the first picture alone the second would be told to be nearer to the mean, in skin, hair and clothes. From these
-    follows one regression for each class k of what is to change, over all captured pictures: by w_kl where class l is
-    shown, by nothing where k is. So a change leaves alone what is there already. The coefficients of all steps and
-    classes are put into few patterns of z, each of variance 1, and few maps of these (`in_few_maps`).
-    on_batch is told how many pictures were read. Raises `DiffLensError` if two classes have fewer pairs than `SUPPORT`.
+    Learned is how much more active the latents are in the picture of class k than in its twin of class l, at every
+    step and position p, off the rows of the picture of class l where it is finished, at p and around it; and that
+    nothing changes where a picture shows k already. What is read and what is told are principal components, of the
+    finished rows and of the differences; the least mean square of what is not told is sought by AdamW.
+    Where only some positions of a map were captured, each is read alone.
+    on_batch is told how many pictures were read, and at each update again. Raises `DiffLensError` if two classes have
+    fewer pairs than `SUPPORT`.
     """
     first, second = alike_pairs(labels, activations.twins, others)
     check_pairs(labels[first], labels[second], activations.twins, classes)
-    sums = Sums(len(classes), len(activations.progress))
-    for start, stop in whole_groups(activations):
-        own = (first >= start) & (first < stop)
-        sums.add(
-            activations.part(start, stop), normalisation, rows_of, labels[start:stop], first[own] - start,
-            second[own] - start,
+    most = MOST_BYTES // (2 * COURSES * PATTERNS * activations.positions)
+    some = torch.linspace(0, len(first) - 1, min(len(first), max(SUPPORT, most))).long()
+    first, second = first[some], second[some]
+
+    def parts() -> Iterator[tuple[Tensor, Tensor]]:
+        return differences(activations, normalisation, rows_of, first, second, on_batch)
+
+    readout, offset, amounts, maps = patterns(parts())
+    finished, changed = [], []
+    for rows, more in parts():
+        finished.append((torch.einsum("npw,dw->ndp", rows, readout) + offset[:, None]).half())
+        changed.append(torch.einsum("mspf,sc,ef->mcep", more, amounts, maps).half())
+    reads = torch.cat(finished).unflatten(2, activations.map)
+    tells = torch.cat(changed).flatten(1, 2).unflatten(2, activations.map)
+    around = AROUND if activations.size is None else 1
+    with torch.inference_mode(False), torch.enable_grad():
+        network = learned(
+            reads.clone(), tells.clone(), labels.clone(), (first.clone(), second.clone()), len(classes), around,
+            lambda: on_batch(activations.pictures),
         )  # fmt: skip
-        on_batch(stop)
-    coefficients, products = sums.solved()
-    return in_patterns(SHARE * coefficients.float(), products.float())
+    spread = tells.float().square().mean(dim=(0, 2, 3)).unflatten(0, (amounts.shape[1], -1)).sum(dim=0).sqrt()
+    return Changes(readout, offset, *weights_of(network, len(classes), spread), amounts, spread[:, None] * maps)
 
 
-class Sums:
-    """What `fit_changes` solves, in float64: X^T X and X^T Y of rows x = (z, 1) of finished pictures.
+def weights_of(network: nn.Sequential, classes: int, spread: Tensor) -> list[Tensor]:
+    """Those of `Changes`, which tells every pattern of changes (E) in units of its spread."""
+    *looking, telling = network[::2]
+    weights = []
+    for layer in looking:
+        weights += [layer.weight.detach().movedim(1, -1).contiguous(), layer.bias.detach()]
+    for of in (telling.weight.flatten(1), telling.bias[:, None]):
+        told = of.detach().unflatten(0, (classes, -1, len(spread))) / spread[:, None].clamp(min=1e-8)
+        weights.append(told.flatten(1, 2))
+    return [*weights[:-1], weights[-1][..., 0]]
 
-    shown: of all pictures of each class; products, sums: of the pairs of each two classes, sums at every step.
-    """
 
-    def __init__(self, classes: int, steps: int) -> None:
-        self.shown: list[Any] = [0.0] * classes
-        self.products: dict[tuple[int, int], Any] = {of: 0.0 for of in combinations(range(classes), 2)}
-        self.sums: dict[tuple[int, int], list[Any]] = {of: [0.0] * steps for of in self.products}
+def differences(
+    activations: Activations, normalisation: Normalisation, rows_of: RowsOf, first: Tensor, second: Tensor,
+    on_batch: Callable[[int], None],
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Of pictures in turn, their finished rows, n x P x W, and how latents of their pairs differ, m x S x P x F."""
+    for start, stop in whole_groups(activations):
+        part = activations.part(start, stop)
 
-    def add(
-        self, part: Activations, normalisation: Normalisation, rows_of: RowsOf, labels: Tensor, first: Tensor,
-        second: Tensor,
-    ) -> None:  # fmt: skip
-        """Add pictures with these classes (B), of which `first` and `second` (n and n) are pairs."""
-
-        def latents_at(s: int, which: Tensor) -> Tensor:
+        def latents_at(s: int, which: Tensor, part: Activations = part) -> Tensor:
             values = torch.cat([values for _, values in part.batches(s)])[which]
             return rows_of(values, normalisation.step_at(float(part.progress[s])))[0].transpose(1, 2)
 
-        steps = range(len(part.progress))
-        x = F.pad(latents_at(steps[-1], torch.arange(len(labels))), (0, 1), value=1.0)
-        for c in range(len(self.shown)):
-            self.shown[c] += gram(x[labels == c])
-        used, at = torch.cat([first, second]).unique(return_inverse=True)
-        if not len(used):
-            return
-        one, other = at.chunk(2)
-        x = x[used]
-        own = {(k, m): (labels[first] == k) & (labels[second] == m) for k, m in self.products}
-        for pair, of in own.items():
-            self.products[pair] += gram(x[one[of]]) + gram(x[other[of]])
-        for s in steps:
-            z = latents_at(s, used)
-            for pair, of in own.items():
-                i, j = one[of], other[of]
-                self.sums[pair][s] += ((x[i] + x[j]).flatten(0, 1).T @ (z[j] - z[i]).flatten(0, 1)).double()
-
-    def solved(self) -> tuple[Tensor, Tensor]:
-        """Coefficients S x K x F + 1 x F, and the mean X^T X of a row where all classes are shown alike."""
-        shown = [products / products[-1, -1] for products in self.shown]
-        whole = torch.stack(shown).mean(dim=0)
-        unit = whole.diagonal().mean() * torch.eye(len(whole), dtype=torch.float64)
-        towards = {}
-        for (k, m), products in self.products.items():
-            towards[k, m] = torch.linalg.solve(products + SHRINKAGE * unit, torch.stack(self.sums[k, m]))
-            towards[m, k] = -towards[k, m]
-        found = []
-        for c in range(len(shown)):
-            rest = [k for k in range(len(shown)) if k != c]
-            wanted = torch.stack([shown[k] @ towards[k, c] for k in rest]).sum(dim=0)
-            seen = torch.stack([shown[k] for k in rest]).sum(dim=0) + AS_THEY_ARE * len(rest) * shown[c]
-            found.append(torch.linalg.solve(seen + 1e-6 * unit, wanted))
-        return torch.stack(found, dim=1), whole
+        own = (first >= start) & (first < stop)
+        used, at = (torch.cat([first[own], second[own]]) - start).unique(return_inverse=True)
+        one, other = at.tensor_split(2)
+        latents = [latents_at(s, used) for s in range(len(part.progress))]
+        finished = torch.cat([values for _, values in part.batches(len(part.progress) - 1)])
+        last = normalisation.step_at(float(part.progress[-1]))
+        yield normalisation.apply(finished, last), torch.stack([z[other] - z[one] for z in latents], 1)
+        on_batch(stop)
 
 
-def gram(x: Tensor) -> Tensor:
-    """X^T X of rows (... x N), in float64."""
-    flat = x.flatten(0, -2)
-    return (flat.T @ flat).double()
+def patterns(parts: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Readout and offset of finished rows, whose patterns have variance 1, amounts and maps of what differs.
+
+    parts: as `differences` gives them.
+    """
+    count, total, products, changes, courses = 0, *[torch.zeros(())] * 4
+    for z, more in parts:
+        rows = z.flatten(0, 1).double()
+        count, total, products = count + len(rows), total + rows.sum(dim=0), products + rows.T @ rows
+        flat, by_step = more.flatten(0, 2), more.movedim(1, 0).flatten(1)
+        changes, courses = changes + (flat.T @ flat).double(), courses + (by_step @ by_step.T).double()
+    mean = total / count
+    covariance = products / count - torch.outer(mean, mean)
+    basis = principal(covariance, PATTERNS)
+    readout = (basis / (basis.T @ covariance @ basis).diagonal().sqrt()).T
+    amounts, maps = principal(courses, COURSES), principal(changes, PATTERNS).T
+    return tuple(of.float().contiguous() for of in (readout, -readout @ mean, amounts, maps))  # type: ignore[return-value]
+
+
+def learned(
+    reads: Tensor, tells: Tensor, labels: Tensor, pairs: tuple[Tensor, Tensor], classes: int, around: int,
+    on_update: Callable[[], None],
+) -> nn.Sequential:  # fmt: skip
+    """The network of `Changes`, of what every picture reads (B x D x H x W) and what changes in pairs (n x CE x H x W).
+
+    pairs: n and n, numbers of pictures. Its last layer tells the classes' changes one after the other.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Conv2d(reads.shape[1], HIDDEN, around, padding=around // 2), nn.GELU(),
+            nn.Conv2d(HIDDEN, HIDDEN, around, padding=around // 2), nn.GELU(),
+            nn.Conv2d(HIDDEN, classes * tells.shape[1], 1),
+        )  # fmt: skip
+    optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, UPDATES)
+    shown, first, second = (labels != NO_CLASS).nonzero().flatten(), *pairs
+    for _ in range(UPDATES):
+        chosen = torch.randint(len(first), (PAIRS,), generator=generator)
+        back = torch.rand(PAIRS, generator=generator) < 0.5  # from the second's class to the first's
+        stay = shown[torch.randint(len(shown), (AS_THEY_ARE,), generator=generator)]
+        one, two = first[chosen], second[chosen]
+        own, other = torch.where(back, two, one), torch.where(back, one, two)
+        wanted = tells[chosen].float() * (1 - 2 * back.float())[:, None, None, None]
+        target = torch.cat([labels[other], labels[stay]])
+        told = network(reads[torch.cat([own, stay])].float()).unflatten(1, (classes, -1))
+        missed = told[torch.arange(len(target)), target]
+        missed = torch.cat([missed[:PAIRS] - wanted, missed[PAIRS:]])
+        optimizer.zero_grad()
+        missed.square().mean().backward()
+        optimizer.step()
+        schedule.step()
+        on_update()
+    return network
 
 
 def whole_groups(activations: Activations) -> Iterator[tuple[int, int]]:
@@ -194,15 +244,3 @@ def check_pairs(first: Tensor, second: Tensor, twins: int, classes: tuple[str, .
                 f"and {classes[m]} with all else alike; at least {SUPPORT} are needed. Let prompts that follow one "
                 "another differ in the word that names the class, and capture more pictures."
             )
-
-
-def in_patterns(weights: Tensor, products: Tensor) -> Changes:
-    """Coefficients S x K x F + 1 x F, the constants' last, of rows with mean products F + 1 x F + 1, as `Changes`."""
-    tiny = 1e-6 * products.diagonal().mean() * torch.eye(len(products))
-    root = torch.linalg.cholesky(products + tiny).T
-    flat = torch.matmul(root, weights).movedim(2, 0).flatten(1)
-    basis = principal(flat @ flat.T, PATTERNS)
-    readout = torch.linalg.solve_triangular(root, basis, upper=True).T
-    by_pattern = (basis.T @ flat).unflatten(1, (*weights.shape[:2], weights.shape[3]))
-    amounts, maps = in_few_maps(by_pattern.movedim(0, -1), MAPS * weights.shape[1])
-    return Changes(maps, readout[:, :-1].contiguous(), readout[:, -1].contiguous(), amounts)

@@ -65,7 +65,7 @@ def build_recipe(
     probe_weight, probe_bias = probes.weight[probe_rows] / SOFTENING, probes.bias[probe_rows] / SOFTENING
     whole = sae.normalisation.to("cpu")
     start, end = captured_part(attribution.progress)
-    rows_of, twins = latent_rows(sae, chosen), activations.twins > 1
+    rows_of, twins = latent_rows(sae, chosen), activations.twins > 1 and sae.kernel == 1
     levels = fit_levels(
         activations, whole, everywhere(rows_of) if twins else rows_of, labels, len(classes), others, on_step
     )

@@ -70,9 +70,8 @@ def with_latents(recipe: Recipe, sae: SparseAutoencoder, features: Tensor) -> Re
 
 
 def change_norm(changes: Changes, decoder: Tensor) -> Tensor:
-    """Norm of the decoded changes (decoder: F x C) over steps and classes: their patterns have variance 1."""
-    maps = torch.einsum("rfd,fc->rcd", changes.maps, decoder)
-    return torch.einsum("skr,rcd->skcd", changes.amounts, maps).norm()
+    """Norm of the decoded changes (decoder: F x C): their maps are told with a mean square of 1."""
+    return (changes.maps @ decoder).norm()
 
 
 def edit_norm(levels: Tensor, decoder: Tensor) -> Tensor:

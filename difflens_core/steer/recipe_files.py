@@ -20,15 +20,17 @@ TENSORS = ("features", "encoder", "bias", "threshold", "decoder", "member", "pro
 # Kept in a byte a number.
 LARGE = (
     "encoder", "decoder", "probe_weight", "levels.maps", "levels.places", "levels.effects", "levels.weight",
-    "frame.weight", "changes.maps", "changes.readout",
+    "frame.weight", "changes.readout", "changes.first", "changes.second", "changes.last", "changes.maps",
 )  # fmt: skip
 # Features, width, classes, steps of the capture and of the normalisation, patterns over positions, positions, channels,
-# traits, maps, edges, and of the changes maps (M) and patterns (Q).
+# traits, maps, edges; of the changes patterns (Q), the network (J, I, O), courses (M) and maps (U).
 AXES = {
     "features": "F", "weight": "F", "encoder": "FW", "decoder": "FW", "bias": "F", "threshold": "F", "member": "KF",
     "levels.maps": "RFD", "levels.places": "DP", "levels.classes": "SKR", "levels.effects": "SKGR",
     "levels.weight": "SGW", "levels.bias": "SG", "frame.weight": "SEW", "frame.bias": "SE", "probe_weight": "SKW",
-    "probe_bias": "SK", "changes.maps": "MFQ", "changes.readout": "QF", "changes.offset": "Q", "changes.amounts": "SKM",
+    "probe_bias": "SK", "changes.readout": "QW", "changes.offset": "Q",
+    "changes.first": "JIIQ", "changes.first_bias": "J", "changes.second": "JIIJ", "changes.second_bias": "J",
+    "changes.last": "KOJ", "changes.last_bias": "KO", "changes.amounts": "SM", "changes.maps": "UF",
     "normalisation.progress": "N", "normalisation.mean": "NC", "normalisation.scale": "N",
     "normalisation.modulation": "NTC",
 }  # fmt: skip

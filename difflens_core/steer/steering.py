@@ -48,8 +48,7 @@ class Steering:
     clamp          z' = z + s (min(z, level_c) - z), with s at most 1: only takes away what exceeds the level
     scale          z' = (1 + s) z on c's own latents, as in the DiffLens paper
     ablate         z' = (1 - s) z on c's own latents, with s at most 1
-    twin           z' = z + s (1 - p_c) change_c(y), of what the latents y of the finished, unsteered picture show, see
-                   `Changes`, p_c being how sure the probe is that it shows c already
+    twin           z' = z + s change_c, as `Changes` tells it of the finished, unsteered picture
 
     Levels are those of pictures with the traits that the recipe's probes read, if they tell of any. Where it
     reads a frame, all of this is done in the subject's frame.
@@ -167,13 +166,10 @@ class Steering:
 
     def twin_change(self, shown: Shown, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
         """What mode twin adds (B x width x P) to pictures that end as shown, asked for classes `target` (B)."""
-        changes, rows = self.changes(shown.h.device), self.columns(shown.h, None)
-        last = self.recipe.normalisation.step_at(shown.progress)
-        latents = self.read(rows, last, t)
-        logits = F.linear(self.pooled(rows, last, t), t["probe_weight"][last], t["probe_bias"][last])
-        lacks = 1 - logits.softmax(dim=1).gather(1, target[:, None])[:, 0]
-        amount = (lacks * t["strength"][target] * t["scale"][step])[:, None, None]
-        return amount * changes.change(latents, target, step, self.changed_rows(t))
+        changes, last = self.changes(shown.h.device), self.recipe.normalisation.step_at(shown.progress)
+        told = changes.told(self.normalised(shown.h, last, t).unflatten(2, shown.h.shape[2:]), target)
+        amount = (t["strength"][target] * t["scale"][step])[:, None, None]
+        return amount * changes.change(told, step, self.changed_rows(t)).flatten(2)
 
     def changes(self, device: torch.device) -> Changes:
         """The recipe's changes on `device`, moved once."""
@@ -182,11 +178,11 @@ class Steering:
         return self._changes[device]
 
     def changed_rows(self, t: dict[str, Tensor]) -> Tensor:
-        """What a unit of each map of the changes adds to normalised rows: R x width x D."""
+        """What a unit of each map of the changes adds to normalised rows: E x width."""
         decoder = t["decoder"]
         if decoder.device not in self._decoded:
             maps = self.changes(decoder.device).maps
-            self._decoded[decoder.device] = torch.einsum("rfd,fc->rcd", maps, decoder)
+            self._decoded[decoder.device] = maps @ decoder
         return self._decoded[decoder.device]
 
     def laid(self, change: Tensor, h: Tensor, frames: Tensor | None) -> Tensor:
