@@ -156,7 +156,7 @@ def test_some_latents_write_alone(recipe, maps):
     assert torch.allclose(one, other, atol=1e-5)
 
 
-def captured(toys, noises: int = 60) -> tuple[Activations, torch.Tensor]:
+def captured(toys, noises: int = 200) -> tuple[Activations, torch.Tensor]:
     """Twins of two classes: channel 0 says that something is there, and channel 1 what the class makes of it."""
     draw, labels = toys.random(13), torch.tensor([0, 1]).repeat(noises)
     values = 0.3 * draw(3, 2 * noises, 6, 2, 4)
@@ -181,7 +181,7 @@ def test_a_recipe_of_twins_turns_what_is_there_and_so_do_its_controls(toys):
     h[0, :2, 0, 0] = torch.tensor([3.0, -3.0])  # something of class a, and nothing beside it
     to_b = Steering(recipe, lambda images: torch.ones(1, dtype=torch.int64))
     change = (to_b(h, 0.0, torch.arange(1), Shown(h, 2 / 3)) - h)[0, 1, 0]
-    assert change[0] > 2 and change[1].abs() < 0.3
+    assert change[0] > 2 and change[1].abs() < 0.1 * change[0]
     to_a = Steering(recipe, lambda images: torch.zeros(1, dtype=torch.int64))
     assert (to_a(h, 0.0, torch.arange(1), Shown(h, 2 / 3)) - h).abs().max() < 0.3, "it is of class a already"
     raw = mean_difference(recipe, activations, labels, {})
