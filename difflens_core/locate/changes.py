@@ -62,7 +62,7 @@ class Changes:
         return found.unflatten(1, (self.amounts.shape[1], -1))
 
     def change(self, told: Tensor, step: int, maps: Tensor | None = None) -> Tensor:
-        """Change (B x F x height x width) at a step, of what was `told`; maps: others than the own, such as decoded ones."""
+        """Change (B x F x height x width) at a step, of what was `told`; maps: instead of the own, such as decoded."""
         now = torch.einsum("c,bceyx->beyx", self.amounts[step], told)
         return torch.einsum("beyx,ef->bfyx", now, self.maps if maps is None else maps)
 
@@ -133,19 +133,20 @@ def fit_changes(
             lambda: on_batch(activations.pictures),
         )  # fmt: skip
     spread = tells.float().square().mean(dim=(0, 2, 3)).unflatten(0, (amounts.shape[1], -1)).sum(dim=0).sqrt()
-    return Changes(readout, offset, *weights_of(network, len(classes), spread), amounts, spread[:, None] * maps)
+    weights = weights_of(network, len(classes), spread)
+    return Changes(readout=readout, offset=offset, **weights, amounts=amounts, maps=spread[:, None] * maps)
 
 
-def weights_of(network: nn.Sequential, classes: int, spread: Tensor) -> list[Tensor]:
+def weights_of(network: nn.Sequential, classes: int, spread: Tensor) -> dict[str, Tensor]:
     """Those of `Changes`, which tells every pattern of changes (E) in units of its spread."""
-    *looking, telling = network[::2]
-    weights = []
-    for layer in looking:
-        weights += [layer.weight.detach().movedim(1, -1).contiguous(), layer.bias.detach()]
-    for of in (telling.weight.flatten(1), telling.bias[:, None]):
-        told = of.detach().unflatten(0, (classes, -1, len(spread))) / spread[:, None].clamp(min=1e-8)
-        weights.append(told.flatten(1, 2))
-    return [*weights[:-1], weights[-1][..., 0]]
+    *looking, (last, last_bias) = (tuple(layer.parameters()) for layer in network if isinstance(layer, nn.Conv2d))
+    weights: dict[str, Tensor] = {}
+    for name, (weight, bias) in zip(("first", "second"), looking, strict=True):
+        weights |= {name: weight.movedim(1, -1).contiguous(), f"{name}_bias": bias}
+    unit = spread.clamp(min=1e-8).repeat(len(last_bias) // len(spread))
+    told = {"last": last.flatten(1) / unit[:, None], "last_bias": last_bias / unit}
+    weights |= {name: of.unflatten(0, (classes, -1)) for name, of in told.items()}
+    return {name: of.detach() for name, of in weights.items()}
 
 
 def differences(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..activations import GRID, Shown, into_frames, out_of_frames
 from ..files import DiffLensError
@@ -68,6 +69,8 @@ class Steering:
     _decoded: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
     _changes: dict[torch.device, Changes] = field(default_factory=dict, compare=False, repr=False)
     _sized: dict[tuple[int, int], Steering] = field(default_factory=dict, compare=False, repr=False)
+    # What is told of pictures that are being drawn, until they are drawn: it serves at every step.
+    _told: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         recipe, sae = self.recipe, self.sae
@@ -167,7 +170,10 @@ class Steering:
     def twin_change(self, shown: Shown, target: Tensor, step: int, t: dict[str, Tensor]) -> Tensor:
         """What mode twin adds (B x width x P) to pictures that end as shown, asked for classes `target` (B)."""
         changes, last = self.changes(shown.h.device), self.recipe.normalisation.step_at(shown.progress)
-        told = changes.told(self.normalised(shown.h, last, t).unflatten(2, shown.h.shape[2:]), target)
+        if shown.h not in self._told:
+            rows = self.normalised(shown.h, last, t).unflatten(2, shown.h.shape[2:])
+            self._told[shown.h] = changes.told(rows, target)
+        told = self._told[shown.h]
         amount = (t["strength"][target] * t["scale"][step])[:, None, None]
         return amount * changes.change(told, step, self.changed_rows(t)).flatten(2)
 
@@ -380,7 +386,15 @@ class Steering:
         if size not in self._sized:
             recipe = self.recipe.stretched(*size)
             self._sized[size] = replace(
-                self, recipe=recipe, _moved={}, _levels={}, _frames={}, _decoded={}, _changes={}, _sized={}
+                self,
+                recipe=recipe,
+                _moved={},
+                _levels={},
+                _frames={},
+                _decoded={},
+                _changes={},
+                _sized={},
+                _told=WeakIdKeyDictionary(),
             )
         return self._sized[size]
 

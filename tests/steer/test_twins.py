@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -190,6 +191,20 @@ def test_a_recipe_of_twins_turns_what_is_there_and_so_do_its_controls(toys):
     control = random_features(recipe, sae, seed=1)
     own, other = (change_norm(of.changes, of.decoder) for of in (recipe, control))
     assert torch.isclose(own, other, rtol=1e-4) and control.mode == TWIN
+
+
+def test_pictures_are_read_once_and_forgotten_when_they_are_drawn(recipe, maps, monkeypatch):
+    h, shown = maps
+    edit, read = Steering(recipe, lambda images: TARGET[images]), []
+    told = Changes.told
+    monkeypatch.setattr(Changes, "told", lambda self, *of: read.append(of) or told(self, *of))
+    first = [edit(h, step / 3, torch.arange(2), shown) for step in range(3)]
+    other = Shown(shown.h + 1, shown.progress)
+    assert not torch.equal(edit(h, 0.0, torch.arange(2), other), first[0]) and len(read) == 2
+    del other
+    gc.collect()
+    assert len(edit._told) == 1
+    assert torch.equal(edit(h, 0.0, torch.arange(2), shown), first[0]) and len(read) == 2
 
 
 def test_drawn_held_it_reads_the_first_drawing(recipe, maps):
