@@ -15,7 +15,7 @@ from ..classifiers import NO_CLASS
 from ..files import DiffLensError
 from ..sae import Normalisation
 from .attribution import SUPPORT, tied
-from .levels import Labelled, RowsOf, principal
+from .levels import Labelled, principal
 
 # Tensors of `Changes`.
 CHANGES = (
@@ -23,7 +23,9 @@ CHANGES = (
 )  # fmt: skip
 PATTERNS, COURSES, HIDDEN = 64, 3, 128  # of what is read and of what changes; over the steps; of the network
 AROUND = 3  # positions, at whose middle the network tells what changes
-UPDATES, RATE, WEIGHT_DECAY = 600, 2e-3, 0.05  # of its training
+UPDATES, RATE, WEIGHT_DECAY = 1_000, 2e-3, 0.05  # of its training
+EVEN = 0.3  # of what usually changes in a pair: how much must change for a pair to count in full
+RIDGE = 0.05  # of a decoder row's square: latents are told apart that much at least
 PAIRS, AS_THEY_ARE = 24, 12  # of an update: pairs, and pictures that show the class already and are to stay
 MOST_BYTES = 2**28  # of what changes in pairs; of more, some are left out, evenly
 
@@ -94,7 +96,7 @@ def alike_pairs(labels: Tensor, twins: int, others: Labelled) -> tuple[Tensor, T
 def fit_changes(
     activations: Activations,
     normalisation: Normalisation,
-    rows_of: RowsOf,
+    decoder: Tensor,
     labels: Tensor,
     classes: tuple[str, ...],
     others: Labelled,
@@ -102,10 +104,11 @@ def fit_changes(
 ) -> Changes:
     """Changes by pairs of pictures that were drawn from the same noise, of activations whose `twins` are 2 or more.
 
-    Learned is how much more active the latents are in the picture of class k than in its twin of class l, at every
-    step and position p, off the rows of the picture of class l where it is finished, at p and around it; and that
-    nothing changes where a picture shows k already. What is read and what is told are principal components, of the
-    finished rows and of the differences; the least mean square of what is not told is sought by AdamW.
+    Learned is how the rows of the picture of class k differ from those of its twin of class l, at every step and
+    position p, off the rows of the picture of class l where it is finished, at p and around it; and that nothing
+    changes where a picture shows k already. What is read and what is told are principal components, of the finished
+    rows and of the differences; the least mean square of what is not told is sought by AdamW. It is told in latents, by
+    ridge regression on their decoder (F x W): what latents do at a step is noisier than the rows that they explain.
     Where only some positions of a map were captured, each is read alone.
     on_batch is told how many pictures were read, and at each update again. Raises `DiffLensError` if two classes have
     fewer pairs than `SUPPORT`.
@@ -117,13 +120,13 @@ def fit_changes(
     first, second = first[some], second[some]
 
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
-        return differences(activations, normalisation, rows_of, first, second, on_batch)
+        return differences(activations, normalisation, first, second, on_batch)
 
-    readout, offset, amounts, maps = patterns(parts())
+    readout, offset, amounts, changed_rows = patterns(parts())
     finished, changed = [], []
     for rows, more in parts():
         finished.append((torch.einsum("npw,dw->ndp", rows, readout) + offset[:, None]).half())
-        changed.append(torch.einsum("mspf,sc,ef->mcep", more, amounts, maps).half())
+        changed.append(torch.einsum("mspw,sc,ew->mcep", more, amounts, changed_rows).half())
     reads = torch.cat(finished).unflatten(2, activations.map)
     tells = torch.cat(changed).flatten(1, 2).unflatten(2, activations.map)
     around = AROUND if activations.size is None else 1
@@ -134,7 +137,15 @@ def fit_changes(
         )  # fmt: skip
     spread = tells.float().square().mean(dim=(0, 2, 3)).unflatten(0, (amounts.shape[1], -1)).sum(dim=0).sqrt()
     weights = weights_of(network, len(classes), spread)
-    return Changes(readout=readout, offset=offset, **weights, amounts=amounts, maps=spread[:, None] * maps)
+    maps = spread[:, None] * in_latents(changed_rows, decoder)
+    return Changes(readout=readout, offset=offset, **weights, amounts=amounts, maps=maps)
+
+
+def in_latents(rows: Tensor, decoder: Tensor) -> Tensor:
+    """Latents (n x F) whose decoded sum (decoder: F x W) is nearest to rows (n x W), by ridge regression."""
+    products = decoder @ decoder.T
+    ridge = RIDGE * products.diagonal().mean() * torch.eye(len(products))
+    return torch.linalg.solve(products + ridge, decoder @ rows.T).T
 
 
 def weights_of(network: nn.Sequential, classes: int, spread: Tensor) -> dict[str, Tensor]:
@@ -150,24 +161,20 @@ def weights_of(network: nn.Sequential, classes: int, spread: Tensor) -> dict[str
 
 
 def differences(
-    activations: Activations, normalisation: Normalisation, rows_of: RowsOf, first: Tensor, second: Tensor,
-    on_batch: Callable[[int], None],
+    activations: Activations, normalisation: Normalisation, first: Tensor, second: Tensor, on_batch: Callable[[int], None]
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """Of pictures in turn, their finished rows, n x P x W, and how latents of their pairs differ, m x S x P x F."""
+    """Of pictures in turn, their finished rows, n x P x W, and how rows of their pairs differ, m x S x P x W."""
     for start, stop in whole_groups(activations):
         part = activations.part(start, stop)
 
-        def latents_at(s: int, which: Tensor, part: Activations = part) -> Tensor:
-            values = torch.cat([values for _, values in part.batches(s)])[which]
-            return rows_of(values, normalisation.step_at(float(part.progress[s])))[0].transpose(1, 2)
+        def rows_at(s: int, part: Activations = part) -> Tensor:
+            values = torch.cat([values for _, values in part.batches(s)])
+            return normalisation.apply(values, normalisation.step_at(float(part.progress[s])))
 
         own = (first >= start) & (first < stop)
-        used, at = (torch.cat([first[own], second[own]]) - start).unique(return_inverse=True)
-        one, other = at.tensor_split(2)
-        latents = [latents_at(s, used) for s in range(len(part.progress))]
-        finished = torch.cat([values for _, values in part.batches(len(part.progress) - 1)])
-        last = normalisation.step_at(float(part.progress[-1]))
-        yield normalisation.apply(finished, last), torch.stack([z[other] - z[one] for z in latents], 1)
+        one, other = first[own] - start, second[own] - start
+        rows = [rows_at(s) for s in range(len(part.progress))]
+        yield rows[-1], torch.stack([of[other] - of[one] for of in rows], dim=1)
         on_batch(stop)
 
 
@@ -209,6 +216,7 @@ def learned(
     optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, UPDATES)
     shown, first, second = (labels != NO_CLASS).nonzero().flatten(), *pairs
+    usual = tells.float().square().mean()
     for _ in range(UPDATES):
         chosen = torch.randint(len(first), (PAIRS,), generator=generator)
         back = torch.rand(PAIRS, generator=generator) < 0.5  # from the second's class to the first's
@@ -219,9 +227,10 @@ def learned(
         target = torch.cat([labels[other], labels[stay]])
         told = network(reads[torch.cat([own, stay])].float()).unflatten(1, (classes, -1))
         missed = told[torch.arange(len(target)), target]
-        missed = torch.cat([missed[:PAIRS] - wanted, missed[PAIRS:]])
+        squares = torch.cat([missed[:PAIRS] - wanted, missed[PAIRS:]]).square().mean(dim=(1, 2, 3))
+        squares[:PAIRS] /= wanted.square().mean(dim=(1, 2, 3)) / usual + EVEN  # in a small figure less changes
         optimizer.zero_grad()
-        missed.square().mean().backward()
+        squares.mean().backward()
         optimizer.step()
         schedule.step()
         on_update()

@@ -72,7 +72,7 @@ def build_recipe(
     levels = levels.without_traits() if twins else levels
     changes, steps = None, len(attribution.progress)
     if twins:  # told again at each batch that all steps are done, where a host may cancel
-        changes = fit_changes(activations, whole, rows_of, labels, classes, others, lambda done: on_step(steps))
+        changes = fit_changes(activations, whole, decoder, labels, classes, others, lambda done: on_step(steps))
     frame = fit_frames(activations, whole) if isinstance(activations, FramedActivations) else None
     info = {
         "gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures,

@@ -24,7 +24,9 @@ def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, ot
     channels, classes = torch.eye(recipe.width), len(recipe.classes)
     rows = channel_rows(recipe.normalisation)
     levels = fit_levels(activations, recipe.normalisation, rows, labels, classes, others)
-    changes = recipe.changes and fit_changes(activations, recipe.normalisation, rows, labels, recipe.classes, others)
+    changes = recipe.changes and fit_changes(
+        activations, recipe.normalisation, channels, labels, recipe.classes, others
+    )
     return replace(
         recipe,
         features=torch.arange(recipe.width),

@@ -11,11 +11,12 @@ import torch
 from difflens_core.activations import Activations
 from difflens_core.classifiers import NO_CLASS
 from difflens_core.files import DiffLensError
-from difflens_core.locate import CHANGES, Changes, alike_pairs, channel_rows, fit_changes
+from difflens_core.locate import CHANGES, Changes, alike_pairs, fit_changes
 from difflens_core.locate import changes as module
 from difflens_core.sae import Normalisation
 
 TWINS, NOISES, WIDTH = 3, 40, 4
+DECODER = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(2))
 CLASSES = ("young", "adult", "senior")
 
 
@@ -53,7 +54,7 @@ def test_what_is_read_and_told_are_principal_components(toys, twins, monkeypatch
     monkeypatch.setattr(module, "UPDATES", 1)
     norm = toys.normalisation(width=WIDTH)
     told: list[int] = []
-    changes = fit_changes(activations, norm, channel_rows(norm), labels, CLASSES, others, told.append)
+    changes = fit_changes(activations, norm, DECODER, labels, CLASSES, others, told.append)
     z = np.stack([norm.apply(activations.values[s], s).numpy() for s in range(3)]).astype(np.float64)  # S x B x P x F
     finished = z[-1].reshape(-1, WIDTH)
     read = finished @ changes.readout.numpy().T.astype(np.float64) + changes.offset.numpy()
@@ -63,11 +64,19 @@ def test_what_is_read_and_told_are_principal_components(toys, twins, monkeypatch
     assert np.allclose(in_span(changes.readout.numpy()), in_span(directions), atol=1e-4)
     first, second = (of.numpy() for of in alike_pairs(labels, TWINS, others))
     more = z[:, second] - z[:, first]
-    assert np.allclose(in_span(changes.maps.numpy()), in_span(np.linalg.svd(more.reshape(-1, WIDTH))[2][:2]), atol=1e-4)
+    wanted = np.linalg.svd(more.reshape(-1, WIDTH))[2][:2]
+    assert np.allclose(in_span(changes.maps.numpy()), in_span(least_squares(wanted)), atol=1e-4)
     courses = np.linalg.svd(more.reshape(len(more), -1), full_matrices=False)[0][:, :2]
     assert np.allclose(in_span(changes.amounts.numpy().T), in_span(courses.T), atol=1e-4)
     assert told[-1] == len(labels)
     assert changes.some(torch.tensor([0, 2])).maps.shape == (2, 2)
+
+
+def least_squares(rows: np.ndarray) -> np.ndarray:
+    """Latents (n x F) that decode to rows (n x W) but for what is small, as a least-squares problem with more rows."""
+    decoder = DECODER.numpy().astype(np.float64)
+    small = np.sqrt(module.RIDGE * np.square(decoder).sum(axis=1).mean()) * np.eye(len(decoder))
+    return np.linalg.lstsq(np.vstack([decoder.T, small]), np.vstack([rows.T, np.zeros((len(small), len(rows)))]))[0].T
 
 
 def in_span(rows: np.ndarray) -> np.ndarray:
@@ -78,12 +87,17 @@ def in_span(rows: np.ndarray) -> np.ndarray:
 def test_batches_do_not_matter(toys, twins, monkeypatch):
     activations, labels, others = twins
     norm = toys.normalisation(width=WIDTH)
-    whole = fit_changes(activations, norm, channel_rows(norm), labels, CLASSES, others)
+    whole = fit_changes(activations, norm, DECODER, labels, CLASSES, others)
     monkeypatch.setattr(module, "ROWS", 4)  # one group of twins at once
-    in_parts = fit_changes(activations, norm, channel_rows(norm), labels, CLASSES, others)
+    in_parts = fit_changes(activations, norm, DECODER, labels, CLASSES, others)
     latents, target = toys.random(3)(3, WIDTH, 2, 2), torch.arange(3)
     one, other = (of.change(of.told(latents, target), 1) for of in (whole, in_parts))
     assert torch.allclose(one, other, atol=1e-2)
+
+
+def test_latents_decode_to_the_rows(toys):
+    rows = toys.random(5)(3, WIDTH)
+    assert np.allclose(module.in_latents(rows, DECODER).numpy(), least_squares(rows.numpy()), atol=1e-5)
 
 
 def test_a_change_is_where_the_class_shows_and_goes_by_what_is_around(monkeypatch):
@@ -97,7 +111,7 @@ def test_a_change_is_where_the_class_shows_and_goes_by_what_is_around(monkeypatc
     values[0, :, 2] = values[0, :, 0] * (2 * left - 1) * (2.0 * labels[:, None, None] - 1)
     norm = Normalisation(torch.zeros(1), torch.zeros(1, 3), torch.ones(1))
     changes = fit_changes(
-        Activations((values,), torch.zeros(1), "middle", twins=2), norm, channel_rows(norm), labels, ("a", "b"), {}
+        Activations((values,), torch.zeros(1), "middle", twins=2), norm, torch.eye(3), labels, ("a", "b"), {}
     )
     found = changes.change(changes.told(values[0], 1 - labels), 0)
     wanted = values[0].unflatten(0, (-1, 2)).flip(1).flatten(0, 1) - values[0]
@@ -107,7 +121,7 @@ def test_a_change_is_where_the_class_shows_and_goes_by_what_is_around(monkeypatc
     stays = changes.change(changes.told(values[0], labels), 0)
     assert stays.square().mean() < 0.02 * wanted.square().mean(), "what shows the class already stays"
     again = fit_changes(
-        Activations((values,), torch.zeros(1), "middle", twins=2), norm, channel_rows(norm), labels, ("a", "b"), {}
+        Activations((values,), torch.zeros(1), "middle", twins=2), norm, torch.eye(3), labels, ("a", "b"), {}
     )
     assert all(torch.equal(getattr(changes, name), getattr(again, name)) for name in CHANGES), "the same every time"
 
@@ -116,8 +130,8 @@ def test_positions_that_lie_apart_are_read_alone(toys, twins):
     activations, labels, others = twins
     norm = toys.normalisation(width=WIDTH)
     apart = replace(activations, size=(4, 4))
-    assert fit_changes(apart, norm, channel_rows(norm), labels, CLASSES, others).first.shape[1:3] == (1, 1)
-    assert fit_changes(activations, norm, channel_rows(norm), labels, CLASSES, others).first.shape[1:3] == (3, 3)
+    assert fit_changes(apart, norm, DECODER, labels, CLASSES, others).first.shape[1:3] == (1, 1)
+    assert fit_changes(activations, norm, DECODER, labels, CLASSES, others).first.shape[1:3] == (3, 3)
 
 
 def test_too_few_pairs_are_said(toys, twins):
@@ -125,12 +139,12 @@ def test_too_few_pairs_are_said(toys, twins):
     norm = toys.normalisation(width=WIDTH)
     hat = torch.arange(len(labels)) % TWINS  # no two twins are alike
     with pytest.raises(DiffLensError, match=r"0 pairs are young and adult with all else alike; at least 8 are needed"):
-        fit_changes(activations, norm, channel_rows(norm), labels, CLASSES, {"hat": (("a", "b", "c"), hat)})
+        fit_changes(activations, norm, DECODER, labels, CLASSES, {"hat": (("a", "b", "c"), hat)})
 
 
 def test_changes_move_to_a_device_whole(toys, twins):
     activations, labels, others = twins
     norm = toys.normalisation(width=WIDTH)
-    changes = fit_changes(activations, norm, channel_rows(norm), labels, CLASSES, others)
+    changes = fit_changes(activations, norm, DECODER, labels, CLASSES, others)
     assert isinstance(changes.to(torch.device("cpu")), Changes)
     assert changes.readout.shape == (WIDTH, WIDTH)
