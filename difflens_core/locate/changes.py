@@ -161,7 +161,8 @@ def weights_of(network: nn.Sequential, classes: int, spread: Tensor) -> dict[str
 
 
 def differences(
-    activations: Activations, normalisation: Normalisation, first: Tensor, second: Tensor, on_batch: Callable[[int], None]
+    activations: Activations, normalisation: Normalisation, first: Tensor, second: Tensor,
+    on_batch: Callable[[int], None],
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Of pictures in turn, their finished rows, n x P x W, and how rows of their pairs differ, m x S x P x W."""
     for start, stop in whole_groups(activations):

@@ -21,12 +21,9 @@ def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, ot
     the recipe's do. Mode, strengths and probes stay, so that only what is added differs. Its "latents" are the
     channels: encoder and decoder are the identity.
     """
-    channels, classes = torch.eye(recipe.width), len(recipe.classes)
-    rows = channel_rows(recipe.normalisation)
-    levels = fit_levels(activations, recipe.normalisation, rows, labels, classes, others)
-    changes = recipe.changes and fit_changes(
-        activations, recipe.normalisation, channels, labels, recipe.classes, others
-    )
+    channels, classes, norm = torch.eye(recipe.width), recipe.classes, recipe.normalisation
+    levels = fit_levels(activations, norm, channel_rows(norm), labels, len(classes), others)
+    changes = recipe.changes and fit_changes(activations, norm, channels, labels, classes, others)
     return replace(
         recipe,
         features=torch.arange(recipe.width),
@@ -34,11 +31,11 @@ def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, ot
         bias=torch.zeros(recipe.width),
         threshold=torch.full((recipe.width,), ALWAYS),
         decoder=channels,
-        member=torch.ones(classes, recipe.width, dtype=torch.bool),
+        member=torch.ones(len(classes), recipe.width, dtype=torch.bool),
         levels=levels,
         changes=changes,
         weight=None,
-        normalisation=replace(recipe.normalisation, modulation=None),
+        normalisation=replace(norm, modulation=None),
         info={name: recipe.info[name] for name in ("tied",) if name in recipe.info}
         | {"control": "mean difference of the raw activations"},
     )
