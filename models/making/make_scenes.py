@@ -81,11 +81,11 @@ TWINS = {
     "words": [*product(("young", "adult", "old"), ("male", "female"))],
 }
 RECIPE = {
-    "per_class": 200,
+    "per_class": 100,
     "start": 0.2,
     "modes": {"presentation": "twin"},
-    "strengths": {"twin": (0.4, 0.5, 0.65, 0.8)},
-    "success": 0.97,
+    "strengths": {"twin": (0.4, 0.45, 0.5, 0.6)},
+    "success": 0.96,
     "tuning_pictures": 64,
     "tuning_seed": 3_200,
 }
