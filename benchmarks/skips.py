@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from difflens_core.activations import capture
 from difflens_core.classifiers import load_classifier
-from difflens_core.locate import attribute_features, balancing_weights, train_probes
+from difflens_core.locate import LabelledPictures, attribute_features, balancing_weights, train_probes
 from difflens_core.networks import DiffusersSampler
 from difflens_core.report import image_grid
 from difflens_core.sae import TrainingOptions, hold_out, measure_sae, train_sae
@@ -109,7 +109,8 @@ def ways(sampler: DiffusersSampler, classifier, folder: Path) -> dict[str, Recip
         )  # fmt: skip
         own["SAE"].append(joined(recipe))
         own["random latents"].append(joined(random_features(recipe, sae, seed=number)))
-        own["mean difference"].append(joined(mean_difference(recipe, activations, labels[ATTRIBUTE], others)))
+        seen = LabelledPictures(activations, labels[ATTRIBUTE], others)
+        own["mean difference"].append(joined(mean_difference(recipe, [seen])))
     single = {f"SAE at {recipe.site}": recipe for recipe in own["SAE"]}
     return single | {f"{way}, all three": joined(*recipes) for way, recipes in own.items()}
 

@@ -12,10 +12,11 @@ from ..difflens_core.classifiers import faces_missing
 from ..difflens_core.files import DiffLensError
 from ..difflens_core.locate import (
     METHODS,
+    LabelledPictures,
     Probes,
-    alike_pairs,
     attribute_features,
     balancing_weights,
+    check_labels,
     in_frames,
     train_probes,
 )
@@ -118,6 +119,15 @@ class AttributeFeatures(io.ComfyNode):
                     tooltip="A recipe for the same attribute at other sites of this model, from another Attribute "
                     "Features: all their sites are then steered together.",
                 ),
+                Activations.Input(
+                    "other_size",
+                    optional=True,
+                    tooltip="Twins of another size of picture, from Capture Activations of the same model and site, to "
+                    "learn from as well. In larger pictures there are larger figures.",
+                ),
+                LabelsSocket.Input(
+                    "other_labels", optional=True, tooltip="From Classify Images, on the pictures of the other size."
+                ),
             ],
             outputs=[
                 RecipeSocket.Output(display_name="recipe", tooltip="The best latents with all that Steer needs."),
@@ -137,7 +147,7 @@ class AttributeFeatures(io.ComfyNode):
     def execute(
         cls, model: Any, activations: CapturedActivations, sae: SparseAutoencoder, probes: Probes, labels: Labels,
         method: str, features_per_class: int, baseline: CapturedActivations | None = None,
-        join: Recipe | None = None,
+        join: Recipe | None = None, other_size: CapturedActivations | None = None, other_labels: Labels | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         check_sae(sae, activations)
         if (labels.attribute, labels.classes) != (probes.attribute, probes.classes):
@@ -147,6 +157,7 @@ class AttributeFeatures(io.ComfyNode):
             )
         host.site_width(model, activations.site)
         check_model_of(activations, model)
+        more = of_other_size(activations, labels, other_size, other_labels)
         activations = in_frames(activations, labels.frames, sae)
         baseline = baseline and in_frames(baseline, labels.frames, sae)
         steps = len(activations.progress)
@@ -158,19 +169,50 @@ class AttributeFeatures(io.ComfyNode):
         )
         recipe = build_recipe(
             found, sae, probes, activations, labels.indices, labels.others, features_per_class,
-            host.model_fingerprint(model), lambda step: report(steps + step),
+            host.model_fingerprint(model), lambda step: report(steps + step), labels.readings, more,
         )  # fmt: skip
         recipe = as_stored(joined(join, recipe) if join else recipe)  # draws the same once it is saved and loaded
         image = host.to_image(ranking_chart(found))
         text = ranking_table(found, features_per_class)
         if recipe.mode == TWIN:
-            pairs, _ = alike_pairs(labels.indices, activations.twins, labels.others)
-            text = f"{TWINS.format(len(pairs))}\n\n{text}"
+            captures = [LabelledPictures(activations, labels.indices, labels.others), *more]
+            text = f"{TWINS.format(sum(len(of.pairs[0]) for of in captures))}\n\n{text}"
         if recipe.frame:
             text = f"{FOLLOWS}\n\n{text}"
         if join:
             text = f"The recipe steers at {', '.join(recipe.sites)} together.\n\n{text}"
         return host.drawn(cls, image, recipe, image, text, text=text)
+
+
+def of_other_size(
+    activations: CapturedActivations, labels: Labels, other: CapturedActivations | None, other_labels: Labels | None
+) -> list[LabelledPictures]:
+    """Twins of another size of picture, if there are any. Raises `DiffLensError` if they are not of the same kind."""
+    if other is None or other_labels is None:
+        if other is not other_labels:
+            raise DiffLensError(
+                "other_size and other_labels belong together: connect both, or neither. The labels come from Classify "
+                "Images, on the pictures of the other size."
+            )
+        return []
+    if activations.twins < 2 or other.twins < 2:
+        raise DiffLensError(
+            "a second size serves only where both captures hold twins. Set twins in both Capture Activations, or "
+            "disconnect other_size."
+        )
+    kind = (activations.site, activations.width, activations.model)
+    if kind != (other.site, other.width, other.model):
+        raise DiffLensError(
+            f"other_size is of {other.site} ({other.width} wide, mark {other.model}), the activations are of "
+            f"{kind[0]} ({kind[1]} wide, mark {kind[2]}). Capture both with one model, at one site."
+        )
+    if (labels.attribute, labels.classes) != (other_labels.attribute, other_labels.classes):
+        raise DiffLensError(
+            f"other_labels are of {other_labels.attribute}, the labels of {labels.attribute}. Classify both by one "
+            "attribute."
+        )
+    check_labels(other_labels.indices, other_labels.classes, other.pictures, other_labels.attribute)
+    return [LabelledPictures(other, other_labels.indices, other_labels.others, other_labels.readings)]
 
 
 TWINS = (

@@ -59,7 +59,7 @@ class ClassifyImages(io.ComfyNode):
         report = host.progress_bar(len(images))
         read = classify(classifier, images, report)
         labels = Labels(
-            attribute, classes, *labelled(read, classifier.attributes, attribute), frames_of(classifier, images)
+            attribute, classes, *labelled(read, classifier.attributes, attribute), frames_of(classifier, images), read
         )
         return io.NodeOutput(labels, label_table(read, classifier.attributes, attribute))
 

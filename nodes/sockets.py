@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from comfy_api.latest import io
@@ -15,7 +16,8 @@ class Labels:
     """The class that a classifier sees in each picture.
 
     indices: n, int64, into `classes`, NO_CLASS for a picture without a face; others: for each other attribute
-    of the classifier, its classes and the same; frames: n x 4 around the subjects, see `classifiers.frames_of`.
+    of the classifier, its classes and the same; frames: n x 4 around the subjects, see `classifiers.frames_of`;
+    readings: for each attribute, n x K, how probable each of its classes is.
     """
 
     attribute: str
@@ -23,6 +25,7 @@ class Labels:
     indices: Tensor
     others: Labelled = field(default_factory=dict)
     frames: Tensor | None = None
+    readings: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 CATEGORY = "DiffLens"

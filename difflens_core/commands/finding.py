@@ -110,7 +110,8 @@ def run_attribute(study: Study, console: Console) -> dict[str, Any]:
             frames.append(frames_of(classifier, pictures))
             progress(sum(len(next(iter(part.values()))) for part in read))
     found_frames = None if frames[0] is None else torch.cat(frames)  # type: ignore[arg-type]
-    labels, others = labelled(join_readings(read), classifier.attributes, study.attribute)
+    readings = join_readings(read)
+    labels, others = labelled(readings, classifier.attributes, study.attribute)
     activations = in_frames(activations, found_frames, sae)
     weights = balancing_weights(labels, [indices for _, indices in others.values()])
     with console.progress(3 * steps, "steps") as progress:
@@ -120,7 +121,7 @@ def run_attribute(study: Study, console: Console) -> dict[str, Any]:
         )
         recipe = build_recipe(
             found, sae, probes, activations, labels, others, options.features_per_class, model.fingerprint,
-            lambda step: progress(2 * steps + step),
+            lambda step: progress(2 * steps + step), readings,
         )  # fmt: skip
     save_recipe(study.folder / FOUND, as_stored(recipe))
     write_whole(study.folder / RECIPE, (study.folder / FOUND).read_bytes())

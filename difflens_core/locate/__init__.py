@@ -9,11 +9,11 @@ from .attribution import (
     integrated_gradients,
     tied,
 )
-from .changes import CHANGES, Changes, alike_pairs, fit_changes
+from .changes import CHANGES, Changes, LabelledPictures, fit_changes
 from .frames import FRAME, FrameProbes, fit_frames, in_frames
 from .gradients import integrated_gradients_of, picture_objective
 from .levels import LEVELS, Labelled, Levels, RowsOf, channel_rows, fit_levels, in_maps, latent_rows
-from .probes import Probes, load_probes, save_probes, train_probes
+from .probes import Probes, check_labels, load_probes, save_probes, train_probes
 from .separation import Separation, auc, measure_separation, pooled
 
 __all__ = [
@@ -29,11 +29,12 @@ __all__ = [
     "Probes",
     "RowsOf",
     "Separation",
-    "alike_pairs",
+    "LabelledPictures",
     "attribute_features",
     "auc",
     "balancing_weights",
     "channel_rows",
+    "check_labels",
     "contrast",
     "fit_changes",
     "fit_frames",

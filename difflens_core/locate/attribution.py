@@ -186,16 +186,16 @@ def balancing_weights(labels: Tensor, others: Iterable[Tensor], rounds: int = 20
     return torch.zeros(len(known)).masked_scatter_(known, weights)
 
 
-def foreign(together: Tensor) -> Tensor:
+def foreign(together: Tensor, share: float = TIED) -> Tensor:
     """To which classes (rows) a trait (column) is foreign: bool, as `together` (pictures, see `seen_together`).
 
-    A trait may be told by the class: some class hardly ever shows it, in less than `TIED` of the pictures that would
+    A trait may be told by the class: some class hardly ever shows it, in less than `share` of the pictures that would
     show both if the two had nothing to do with each other, of which there must be `SUPPORT` to tell. Such a trait is
     foreign to that class and to all that show it less than they would: a classifier misreads some pictures.
     """
     cells = together.double()
     expected = cells.sum(dim=1, keepdim=True) * cells.sum(dim=0) / cells.sum().clamp(min=1)
-    told = ((expected >= SUPPORT) & (cells < TIED * expected)).any(dim=0)
+    told = ((expected >= SUPPORT) & (cells < share * expected)).any(dim=0)
     return told & (cells < expected)
 
 

@@ -14,6 +14,7 @@ from ..files import DiffLensError
 from ..locate import (
     Attribution,
     Labelled,
+    LabelledPictures,
     Levels,
     Probes,
     RowsOf,
@@ -41,6 +42,8 @@ def build_recipe(
     count: int = 60,
     model: str = "",
     on_step: Callable[[int], None] = lambda step: None,
+    readings: Mapping[str, Tensor] = MappingProxyType({}),
+    more: Sequence[LabelledPictures] = (),
 ) -> Recipe:
     """Recipe from the `count` best latents of every class that speak for it (`Attribution.own`).
 
@@ -48,7 +51,8 @@ def build_recipe(
     It is on the CPU, and made where the SAE is. Of activations in their subjects' frames it follows the subject, see
     `Recipe.frame`. Of twins it learns what changes in a picture, wherever that is (mode twin); its levels are then
     means over all positions.
-    labels, others: classes of the captured pictures, in the attribute and in others, by which `fit_levels` goes.
+    labels, others: classes of the captured pictures, in the attribute and in others, by which `fit_levels` goes;
+    readings: of twins, see `LabelledPictures`; more: twins of other sizes of picture, to learn from as well.
     """
     own = attribution.own(count)
     chosen = torch.cat(own).unique()
@@ -72,7 +76,8 @@ def build_recipe(
     levels = levels.without_traits() if twins else levels
     changes, steps = None, len(attribution.progress)
     if twins:  # told again at each batch that all steps are done, where a host may cancel
-        changes = fit_changes(activations, whole, decoder, labels, classes, others, lambda done: on_step(steps))
+        captures = [LabelledPictures(activations, labels, others, readings), *more]
+        changes = fit_changes(captures, whole, decoder, classes, lambda done: on_step(steps))
     frame = fit_frames(activations, whole) if isinstance(activations, FramedActivations) else None
     info = {
         "gate_agreement": agreement, "ranking": attribution.method, "pictures": activations.pictures,

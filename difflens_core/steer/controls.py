@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..activations import Activations
 from ..files import DiffLensError
-from ..locate import Changes, Labelled, channel_rows, fit_changes, fit_levels
+from ..locate import Changes, LabelledPictures, channel_rows, fit_changes, fit_levels
 from ..sae import SparseAutoencoder
 from .recipes import ALWAYS, TWIN, Recipe
 
 
-def mean_difference(recipe: Recipe, activations: Activations, labels: Tensor, others: Labelled) -> Recipe:
+def mean_difference(recipe: Recipe, captures: Sequence[LabelledPictures]) -> Recipe:
     """The recipe with the site's channels in place of its latents: no SAE at all.
 
-    labels: B, the class of every captured picture; others: those of its other attributes, by which the levels differ as
-    the recipe's do. Mode, strengths and probes stay, so that only what is added differs. Its "latents" are the
-    channels: encoder and decoder are the identity.
+    captures: what the recipe was made of. The levels, of the first, differ by its other attributes as the recipe's
+    do. Mode, strengths and probes stay, so that only what is added differs. Its "latents" are the channels: encoder and
+    decoder are the identity.
     """
     channels, classes, norm = torch.eye(recipe.width), recipe.classes, recipe.normalisation
-    levels = fit_levels(activations, norm, channel_rows(norm), labels, len(classes), others)
-    changes = recipe.changes and fit_changes(activations, norm, channels, labels, classes, others)
+    first = captures[0]
+    levels = fit_levels(first.activations, norm, channel_rows(norm), first.labels, len(classes), first.others)
+    changes = recipe.changes and fit_changes(captures, norm, channels, classes)
     return replace(
         recipe,
         features=torch.arange(recipe.width),

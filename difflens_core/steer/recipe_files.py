@@ -30,7 +30,8 @@ AXES = {
     "levels.weight": "SGW", "levels.bias": "SG", "frame.weight": "SEW", "frame.bias": "SE", "probe_weight": "SKW",
     "probe_bias": "SK", "changes.readout": "QW", "changes.offset": "Q",
     "changes.first": "JIIQ", "changes.first_bias": "J", "changes.second": "JIIJ", "changes.second_bias": "J",
-    "changes.last": "KOJ", "changes.last_bias": "KO", "changes.amounts": "SM", "changes.maps": "UF",
+    "changes.last": "KOJ", "changes.last_bias": "KO", "changes.amounts": "SM", "changes.sizes": "U",
+    "changes.maps": "UF",
     "normalisation.progress": "N", "normalisation.mean": "NC", "normalisation.scale": "N",
     "normalisation.modulation": "NTC",
 }  # fmt: skip

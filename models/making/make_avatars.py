@@ -20,14 +20,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "models" / "making"), str(ROOT / "benchmar
 import debias as bench  # noqa: E402
 import portraits  # noqa: E402
 from stages import (  # noqa: E402
+    Captured,
     Drawings,
     build,
     compared,
     denoiser_loss,
     fit_classifier,
     fit_sae,
-    labels_of,
     make_recipe,
+    read_all,
     read_attributes,
     recipe_rows,
     to_tensor,
@@ -37,7 +38,7 @@ from stages import (  # noqa: E402
 from difflens_core.activations import Activations, capture, save_labels  # noqa: E402
 from difflens_core.classifiers import load_classifier, save_classifier  # noqa: E402
 from difflens_core.files import fingerprint, load_tensors  # noqa: E402
-from difflens_core.locate import Labelled, save_probes  # noqa: E402
+from difflens_core.locate import save_probes  # noqa: E402
 from difflens_core.networks import (  # noqa: E402
     Denoiser,
     DenoiserSampler,
@@ -111,13 +112,13 @@ def train_avatar_sae() -> None:
     save_sae(SAE_FILE, fit_sae(captured()[0], SAE, WORK / "sae.pt"), torch.float16)
 
 
-def labelled() -> tuple[Activations, Labelled]:
+def labelled() -> list[Captured]:
     """What was captured, and what the classifier sees of every attribute."""
     classifier = load_classifier(CLASSIFIER_FILE)
     activations, pictures = captured()
-    read = labels_of(classifier, pictures)
-    save_labels(WORK / "capture", read)
-    return activations, read
+    read = read_all(classifier, activations, pictures)
+    save_labels(WORK / "capture", read.labels)
+    return [read]
 
 
 def ways(controlled: bool) -> dict[str, dict[str, Recipe]]:
@@ -129,7 +130,7 @@ def ways(controlled: bool) -> dict[str, dict[str, Recipe]]:
 def make_recipes() -> None:
     """Probes and recipe of every attribute, and a control for workflow 10; strengths found on tuning seeds only."""
     model, classifier, sae = load_denoiser(DENOISER_FILE), load_classifier(CLASSIFIER_FILE), load_sae(SAE_FILE)
-    activations, read = labelled()
+    read = labelled()
 
     def try_out(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
         count = RECIPE["tuning_pictures"]
@@ -137,9 +138,7 @@ def make_recipes() -> None:
         return read_attributes(classifier, after)[recipe.attribute], torch.from_numpy(targets.first(count))
 
     for attribute, classes in portraits.ATTRIBUTES.items():
-        recipe, probes = make_recipe(
-            attribute, classes, activations, sae, read, fingerprint(model.state_dict()), RECIPE, try_out
-        )
+        recipe, probes = make_recipe(attribute, classes, read, sae, fingerprint(model.state_dict()), RECIPE, try_out)
         save_probes(PROBES / f"avatars_{attribute}.safetensors", probes)
         save_recipe(RECIPES / f"avatars_{attribute}.safetensors", with_provenance(recipe, **TOLD))
         if attribute == "presentation":

@@ -21,6 +21,7 @@ from occupations import OCCUPATIONS
 from PIL import Image
 from prompted_portraits import phrase
 from stages import (
+    Captured,
     Drawings,
     Options,
     build,
@@ -28,8 +29,8 @@ from stages import (
     denoiser_loss,
     fit_classifier,
     fit_sae,
-    labels_of,
     make_recipe,
+    read_all,
     read_attributes,
     recipe_rows,
     to_tensor,
@@ -40,7 +41,7 @@ from torch import nn
 from difflens_core.activations import Activations, capture, save_labels
 from difflens_core.classifiers import load_classifier, save_classifier
 from difflens_core.files import fingerprint, load_tensors
-from difflens_core.locate import Labelled, save_probes
+from difflens_core.locate import save_probes
 from difflens_core.networks import (
     END,
     UNKNOWN,
@@ -177,12 +178,12 @@ def train_prompted_sae() -> None:
     save_sae(SAE_FILE, fit_sae(captured()[0], SAE, WORK / "sae.pt"), torch.float16)
 
 
-def labelled() -> tuple[Activations, Labelled]:
+def labelled() -> list[Captured]:
     """What was captured, and what the classifier sees of every attribute."""
     activations, pictures = captured()
-    read = labels_of(load_classifier(CLASSIFIER_FILE), pictures)
-    save_labels(WORK / "capture", read)
-    return activations, read
+    read = read_all(load_classifier(CLASSIFIER_FILE), activations, pictures)
+    save_labels(WORK / "capture", read.labels)
+    return [read]
 
 
 def weighed(recipe: Recipe) -> Recipe:
@@ -207,7 +208,7 @@ def ways(controlled: bool) -> dict[str, dict[str, Recipe]]:
 def make_recipes() -> None:
     """Probes and recipe of the steered attributes; strengths found on tuning seeds only."""
     classifier, sae, (model, text) = load_classifier(CLASSIFIER_FILE), load_sae(SAE_FILE), load_prompted(DENOISER_FILE)
-    activations, read = labelled()
+    read = labelled()
     count = RECIPE["tuning_pictures"]
     guidance = guided(text, OPENING, count)
 
@@ -217,8 +218,8 @@ def make_recipes() -> None:
 
     for attribute in STEERED:
         recipe, probes = make_recipe(
-            attribute, portraits.ATTRIBUTES[attribute], activations, sae, read, fingerprint(model.state_dict()),
-            RECIPE, try_out, weighed,
+            attribute, portraits.ATTRIBUTES[attribute], read, sae, fingerprint(model.state_dict()), RECIPE, try_out,
+            weighed,
         )  # fmt: skip
         save_probes(PROBES / f"prompted_avatars_{attribute}.safetensors", probes)
         save_recipe(RECIPES / f"prompted_avatars_{attribute}.safetensors", with_provenance(recipe, **TOLD))

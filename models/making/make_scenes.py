@@ -23,6 +23,7 @@ from PIL import Image
 from precision import at_precision, autocast
 from prompted_portraits import phrase
 from stages import (
+    Captured,
     accuracies,
     attributes_loss,
     augment,
@@ -31,8 +32,8 @@ from stages import (
     denoiser_loss,
     fit_readers,
     fit_sae,
-    labels_of,
     make_recipe,
+    read_all,
     read_attributes,
     recipe_rows,
     to_tensor,
@@ -43,7 +44,6 @@ from torch.nn import functional as F
 from difflens_core.activations import Activations, capture
 from difflens_core.classifiers import FramedClassifier, cut_frame, load_classifier, save_classifier
 from difflens_core.files import fingerprint, load_tensors
-from difflens_core.locate import Labelled
 from difflens_core.networks import (
     Denoiser,
     DenoiserConfig,
@@ -75,16 +75,15 @@ CLASSIFIER = {"images": 16_000, "test_images": 1_000, "epochs": 6, "batch": 100,
 SAE = {"pictures": 1_536, "size": (96, 64), "latents": 1_024, "k": 32, "steps": 3_000, "seed": 2_200}
 # From each noise a picture for each of these words: Attribute Features' twins.
 TWINS = {
-    "noises": 1_000,
-    "size": (64, 96),
+    "noises": {(64, 96): 1_000, (96, 64): 384},
     "seed": 9_200,
     "words": [*product(("young", "adult", "old"), ("male", "female"))],
 }
 RECIPE = {
-    "per_class": 100,
+    "per_class": 60,
     "start": 0.2,
     "modes": {"presentation": "twin"},
-    "strengths": {"twin": (0.4, 0.45, 0.5, 0.6)},
+    "strengths": {"twin": (0.55, 0.65)},
     "success": 0.96,
     "tuning_pictures": 64,
     "tuning_seed": 3_200,
@@ -235,27 +234,28 @@ def train_scenes_sae() -> None:
     save_sae(SAE_FILE, fit_sae(captured()[0], SAE, WORK / "sae.pt"), torch.float16)
 
 
-def captured_twins() -> tuple[Activations, torch.Tensor]:
+def captured_twins(size: tuple[int, int], noises: int) -> tuple[Activations, torch.Tensor]:
     """Activations and pictures of every occupation at every place, by prompts that differ in what they tell."""
     model, text = load_prompted(DENOISER_FILE)
-    c, endings = TWINS, scenes.layouts(TWINS["size"])
+    c, endings = TWINS, scenes.layouts(size)
     prompts = [
         phrase(list(words), OCCUPATIONS[i % len(OCCUPATIONS)]) + endings[i // len(OCCUPATIONS) % len(endings)]
-        for i in range(c["noises"]) for words in c["words"]
+        for i in range(noises) for words in c["words"]
     ]  # fmt: skip
     guidance = Guidance(text.encode(prompts), text.encode([""]), CFG)
-    sampler = DenoiserSampler(at_precision(model), bench.STEPS, guidance, c["size"])
+    sampler = DenoiserSampler(at_precision(model), bench.STEPS, guidance, size)
     store = capture(
-        sampler, len(prompts), c["seed"], 60, span=(RECIPE["start"], 1.0), folder=WORK / "twins",
-        on_batch=lambda done: print(f"capture {done}/{len(prompts)}", flush=True), twins=len(c["words"]),
+        sampler, len(prompts), c["seed"], 60, span=(RECIPE["start"], 1.0),
+        folder=WORK / f"twins_{size[0]}x{size[1]}",
+        on_batch=lambda done: print(f"capture {size} {done}/{len(prompts)}", flush=True), twins=len(c["words"]),
     )  # fmt: skip
     return store.activations(), store.samples().movedim(1, -1) / 2 + 0.5
 
 
-def labelled() -> tuple[Activations, Labelled]:
-    """The twins that were captured, and what the classifier sees of every attribute."""
-    activations, pictures = captured_twins()
-    return activations, labels_of(load_classifier(CLASSIFIER_FILE), pictures)
+def labelled() -> list[Captured]:
+    """The twins that were captured, size by size, and what the classifier sees of every attribute."""
+    classifier = load_classifier(CLASSIFIER_FILE)
+    return [read_all(classifier, *captured_twins(size, noises)) for size, noises in TWINS["noises"].items()]
 
 
 def ways(controlled: bool) -> dict[str, dict[str, Recipe]]:
@@ -267,7 +267,7 @@ def ways(controlled: bool) -> dict[str, dict[str, Recipe]]:
 def make_recipes() -> None:
     """Recipes of the steered attributes; strengths found on tuning seeds only."""
     classifier, sae, (model, text) = load_classifier(CLASSIFIER_FILE), load_sae(SAE_FILE), load_prompted(DENOISER_FILE)
-    activations, read = labelled()
+    read = labelled()
     count, mark = RECIPE["tuning_pictures"], fingerprint(model.state_dict())
     model = at_precision(model)
 
@@ -282,7 +282,7 @@ def make_recipes() -> None:
 
     for attribute in STEERED:
         recipe, _ = make_recipe(
-            attribute, scenes.ATTRIBUTES[attribute], activations, sae, read, mark, RECIPE, try_out
+            attribute, scenes.ATTRIBUTES[attribute], read, sae, mark, RECIPE, try_out
         )  # fmt: skip
         save_recipe(RECIPES / f"scenes_{attribute}.safetensors", with_provenance(recipe, **TOLD))
 
@@ -322,7 +322,8 @@ def make_card() -> None:
         bias="\n".join(bias), recipes=recipes,
         accuracy=f"| height x width | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}\n{told}",
         sizes=", ".join(f"{height} x {width}" for height, width in scenes.SIZES),
-        made=" x ".join(map(str, SAE["size"])), twins_made=" x ".join(map(str, TWINS["size"])),
+        made=" x ".join(map(str, SAE["size"])),
+        twins=" and ".join(f"{noises} noises of {h} x {w}" for (h, w), noises in TWINS["noises"].items()),
         fvu=quality["fvu"], l0=quality["l0"], dead=100 * quality["dead"],
     )  # fmt: skip
     (OUT / "README.md").write_text(card, encoding="utf-8")
@@ -376,7 +377,7 @@ TopK, {s[latents]} latents, k = {s[k]}, trained on what the prompt's half of the
 {fvu:.4f}, L0 {l0:.1f}, dead latents {dead:.1f} %.
 
 ## Recipes
-One recipe serves all prompts and sizes. Made on {t[noises]} noises of {twins_made}, each drawn by
+One recipe serves all prompts and sizes. Made on {twins}, each drawn by
 {words_of_twins} prompts that differ in the words for presentation and age; from pairs that differ in the class alone it
 knows what changes, read off each position of a picture. With at most {r[per_class]} latents of every class by the class
 mean difference. Strengths: the weakest of {r[strengths][twin]} that shows the class asked for in

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from difflens_core.activations import Activations
 from difflens_core.classifiers import AttributeClassifier, FramedClassifier
-from difflens_core.locate import Labelled, Probes, attribute_features, balancing_weights, train_probes
+from difflens_core.locate import Labelled, LabelledPictures, Probes, attribute_features, balancing_weights, train_probes
 from difflens_core.sae import (
     SparseAutoencoder,
     TrainingOptions,
@@ -178,10 +178,27 @@ def read_attributes(classifier: AttributeClassifier, pictures: Tensor) -> dict[s
     return {name: torch.cat([part[name].argmax(dim=1) for part in parts]) for name in parts[0]}
 
 
-def labels_of(classifier: AttributeClassifier | FramedClassifier, pictures: Tensor) -> Labelled:
-    """The same with the names of the classes."""
-    seen = read_attributes(classifier, pictures)
-    return {name: (classifier.attributes[name], labels) for name, labels in seen.items()}
+def read_all(
+    classifier: AttributeClassifier | FramedClassifier, activations: Activations, pictures: Tensor
+) -> Captured:
+    """What the classifier sees in the pictures that were drawn while activations were captured."""
+    parts = [classifier.classify(part) for part in pictures.split(256)]
+    readings = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    labels = {name: (classifier.attributes[name], values.argmax(dim=1)) for name, values in readings.items()}
+    return Captured(activations, labels, readings)
+
+
+class Captured(NamedTuple):
+    """Activations, and of every attribute the classes that their pictures show and how probable each is (n x K)."""
+
+    activations: Activations
+    labels: Labelled
+    readings: Mapping[str, Tensor]
+
+    def of(self, attribute: str) -> LabelledPictures:
+        """What an attribute's recipe is made of."""
+        others = {name: labels for name, labels in self.labels.items() if name != attribute}
+        return LabelledPictures(self.activations, self.labels[attribute][1], others, self.readings)
 
 
 # Samples pictures under a recipe: which class each shows, and which it was asked to show (n, int64).
@@ -189,48 +206,42 @@ TryOut = Callable[[Recipe], tuple[Tensor, Tensor]]
 
 
 def make_recipe(
-    attribute: str, classes: tuple[str, ...], activations: Activations, sae: SparseAutoencoder,
-    read: Labelled, fingerprint: str, c: Options, try_out: TryOut,
-    weigh: Callable[[Recipe], Recipe] = lambda recipe: recipe,
+    attribute: str, classes: tuple[str, ...], captured: Sequence[Captured], sae: SparseAutoencoder, fingerprint: str,
+    c: Options, try_out: TryOut, weigh: Callable[[Recipe], Recipe] = lambda recipe: recipe,
 ) -> tuple[Recipe, Probes]:  # fmt: skip
     """Recipe of an attribute and its probes.
 
-    Its latents are weighed by `weigh`, and then its strengths found by `try_out`.
+    Latents are chosen by what was captured first; its latents are weighed by `weigh`, and then its strengths found by
+    `try_out`.
     """
-    labels, others = read[attribute][1], {name: other for name, other in read.items() if name != attribute}
+    first, *more = (of.of(attribute) for of in captured)
+    activations, labels, others = first.activations, first.labels, first.others
     probes = train_probes(activations, sae, labels, attribute, classes)
     weights = balancing_weights(labels, [other for _, other in others.values()])
     attribution = attribute_features(activations, sae, probes, labels, weights=weights)
-    recipe = build_recipe(attribution, sae, probes, activations, labels, others, c["per_class"], fingerprint)
+    recipe = build_recipe(
+        attribution, sae, probes, activations, labels, others, c["per_class"], fingerprint, readings=first.readings,
+        more=more,
+    )  # fmt: skip
     recipe = tuned(weigh(with_settings(recipe, start=c["start"], mode=c["modes"][attribute])), c, try_out)
     print(f"{attribute} weighed: {recipe.info.get('weighed')}", flush=True)
     return recipe, probes
 
 
-def controls(recipe: Recipe, sae: SparseAutoencoder, activations: Activations, read: Labelled) -> dict[str, Recipe]:
-    """What a recipe is compared with: as many random latents, and no SAE at all.
-
-    activations, read: of captured pictures, and the classes that they show.
-    """
-    labels, others = read[recipe.attribute][1], {n: of for n, of in read.items() if n != recipe.attribute}
-    return {
-        "random features": random_features(recipe, sae, seed=1),
-        "mean difference": mean_difference(recipe, activations, labels, others),
-    }
-
-
 def compared(
-    recipes: Mapping[str, Path], sae: Path, labelled: Callable[[], tuple[Activations, Labelled]], controlled: bool
+    recipes: Mapping[str, Path], sae: Path, labelled: Callable[[], Sequence[Captured]], controlled: bool
 ) -> dict[str, dict[str, Recipe]]:
-    """The recipe in each attribute's file and, if asked, its `controls`, by name.
+    """The recipe in each attribute's file and, if asked, as many random latents and no SAE at all, by name.
 
-    labelled: gives what `controls` need, which takes minutes.
+    labelled: gives what the latter need, which takes minutes.
     """
     found = {attribute: {"SAE recipe": load_recipe(file)} for attribute, file in recipes.items()}
     if controlled:
         loaded, captured = load_sae(sae), labelled()
-        for own in found.values():
-            own |= controls(own["SAE recipe"], loaded, *captured)
+        for attribute, own in found.items():
+            recipe = own["SAE recipe"]
+            own["random features"] = random_features(recipe, loaded, seed=1)
+            own["mean difference"] = mean_difference(recipe, [of.of(attribute) for of in captured])
     return found
 
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from difflens_core.activations import SAMPLES, Activations, Index, noise_batches, open_store, record, save_labels
 from difflens_core.activations.store import load_labels
 from difflens_core.files import DiffLensError, load_tensors, save_tensors
-from difflens_core.locate import METHODS, attribute_features, train_probes
+from difflens_core.locate import METHODS, LabelledPictures, attribute_features, train_probes
 from difflens_core.sae import TrainingOptions, hold_out, measure_sae, train_sae
 from difflens_core.sae.autoencoder import fit_normalisation
 from difflens_core.steer import mean_difference
@@ -342,7 +342,7 @@ def test_normalisation_quality_and_mean_difference_stream_to_the_same_numbers(bo
         error += float((x - sae.decode(sae.encode(whole.values[s], s))).double().square().sum())
         variance += float((x.double() - x.double().mean((0, 1))).square().sum())
     assert measure_sae(sae, stored).fvu == pytest.approx(error / variance, rel=1e-6)
-    levels = mean_difference(recipe, stored, LABELS, {}).levels.dense()
+    levels = mean_difference(recipe, [LabelledPictures(stored, LABELS, {})]).levels.dense()
     own = sae.normalisation.apply(whole.values[2], 2)[LABELS == 1].mean(0).T
     torch.testing.assert_close(levels[2, 1].float(), own, atol=2e-3, rtol=1e-3)
 

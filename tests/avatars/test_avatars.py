@@ -10,6 +10,7 @@ from what_is_seen import read
 from difflens_core.activations import Activations, Kept, Shown, edit_site
 from difflens_core.classifiers import load_classifier
 from difflens_core.files import made_by
+from difflens_core.locate import LabelledPictures
 from difflens_core.measure.fairness import kept_share
 from difflens_core.networks import load_denoiser, sample, start_noise
 from difflens_core.sae import load_sae
@@ -81,7 +82,8 @@ def test_swapping_the_site_output_swaps_every_attribute(model, classifier, captu
 def test_mean_difference_without_an_sae_moves_the_attribute(model, classifier, captured, attribute):
     """Plain class means of a few raw activations: the site obeys before any SAE exists."""
     pictures, activations = captured
-    recipe = mean_difference(recipe_of(attribute), activations, read(classifier, pictures)[attribute], {})
+    seen = LabelledPictures(activations, read(classifier, pictures)[attribute], {})
+    recipe = mean_difference(recipe_of(attribute), [seen])
     raw = with_settings(recipe, mode="shift", strength=1.0)
     ends = [0, len(recipe.classes) - 1]  # a difference overshoots the middle classes of an ordered attribute
     for wanted in ends:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from graphs import FOLDER, Graph, Node, sampler, steer, to_api
@@ -170,13 +172,17 @@ def test_a_recipe_is_learned_from_twins_whose_prompts_differ_in_a_word(server):
     probes = graph.add("DiffLensTrainProbes", activations=captured[0], sae=sae[0], labels=labels[0])
     found = graph.add(
         "DiffLensAttribute", model=graph.model[0], activations=captured[0], sae=sae[0], probes=probes[0],
-        labels=labels[0], method="class mean difference", features_per_class=40,
+        labels=labels[0], method="class mean difference", features_per_class=40, other_size=captured[0],
+        other_labels=labels[0],
     )  # fmt: skip
     graph.add("DiffLensSaveRecipe", recipe=found[0], name="twins")
     table = graph.add("PreviewAny", source=found[2])
     steered = graph.draw("a doctor", model=steer(graph, None, graph.model[0], found[0], "feminine"))
     entry = server.run(to_api(graph))
-    assert "of the same noise that differ in their class alone" in entry["outputs"][str(table.id)]["text"][0]
+    told = entry["outputs"][str(table.id)]["text"][0]
+    assert "of the same noise that differ in their class alone" in told
+    pairs = int(re.search(r"Learned from (\d+) pairs", told)[1])
+    assert pairs % 2 == 0 and pairs >= 16, "those of both captures"
     models = server.base / "models"
     store = open_store(models / "difflens_activations" / "twins")
     assert store.activations().twins == 2
@@ -190,6 +196,9 @@ def test_a_recipe_is_learned_from_twins_whose_prompts_differ_in_a_word(server):
     guidance = Guidance(text.encode(["a doctor"]), text.encode([""]), CFG)
     expected = sample(model, start_noise(8, SEED), STEPS, [Steering(recipe, asked.of)], guidance=guidance)
     torch.testing.assert_close(drawn, expected, atol=1e-2, rtol=0)
+    del found.inputs["other_labels"]
+    with pytest.raises(HostError, match="Attribute Features: other_size and other_labels belong together"):
+        server.run(to_api(graph))
 
 
 def test_a_model_of_any_size_draws_what_the_core_draws_and_refuses_what_it_cannot(server, toys):

@@ -12,7 +12,8 @@ import torch
 
 from difflens_core.activations import Activations, Shown, draw_held
 from difflens_core.files import DiffLensError
-from difflens_core.locate import Changes, attribute_features, train_probes
+from difflens_core.locate import Changes, LabelledPictures, attribute_features, train_probes
+from difflens_core.locate.changes import SURE
 from difflens_core.steer import (
     TWIN,
     Recipe,
@@ -42,7 +43,7 @@ def recipe(toys) -> Recipe:
 def some_changes(draw: Callable[..., torch.Tensor]) -> Changes:
     """Of 5 latents, 3 classes and 3 steps."""
     layers = draw(7, 3, 3, 6) / 3, draw(7), draw(7, 3, 3, 7) / 3, draw(7), draw(3, 8, 7), draw(3, 8)
-    return Changes(draw(6, 6), draw(6), *layers, draw(3, 2), draw(4, 5))
+    return Changes(draw(6, 6), draw(6), *layers, draw(3, 2), draw(4).abs(), draw(4, 5))
 
 
 @pytest.fixture
@@ -61,8 +62,11 @@ def by_hand(recipe: Recipe, shown: Shown, step: int) -> torch.Tensor:
         seen = rows @ c.readout.T + c.offset
         for weight, bias in ((c.first, c.first_bias), (c.second, c.second_bias)):
             seen = around(seen, weight, bias)
+        every = seen @ c.last[target].T + c.last_bias[target]
+        size = sum((every[..., course * 4 + e] * c.sizes[e]) ** 2 for course, e in product(range(2), range(4))) ** 0.5
         for y, x in product(range(SIZE[0]), range(SIZE[1])):
-            told = c.last[target] @ seen[y, x] + c.last_bias[target]
+            less = max(0.0, float(size[y, x] - SURE * size.max())) / float(size[y, x]) / (1 - SURE)
+            told = less * every[y, x]
             change = sum(
                 c.amounts[step, course] * told[course * 4 + e] * c.maps[e] for course, e in product(range(2), range(4))
             )
@@ -185,7 +189,7 @@ def test_a_recipe_of_twins_turns_what_is_there_and_so_do_its_controls(toys):
     assert change[0] > 2 and change[1].abs() < 0.1 * change[0]
     to_a = Steering(recipe, lambda images: torch.zeros(1, dtype=torch.int64))
     assert (to_a(h, 0.0, torch.arange(1), Shown(h, 2 / 3)) - h).abs().max() < 0.3, "it is of class a already"
-    raw = mean_difference(recipe, activations, labels, {})
+    raw = mean_difference(recipe, [LabelledPictures(activations, labels, {})])
     change = (Steering(raw, to_b.target_of)(h, 0.0, torch.arange(1), Shown(h, 2 / 3)) - h)[0, 1, 0]
     assert change[0] > 1, "without an SAE it is told off the channels here as well"
     control = random_features(recipe, sae, seed=1)
