@@ -238,7 +238,7 @@ def any_size() -> Graph:
         "asks for doctors at eight places, one prompt a picture.\n\n"
         "Press **Run**. Pictures of three shapes are drawn twice from the same noise: as the model likes, and behind "
         "**Debias**. Its recipe was learned from twins, pictures of the same noise by prompts that differ in one word, "
-        "all 96 wide and 64 high. It sees in each picture what to change where; the room should stay.\n\n"
+        "of two shapes, 96 x 64 and 64 x 96. It sees in each picture what to change where; the room should stay.\n\n"
         "**Try next**\n"
         "- *nurse* or *firefighter* in the prompts, or several of them\n"
         "- *width* and *height* in *Draw before and after*: multiples of 8\n\n"
