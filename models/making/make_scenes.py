@@ -391,7 +391,7 @@ the four occupations at each size, seed {r[tuning_seed]}. The benchmark (`benchm
 ## Limits
 - There is no recipe for age: one from the same twins turned 88 of 100 pictures of doctors, but only 58 of 100 kept
   their skin tone.
-- The recipe was made on figures of 48 pixels and more. Smaller ones, in pictures 64 pixels high, it turns less often
+- Of small figures, in pictures 64 pixels high, and of very large ones fewer turn, and some change their skin tone
   ([results](../../docs/results.md#people-in-scenes)).
 - One figure a picture. It stands in steps of 8 pixels, and its size goes in steps of 16.
 - Rare combinations, such as an old feminine firefighter, were seldom drawn.

@@ -48,7 +48,7 @@ def test_the_classifier_finds_and_reads_drawings_of_every_size(classifier, size)
     assert min(told[" x ".join(map(str, size))].values()) >= 0.97
 
 
-@pytest.mark.parametrize(("size", "success"), [(size, 0.8 if size[0] == 96 else 0.65) for size in scenes.SIZES])
+@pytest.mark.parametrize(("size", "success"), [(size, 0.8) for size in scenes.SIZES])
 def test_one_recipe_serves_every_size(model, classifier, size, success):
     """In pictures 64 pixels high some figures are smaller than those it was made on."""
     recipe = load_recipe(FILES / "difflens_recipes" / "scenes_presentation.safetensors")
