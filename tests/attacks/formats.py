@@ -83,7 +83,7 @@ def rich_recipe() -> steer.Recipe:
     frame = locate.FrameProbes(torch.randn(3, 4, 6), torch.randn(3, 4))
     draw = toys.random(8)
     layers = draw(7, 3, 3, 6), draw(7), draw(7, 3, 3, 7), draw(7), draw(3, 8, 7), draw(3, 8)
-    changes = locate.Changes(draw(6, 6), draw(6), *layers, draw(3, 2), draw(4, 5))
+    changes = locate.Changes(draw(6, 6), draw(6), *layers, draw(3, 2), draw(4).abs(), draw(4, 5))
     recipe = replace(recipe, frame=frame, changes=changes, mode="twin", hold=True)
     return replace(recipe, info={"scores": [1.0] * 5, "named": {"0": {"name": "beard", "group": "hair"}}})
 
