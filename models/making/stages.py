@@ -174,16 +174,20 @@ def fit_sae(activations: Activations, c: Options, checkpoint: Path) -> SparseAut
 
 def read_attributes(classifier: AttributeClassifier, pictures: Tensor) -> dict[str, Tensor]:
     """Class (n, int64) that the classifier sees in pictures (n x H x W x 3), for each of its attributes."""
+    return {name: values.argmax(dim=1) for name, values in readings_of(classifier, pictures).items()}
+
+
+def readings_of(classifier: AttributeClassifier | FramedClassifier, pictures: Tensor) -> dict[str, Tensor]:
+    """How probable each class of every attribute is (n x K), of as many pictures as there are."""
     parts = [classifier.classify(part) for part in pictures.split(256)]
-    return {name: torch.cat([part[name].argmax(dim=1) for part in parts]) for name in parts[0]}
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def read_all(
     classifier: AttributeClassifier | FramedClassifier, activations: Activations, pictures: Tensor
 ) -> Captured:
     """What the classifier sees in the pictures that were drawn while activations were captured."""
-    parts = [classifier.classify(part) for part in pictures.split(256)]
-    readings = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    readings = readings_of(classifier, pictures)
     labels = {name: (classifier.attributes[name], values.argmax(dim=1)) for name, values in readings.items()}
     return Captured(activations, labels, readings)
 

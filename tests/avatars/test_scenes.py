@@ -50,7 +50,7 @@ def test_the_classifier_finds_and_reads_drawings_of_every_size(classifier, size)
 
 @pytest.mark.parametrize(("size", "success"), [(size, 0.8) for size in scenes.SIZES])
 def test_one_recipe_serves_every_size(model, classifier, size, success):
-    """In pictures 64 pixels high some figures are smaller than those it was made on."""
+    """In pictures of 96 x 128 some figures are larger than most of those it was made on."""
     recipe = load_recipe(FILES / "difflens_recipes" / "scenes_presentation.safetensors")
     assert made_by(recipe.model, model[0].state_dict()) and recipe.changes is not None
     noise, doctor = start_noise(PICTURES, 31, *size), OCCUPATIONS.index("doctor")

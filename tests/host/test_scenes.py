@@ -42,7 +42,7 @@ class Scenes(Prompts):
         return [self.draw(PROMPT, model=model) for model in (self.model, self.steered)]
 
 
-@pytest.mark.parametrize(("width", "height"), [(64, 64), (64, 96)])
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (128, 96)])
 def test_at_sizes_that_the_recipe_was_not_made_on_stock_nodes_draw_what_the_core_draws(server, width, height):
     graph = Scenes(width, height)
     saved = graph.both()
