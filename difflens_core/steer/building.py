@@ -70,6 +70,12 @@ def build_recipe(
     whole = sae.normalisation.to("cpu")
     start, end = captured_part(attribution.progress)
     rows_of, twins = latent_rows(sae, chosen), activations.twins > 1 and sae.kernel == 1
+    if more and not twins:
+        raise DiffLensError(
+            f"{attribution.attribute}: pictures of a second size serve only where twins of both are learned from, and "
+            f"an SAE that reads {sae.kernel} x {sae.kernel} positions at once learns from none. Use an SAE of single "
+            "positions and captures with twins, or leave the second size out."
+        )
     levels = fit_levels(
         activations, whole, everywhere(rows_of) if twins else rows_of, labels, len(classes), others, on_step
     )

@@ -182,6 +182,9 @@ def test_a_recipe_of_twins_turns_what_is_there_and_so_do_its_controls(toys):
     found = attribute_features(activations, sae, probes, labels)
     recipe = build_recipe(found, sae, probes, activations, labels, {}, 6)
     assert recipe.mode == TWIN and recipe.hold and recipe.map is None and recipe.levels.positions == 1
+    with pytest.raises(DiffLensError, match="kind: pictures of a second size serve only where twins of both"):
+        seen = LabelledPictures(activations, labels, {})
+        build_recipe(found, sae, probes, replace(activations, twins=1), labels, {}, 6, more=[seen])
     h = torch.zeros(1, 6, 1, 2)
     h[0, :2, 0, 0] = torch.tensor([3.0, -3.0])  # something of class a, and nothing beside it
     to_b = Steering(recipe, lambda images: torch.ones(1, dtype=torch.int64))
